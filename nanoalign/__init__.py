@@ -1,0 +1,24 @@
+"""nanoalign: SFT, DPO and KTO with LoRA and 4-bit NF4, small enough to read in an evening.
+
+The street, in reading order; a file imports only from files above it:
+
+    files     JSON, JSONL, CSV           -> rows, each with its file and line
+    chatml    messages                   -> ids and the mask of trained tokens
+    packing   prompts and completions    -> one row without padding, and who sees whom in it
+    data      rows                       -> examples, their order, batches
+    logps     row and hidden states      -> log-probs of the trained tokens, without the logits
+    losses    log-probs                  -> SFT, DPO and KTO losses
+    nf4, lora                            -> a 4-bit base, and the few weights that train
+    model     a directory                -> a model ready to train; back to a directory
+    train     the loop
+"""
+
+__version__ = "0.1.0"
+
+
+class InputError(Exception):
+    """A mistake in what the user gave us: data, flags, a directory.
+
+    The message is one line that says where, what, and what was expected. The scripts print it on
+    standard error and exit with code 2; a traceback means a fault of ours.
+    """

@@ -1,0 +1,208 @@
+"""The flags: one dataclass a script, one line a flag.
+
+Names and defaults are those that users of TRL type from habit. `parse` reads the command line: an
+unknown or abbreviated flag, an impossible value and two flags that contradict each other end the
+program with one line and exit code 2; a flag that has nothing to do in this run is one printed
+line.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from nanoalign import InputError
+from nanoalign.losses import DPO_LOSSES, KTO_LOSSES
+
+
+def flag(default, help: str, **more):
+    """A dataclass field with its line of --help."""
+    meta = {"help": help, **more}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class Config:
+    """What the three scripts share."""
+
+    # model
+    model_name_or_path: str | None = flag(
+        None, "directory, hub id or .gguf file; none: the built-in model"
+    )
+    adapter_name_or_path: str | None = flag(
+        None, "adapter to go on from; the reference is that adapter"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the frozen weights and of computing; auto: the checkpoint's"
+    )
+    bf16: bool = flag(False, "the same as --dtype bfloat16")
+    device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
+    chat_template: Literal["chatml", "native"] = flag(
+        "chatml", "native: the tokenizer's own template"
+    )
+    trust_remote_code: bool = flag(False, "run code that comes with the model")
+    # LoRA
+    use_peft: bool = flag(True, "LoRA; false trains all weights")
+    lora_r: int = flag(16, "rank of the change")
+    lora_alpha: float = flag(16, "its scale: alpha / r")
+    lora_dropout: float = flag(0.05, "dropout before A")
+    lora_target_modules: list[str] = flag(["all-linear"], "names, a regex, or all-linear")
+    lora_modules_to_save: list[str] = flag([], "modules that train whole, lm_head say")
+    lora_bias: Literal["none", "lora_only", "all"] = flag("none", "the biases that train")
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
+    # data
+    dataset_name: list[str] = flag([], "JSON, JSONL or CSV files, or a data set of the hub")
+    dataset_train_split: str = flag("train", "split of a hub data set to train on")
+    dataset_test_split: str = flag("test", "split of a hub data set to evaluate on")
+    eval_dataset: list[str] = flag([], "files to evaluate on")
+    eval_fraction: float = flag(0.0, "share of the training rows to hold out for evaluation")
+    shuffle_dataset: bool = flag(True, "a new order in each epoch")
+    input_as_system: bool = flag(False, "the column `input` holds the system turn")
+    max_length: int = flag(
+        1024, "tokens of prompt and completion; completions are cut from the right"
+    )
+    max_prompt_length: int | None = flag(None, "tokens of the prompt")
+    truncation_mode: Literal["keep_end", "keep_start"] = flag(
+        "keep_end", "what stays of a longer prompt"
+    )
+    # training
+    output_dir: str | None = flag(None, "where everything goes")
+    overwrite_output_dir: bool = flag(False, "use an output_dir that is not empty")
+    per_device_train_batch_size: int = flag(8, "examples a micro-batch")
+    per_device_eval_batch_size: int = flag(8, "examples an evaluation batch")
+    gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step")
+    num_train_epochs: float = flag(3.0, "passes over the data")
+    max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs")
+    learning_rate: float = flag(1e-6, "the highest learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = flag("linear", "after the warm-up")
+    warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises from 0")
+    warmup_steps: int = flag(0, "the same as a number of steps")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"] = flag(
+        "adamw_torch", "AdamW"
+    )
+    weight_decay: float = flag(0.0, "AdamW's, on matrices and vectors alike")
+    adam_beta1: float = flag(0.9, "AdamW's")
+    adam_beta2: float = flag(0.999, "AdamW's")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0: don't")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in backward: less memory, slower"
+    )
+    disable_dropout: bool = flag(True, "no dropout anywhere")
+    seed: int = flag(42, "of weights, order and dropout")
+    # watching
+    logging_steps: int = flag(10, "steps between two lines of metrics")
+    logging_first_step: bool = flag(False, "a line for step 1 too")
+    eval_steps: int | None = flag(None, "steps between two evaluations; none: at the end")
+    save_steps: int | None = flag(500, "steps between two checkpoints")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics go there as well")
+
+
+@dataclass
+class SFTConfig(Config):
+    learning_rate: float = flag(2e-5, "the highest learning rate")
+    disable_dropout: bool = flag(False, "no dropout anywhere")
+    neftune_noise_alpha: float = flag(0.0, "noise on the embeddings, 5 say (arXiv 2310.05914)")
+
+
+@dataclass
+class ReferenceConfig(Config):
+    """What DPO and KTO share."""
+
+    beta: float = flag(0.1, "price of moving away from the reference")
+    ref_model_name_or_path: str | None = flag(None, "another model as the reference")
+    precompute_ref_log_probs: bool = flag(False, "reference log-probs of all data before step 1")
+
+
+@dataclass
+class DPOConfig(ReferenceConfig):
+    loss_type: str = flag("sigmoid", "see losses.py", choices=list(DPO_LOSSES))
+    label_smoothing: float = flag(0.0, "probability that a pair is the wrong way round")
+    rpo_alpha: float = flag(0.0, "weight of the chosen reply's own SFT loss")
+
+
+@dataclass
+class KTOConfig(ReferenceConfig):
+    loss_type: str = flag("kto", "see losses.py", choices=list(KTO_LOSSES))
+    desirable_weight: float = flag(1.0, "of thumbs up")
+    undesirable_weight: float = flag(1.0, "of thumbs down")
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):  # argparse prints forty lines of usage before it
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse(kind: type[Config], argv: list[str], builtin: dict) -> Config:
+    """argv -> a checked config.
+
+    `builtin` holds the settings of the built-in run; they are the defaults where no model is given.
+    """
+    parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    cfg = kind(**vars(parser.parse_args(argv)))
+    given = {word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")}
+    given = {name.removeprefix("no_") if name.startswith("no_") else name for name in given}
+    if cfg.model_name_or_path is None and cfg.adapter_name_or_path is None:
+        for name, value in builtin.items():
+            if name not in given:
+                setattr(cfg, name, value)
+    check(cfg, given)
+    return cfg
+
+
+def check(cfg: Config, given: set[str]) -> None:
+    """Impossible values and contradictions raise InputError; idle flags are one printed line."""
+    positive = ("lora_r", "lora_alpha", "max_length", "per_device_train_batch_size", "logging_steps",
+                "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                "max_prompt_length", "eval_steps", "save_steps", "beta")  # fmt: skip
+    zero_up = ("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "rpo_alpha",
+               "neftune_noise_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
+    shares = {"eval_fraction": 1.0, "warmup_ratio": None, "lora_dropout": 1.0, "adam_beta1": 1.0,
+              "adam_beta2": 1.0, "label_smoothing": 0.5}  # fmt: skip
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and value != value:
+            raise InputError(f"--{name} {value}: not a number")
+        if name in positive and value is not None and not value > 0:
+            raise InputError(f"--{name} {value}: must be more than 0")
+        if name in zero_up and not value >= 0:
+            raise InputError(f"--{name} {value}: must not be negative")
+        if name in shares and not 0 <= value < (shares[name] or 1.0 + 1e-12):
+            limit = f"below {shares[name]}" if shares[name] else "at most 1"
+            raise InputError(f"--{name} {value}: must be at least 0 and {limit}")
+
+    def contradiction(first: str, second: str):
+        raise InputError(f"--{first} and --{second} contradict each other; give one of them")
+
+    if cfg.bf16 and cfg.dtype not in ("auto", "bfloat16"):
+        contradiction("bf16", f"dtype {cfg.dtype}")
+    if cfg.warmup_ratio and cfg.warmup_steps:
+        contradiction("warmup_ratio", "warmup_steps")
+    if cfg.eval_dataset and cfg.eval_fraction:
+        contradiction("eval_dataset", "eval_fraction")
+    if not cfg.use_peft:
+        for name in sorted(given):
+            if name.startswith("lora_") or name in ("use_rslora", "adapter_name_or_path"):
+                contradiction("use_peft false", name)
+    if cfg.bf16:
+        cfg.dtype = "bfloat16"
+    if cfg.model_name_or_path and not cfg.dataset_name:
+        raise InputError("--dataset_name: give the data to train on")
+
+    idle = {
+        "eval_steps": not (cfg.eval_dataset or cfg.eval_fraction),
+        "per_device_eval_batch_size": not (cfg.eval_dataset or cfg.eval_fraction),
+        "truncation_mode": cfg.max_prompt_length is None,
+        "lora_dropout": cfg.disable_dropout and cfg.lora_dropout > 0,
+        "num_train_epochs": cfg.max_steps > 0,
+    }
+    if isinstance(cfg, DPOConfig):
+        idle["label_smoothing"] = cfg.loss_type in ("ipo", "hinge")
+    if isinstance(cfg, ReferenceConfig) and cfg.ref_model_name_or_path:
+        pass
+    for name in sorted(given):
+        if idle.get(name):
+            print(f"--{name} has nothing to do in this run")
+    if cfg.optim == "paged_adamw_32bit":
+        print("--optim paged_adamw_32bit: plain AdamW is used until paging exists here")

@@ -1,0 +1,220 @@
+"""Files: JSON, JSONL or CSV -> rows, each with the place it came from.
+
+A row is a dict, and beside it stands its place, "data.jsonl, line 17", so that whoever finds
+fault with the row later can say where it is. Lines and rows count from 1; lines end at "\\n", as
+in an editor, and never at the U+2028 or U+0085 inside a text (str.splitlines would cut there).
+
+What a file holds is taken as it stands or refused with one line (InputError) that the user can
+act on. The usual loaders guess instead: Python's json keeps the last of two equal keys and lets
+NaN in, and a data frame turns the word "null" into a missing value and fills ragged rows up.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+from . import InputError
+
+MAX_DEPTH = 100  # of nested lists and objects: Python's parser recurses, and can overflow
+MAX_NUMBER = 640  # characters: the most digits that every setting of Python turns into an int
+
+# First bytes of what gets renamed by mistake. A pickle is never opened: opening it runs its code.
+MAGIC = {
+    b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)",
+    b"\x80": "binary, perhaps a pickle",
+}  # fmt: skip
+
+
+def read_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """[(where, row), ...] of a .json, .jsonl or .csv file: at least one row, or InputError."""
+    formats = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    path = Path(path)
+    name, suffix = str(path), path.suffix.lower()
+    if not name.isprintable():  # a newline in the file's name must not break the message
+        name = repr(name)
+    try:
+        with open(path, "rb") as file:
+            if suffix not in formats:
+                raise InputError(f"{name}: unknown kind of file; expected .json, .jsonl or .csv")
+            data = file.read()
+    except OSError as e:
+        raise InputError(f"{name}: {e.strerror}; expected a .json, .jsonl or .csv file") from None
+    text = decode(data, name)
+    if not text.strip():
+        raise InputError(f"{name}: the file is empty; expected rows")
+    rows = formats[suffix](text, name)
+    if not rows:
+        found = "an empty list" if suffix == ".json" else "a header only"
+        raise InputError(f"{name}: {found}; expected rows")
+    return rows
+
+
+def decode(data: bytes, name: str) -> str:
+    """UTF-8, with or without a byte order mark. A NUL is no text: binary, or UTF-16."""
+    for magic, kind in MAGIC.items():
+        if data.startswith(magic):
+            raise InputError(f"{name}: the file is {kind}; expected plain text in UTF-8")
+    try:
+        text, at = data.decode("utf-8"), data.find(b"\0")
+    except UnicodeDecodeError as e:
+        at = e.start
+    if at >= 0:
+        line, byte = data[:at].count(b"\n") + 1, f"byte {at + 1} of the file, 0x{data[at]:02x},"
+        raise InputError(f"{name}, line {line}: {byte} is no text; expected UTF-8")
+    return text.removeprefix("\ufeff")
+
+
+def shown(text: str, start: int = 0) -> str:
+    """What stands at text[start], for a message: a few words, control characters escaped."""
+    return repr(text[start : start + 50])[:60]
+
+
+def first_twice(names) -> str | None:
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+# --- JSON, stricter than json.loads
+
+
+def unique_keys(pairs: list) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key = shown(first_twice(key for key, _ in pairs))
+        raise ValueError(f"the key {key} stands twice in one object; expected once")
+    return row
+
+
+def number(digits: str) -> int | float:
+    if len(digits) > MAX_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits; expected at most {MAX_NUMBER}")
+    value = float(digits) if re.search("[.eE]", digits) else int(digits)
+    return value if abs(value) != math.inf else no_number(digits)
+
+
+def no_number(literal: str):
+    raise ValueError(f"{shown(literal)} where a finite number was expected")
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_keys, parse_int=number, parse_float=number, parse_constant=no_number
+)
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
+STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def too_deep(text: str, start: int) -> bool:
+    """Does the value at text[start] nest too deep? Asked before the parser recurses."""
+    depth = 0
+    for token in STRING_OR_BRACKET.finditer(text, start):
+        depth += STEP.get(token[0], 0)
+        if not 0 < depth <= MAX_DEPTH:
+            break
+    return depth > MAX_DEPTH
+
+
+def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
+    """The JSON object at text[start], and where the text goes on after it and after spaces."""
+    if not text.startswith("{", start):
+        raise InputError(f"{where}: expected a JSON object {{...}}, found {shown(text, start)}")
+    if too_deep(text, start):
+        raise InputError(f"{where}: nested too deep; expected at most {MAX_DEPTH} levels")
+    try:
+        row, end = DECODER.raw_decode(text, start)
+        if re.search(r"\\u[dD]", text[start:end]):  # perhaps one half of a pair without the other
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as e:
+        at = f"line {e.lineno}, column {e.colno}" if "\n" in text else f"column {e.colno}"
+        fault = f"broken or cut off at {at} ({e.msg}); expected a whole JSON object {{...}}"
+        raise InputError(f"{where}: {fault}") from None
+    except UnicodeEncodeError:
+        fault = "a lone surrogate (\\ud800 to \\udfff); expected both halves of the pair"
+        raise InputError(f"{where}: {fault}") from None
+    except ValueError as e:  # from the decoder's hooks above
+        raise InputError(f"{where}: {e}") from None
+    return row, SPACE.match(text, end).end()
+
+
+def jsonl_rows(text: str, name: str) -> list:
+    """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
+    rows = []
+    for i, line in enumerate(text.split("\n"), start=1):
+        where, start = f"{name}, line {i}", SPACE.match(line).end()
+        if start == len(line):
+            continue
+        row, end = parse_object(line, start, where)
+        if end < len(line):
+            raise InputError(f"{where}: expected one object per line, then {shown(line, end)}")
+        rows.append((where, row))
+    return rows
+
+
+def json_rows(text: str, name: str) -> list:
+    """One list of objects, parsed object by object so that an error can name its row."""
+    at = SPACE.match(text).end()
+    if text[at] != "[":
+        fault = "expected a list of objects [{...}, ...]"
+        if re.search(r"}[ \t\r]*\n[ \t\r]*{", text):  # inside JSON a comma would stand there
+            fault += " (this looks like JSONL, one object per line: name it .jsonl)"
+        raise InputError(f"{name}: {fault}, found {shown(text, at)}")
+    if text.startswith("]", SPACE.match(text, at + 1).end()):
+        return []
+    rows = []
+    while text[at] != "]":  # but the bracket that opens the list, or a comma
+        where = f"{name}, row {len(rows) + 1}"
+        row, at = parse_object(text, SPACE.match(text, at + 1).end(), where)
+        rows.append((where, row))
+        if text[at : at + 1] not in (",", "]"):
+            raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
+    end = SPACE.match(text, at + 1).end()
+    if end < len(text):
+        line = text.count("\n", 0, end) + 1
+        raise InputError(f"{name}, line {line}: expected nothing after ], found {shown(text, end)}")
+    return rows
+
+
+# --- CSV
+
+
+def csv_rows(text: str, name: str) -> list:
+    """A header, then one record per row; every value is text as it stands ("null", "NA", "").
+
+    A record spans lines where a quoted value does; its place is the line where it starts. Blank
+    lines between records are skipped.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    header, rows, start = [], [], 1
+    try:
+        for record in reader:
+            where, start = f"{name}, line {start}", reader.line_num + 1
+            if record and not header:
+                header = record
+                if not all(column.strip() for column in header):
+                    raise InputError(f"{where}: a column without a name; expected a full header")
+                if (column := first_twice(header)) is not None:
+                    raise InputError(f"{where}: column {shown(column)} stands twice; expected once")
+            elif record and len(record) != len(header):
+                fault = f"a row of {len(record)}, but the header has {len(header)}"
+                raise InputError(f"{where}: {fault}; expected as many fields in both")
+            elif record:
+                rows.append((where, dict(zip(header, record))))
+    except csv.Error as e:  # in the record that starts on line `start`
+        if "end of data" in str(e):
+            # A lenient reader takes all the rest into the open field: its newlines lead back.
+            rest = io.StringIO(text.split("\n", start - 1)[-1], newline="\n")
+            start = text.count("\n") + 1 - next(csv.reader(rest))[-1].count("\n")
+            fault = "a quote opens here and never closes; expected its end"
+        elif "new-line" in str(e):
+            start = reader.line_num
+            fault = "a carriage return outside quotes; expected lines that end in \\n or \\r\\n"
+        else:
+            fault = f"text after a closing quote on line {reader.line_num}; expected a comma, " \
+                    'and a quote inside a quoted value doubled ("")'  # fmt: skip
+        raise InputError(f"{name}, line {start}: {fault}") from None
+    return rows

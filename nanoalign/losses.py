@@ -1,0 +1,151 @@
+"""The three losses: pure functions of log-probabilities.
+
+Every method here is a function of one quantity, log pi(y | x): the sum of the log-probs of a
+completion's trained tokens. The functions take (B,) tensors of it, one entry for each example, and
+return (B,) losses, not yet averaged, plus the rewards as detached (B,) tensors. They know no model,
+no tokenizer and no flags. A loss of your own is one more entry in DPO_LOSSES or KTO_LOSSES, and
+its name is a valid --loss_type from then on.
+
+The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
+without the term that depends on the prompt alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sft_loss(logps: Tensor) -> Tensor:
+    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x).
+
+    The loop divides by the step's number of trained tokens, so that a token weighs the same in a
+    short and in a long reply, and in whatever micro-batch it comes.
+    """
+    return -logps
+
+
+class Pair(NamedTuple):
+    """A quantity of the chosen and of the rejected reply, each (B,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+def margin(policy: Pair, reference: Pair) -> Tensor:
+    """log-ratio of the chosen reply minus that of the rejected one: DPO's only variable. (B,)"""
+    return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+
+
+def sigmoid(policy, reference, lengths, beta, label_smoothing):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(beta * margin).
+
+    With label_smoothing e this is conservative DPO, which takes a label to be wrong with
+    probability e: -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
+    """
+    z = beta * margin(policy, reference)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+
+
+def robust(policy, reference, lengths, beta, label_smoothing):
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased when labels are flipped with
+    probability e: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta * margin."""
+    z = beta * margin(policy, reference)
+    clean, flipped = -F.logsigmoid(z), -F.logsigmoid(-z)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo(policy, reference, lengths, beta, label_smoothing):
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, log-ratios being
+    averaged over each reply's tokens, as in its authors' experiments."""
+    policy, reference = (Pair(*(x / n for x, n in zip(p, lengths))) for p in (policy, reference))
+    return (margin(policy, reference) - 1 / (2 * beta)) ** 2
+
+
+def hinge(policy, reference, lengths, beta, label_smoothing):
+    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards: a pair whose
+    margin is past 1 trains no more."""
+    return torch.relu(1 - beta * margin(policy, reference))
+
+
+# name -> f(policy, reference, lengths, beta, label_smoothing) -> (B,)
+DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_lengths: Tensor | int = 1,
+    rejected_lengths: Tensor | int = 1,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    rpo_alpha: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimization: prefer the chosen reply to the rejected one.
+
+    All tensors (B,): log-probs in nats, lengths in trained tokens (1: the log-probs are averages
+    already). beta > 0 is the price of leaving the reference. rpo_alpha adds the chosen reply's
+    negative log-likelihood per token (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1), so that its
+    own probability does not fall. Returns losses, chosen rewards and rejected rewards, each (B,).
+    At the first step the policy is the reference and the sigmoid loss is ln 2.
+    """
+    policy = Pair(chosen_logps, rejected_logps)
+    reference = Pair(ref_chosen_logps, ref_rejected_logps)
+    lengths = Pair(chosen_lengths, rejected_lengths)
+    losses = DPO_LOSSES[loss_type](policy, reference, lengths, beta, label_smoothing)
+    losses = losses - rpo_alpha * policy.chosen / lengths.chosen
+    rewards = (beta * (p - r).detach() for p, r in zip(policy, reference))
+    return losses, *rewards
+
+
+def kto(delta, sign, beta, z0):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8): 1 - sigmoid(+-beta (delta - z0)).
+
+    A person's value of an outcome is concave in gains and convex in losses relative to a reference
+    point (prospect theory); here the point is z0, how far the policy has moved on average.
+    """
+    return 1 - torch.sigmoid(sign * beta * (delta - z0))
+
+
+def apo_zero_unpaired(delta, sign, beta, z0):
+    """APO-zero for single labels (D'Oosterlinck et al. 2024, arXiv 2408.06266): KTO with the
+    reference point held at zero, for desirable outputs better than the model's own."""
+    return 1 - torch.sigmoid(sign * beta * delta)
+
+
+# name -> f(delta, sign, beta, z0) -> (B,); delta is log pi - log pi_ref, sign +1 or -1
+KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
+NEEDS_Z0 = {"kto"}  # the others save the two passes that z0 costs
+
+
+def kto_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    z0: Tensor,
+    beta: float = 0.1,
+    loss_type: str = "kto",
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
+
+    logps, ref_logps (B,) in nats; desirable (B,) bool; z0 () >= 0 from `kl_baseline`.
+    Returns losses and rewards, each (B,). At the first step the loss is 1/2 times the weight.
+    """
+    delta = logps - ref_logps
+    sign = torch.where(desirable, 1.0, -1.0)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    losses = weight * KTO_LOSSES[loss_type](delta, sign, beta, z0)
+    return losses, beta * delta.detach()
+
+
+def kl_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """KTO's reference point z0 = max(0, mean of log pi(y' | x) - log pi_ref(y' | x)) over a whole
+    optimizer step, where y' is the completion of another prompt (section 4.1): an estimate of
+    KL(pi || pi_ref) that needs no sampling. (B,), (B,) -> (), without gradient."""
+    return (logps - ref_logps).mean().clamp(min=0).detach()

@@ -1,0 +1,377 @@
+"""A directory -> a model ready to train; and back to a directory; and text out of it.
+
+`load_policy` reads top to bottom what happens to a model here: tokenizer and markers, weights, the
+probe, LoRA. The model itself stays transformers'; only its attention runs through
+packing.packed_attention, which transformers' AttentionInterface allows, and its head is not called
+(logps.py). Some models ignore the interface without a word, or have a head that does more than a
+product: the PROBE finds out before any weight is read, on a two-layer copy of the config with
+random weights, and refuses what would come out wrong.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nanoalign import InputError
+from nanoalign.chatml import (
+    CHATML_JINJA,
+    IM_END,
+    IM_START,
+    TEMPLATES,
+    ChatML,
+    Message,
+    NativeTemplate,
+    encode,
+)
+from nanoalign.config import Config
+from nanoalign.logps import PackedLM
+from nanoalign.lora import (
+    LoRAConfig,
+    Reference,
+    add_lora,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
+from nanoalign.packing import Sequence, packed_attention
+
+AttentionInterface.register("packed", packed_attention)
+
+
+@dataclass
+class Policy:
+    """What is trained, and what belongs to it."""
+
+    lm: PackedLM  # sequences -> scores
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatML | NativeTemplate
+    lora: LoRAConfig | None  # None: all weights train
+    attention: str  # transformers' implementation that generation runs under
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.lm.model
+
+
+def load_policy(cfg: Config) -> Policy:
+    """The model that the flags describe, on its device, with everything frozen but what trains.
+
+    Raises InputError for whatever is wrong with the directory, the adapter or the flags.
+    """
+    name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
+    if adapter:
+        lora = read_adapter_config(adapter)
+        name = name or lora.base_model_name_or_path
+    if (Path(name) / "adapter_config.json").exists():
+        raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
+
+    enlarged = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    tokenizer, template, added = load_tokenizer(
+        adapter if enlarged else name, cfg.chat_template, cfg.trust_remote_code
+    )
+    lm = load_lm(name, cfg.dtype, cfg.device, not cfg.use_peft, cfg.trust_remote_code)
+    model = lm.model
+    attention = model.config._attn_implementation
+    if cfg.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    new = _fit_embeddings(model, len(tokenizer), added, name)
+
+    if not cfg.use_peft:
+        model.requires_grad_(True)
+        print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
+    else:
+        lora = lora or LoRAConfig(
+            r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_dropout=0.0 if cfg.disable_dropout else cfg.lora_dropout,
+            target_modules=_one(cfg.lora_target_modules),
+            use_rslora=cfg.use_rslora,
+            bias=cfg.lora_bias,
+            modules_to_save=cfg.lora_modules_to_save,
+            trainable_token_indices=new,
+            base_model_name_or_path=str(name),
+        )
+        layers = add_lora(model, lora)
+        if adapter:
+            load_adapter(model, adapter)
+            print(f"goes on from the adapter {adapter}")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(
+            f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
+            f"({trained / sum(p.numel() for p in model.parameters()):.2%}); "
+            "--use_peft false trains all weights"
+        )
+    if cfg.gradient_checkpointing:
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    model.set_attn_implementation("packed")
+    return Policy(lm, tokenizer, template, lora, attention)
+
+
+def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
+    """-> (tokenizer, template, ids of the ChatML markers that had to be added)."""
+    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    missing = []
+    if chat_template == "chatml":
+        missing = [marker for marker in (IM_START, IM_END) if marker not in tokenizer.get_vocab()]
+        tokenizer.add_tokens(missing, special_tokens=True)
+        tokenizer.chat_template, tokenizer.eos_token = CHATML_JINJA, IM_END
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # generation pads; training never does
+    return tokenizer, TEMPLATES[chat_template](tokenizer), tokenizer.convert_tokens_to_ids(missing)
+
+
+def load_lm(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    train_all: bool = False,
+    trust_remote_code: bool = False,
+) -> PackedLM:
+    """A model of transformers, checked, on its device.
+
+    With `train_all` the weights are fp32 and `dtype` is what autocast computes in.
+    """
+    config = _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    scale, softcap = probe(config, name, trust_remote_code)
+    dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    dtype = dtype or torch.float32
+    model, info = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=torch.float32 if train_all else dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            raise InputError(f"{name}: {what.replace('_', ' ')} in the weights: {min(info[what])}")
+    for tensor_name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor.detach().abs().max()):
+            raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
+    autocast = dtype if train_all and dtype != torch.float32 else None
+    return PackedLM(model.to(pick_device(device)), scale, softcap, autocast)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _one(values: list[str]) -> list[str] | str:
+    return values[0] if len(values) == 1 else values
+
+
+def _from_pretrained(kind, name: str, **more):
+    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
+    if str(name).endswith(".gguf"):
+        more["gguf_file"], name = Path(name).name, Path(name).parent
+    try:
+        return kind.from_pretrained(name, **more)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{name}: {lines[0]}") from None
+
+
+def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str, list[int]]:
+    """Rows for added tokens, each the mean of the old ones. -> PEFT's trainable_token_indices."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    if tokens > rows and tokens - len(added) > rows:
+        raise InputError(f"{name}: the tokenizer has {tokens} ids, the embeddings {rows} rows")
+    if not added:
+        return {}
+    untied = head.weight is not embedding.weight
+    tables = [embedding, head] if untied else [embedding]
+    means = [table.weight.detach().float().mean(0) for table in tables]
+    if tokens > rows:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding, head] if untied else [embedding]
+    paths = {id(module): path for path, module in model.named_modules()}
+    with torch.no_grad():
+        for table, mean in zip(tables, means):
+            table.weight[added] = mean.to(table.weight.dtype)
+    return {paths[id(table)].rpartition(".")[2]: added for table in tables}
+
+
+# -------------------------------------------------------------------------------------- the probe
+
+
+def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
+    """Can this kind of model be trained here? -> its head's (scale, softcap).
+
+    Two examples in one row, one with two branches, must give the log-probs of transformers' own
+    forward pass, sequence by sequence, in fp32, on a copy of the config with two layers (one of
+    each kind), a small vocabulary, a short window and random weights. Raises InputError if not.
+    """
+    config = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(config.layer_types)) if hasattr(config, "layer_types") else []
+    small = {
+        "num_hidden_layers": max(2, len(kinds)),
+        "layer_types": (kinds * 2)[: max(2, len(kinds))],
+        "vocab_size": 64,
+        "sliding_window": 4,
+        "attention_chunk_size": 4,
+        "intermediate_size": 64,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    for key, value in small.items():
+        if getattr(config, key, None) is not None:
+            setattr(config, key, value)
+    ids = list(range(1, 24))
+    sequences = [
+        (ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
+        (ids[3:7], [(ids[9:20], [True] * 11)]),
+    ]
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+            ).eval()
+            row = torch.tensor([ids])
+            softcap = config.to_dict().get("final_logit_softcapping")
+            z = model.get_output_embeddings()(model.get_decoder()(row).last_hidden_state)
+            ratio = float((model(row).logits * z).sum() / (z * z).sum())
+            scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
+            expected = [
+                _plain_logps(model, prompt, completion)
+                for prompt, completions in sequences
+                for completion, _ in completions
+            ]
+            calls = []
+
+            def counted(*args, **kwargs):
+                calls.append(1)
+                return packed_attention(*args, **kwargs)
+
+            AttentionInterface.register("packed_probe", counted)
+            model.set_attn_implementation("packed_probe")
+            got = PackedLM(model, scale, softcap, None)(sequences).logps.tolist()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}") from None
+    if len(calls) != config.num_hidden_layers:
+        raise InputError(
+            f"{name}: {config.model_type} does not use transformers' AttentionInterface"
+        )
+    if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
+        raise InputError(
+            f"{name}: {config.model_type} computes something that packing does not know"
+        )
+    return scale, softcap
+
+
+def _plain_logps(model, prompt: list[int], completion: list[int]) -> float:
+    """log pi(completion | prompt) as everybody computes it: all the logits of one sequence."""
+    ids = torch.tensor([prompt + completion])
+    logps = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (n, V)
+    return logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
+
+
+# ------------------------------------------------------------------ reference, generation, saving
+
+
+def load_reference(cfg: Config, policy: Policy) -> Callable[[list[Sequence]], Tensor]:
+    """sequences -> (C,) log-probs under the reference, without gradient.
+
+    The policy as it is now, or another model (--ref_model_name_or_path). With full fine-tuning
+    there is no copy of "now": ask for all log-probs before the first step.
+    """
+    if cfg.ref_model_name_or_path:
+        other = load_lm(cfg.ref_model_name_or_path, cfg.dtype, cfg.device)
+        other.model.set_attn_implementation("packed")
+        other.requires_grad_(False).eval()
+        if other.head().weight.shape[0] < len(policy.tokenizer):
+            raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
+        return torch.no_grad()(lambda sequences: other(sequences).logps)
+    if policy.lora is None:
+        return torch.no_grad()(lambda sequences: policy.lm.eval()(sequences).logps)
+    start = Reference(policy.lm)
+
+    @torch.no_grad()
+    def reference(sequences: list[Sequence]) -> Tensor:
+        with start():
+            return policy.lm(sequences).logps
+
+    return reference
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    conversations: list[list[Message]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> list[str]:
+    """One reply to each conversation; temperature 0 is greedy. transformers' own generate."""
+    pieces = [list(policy.template.prompt(messages)) for messages in conversations]
+    prompts = [ids for ids, _ in encode(policy.tokenizer, pieces)]
+    longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
+    rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    with generation(policy) as model:
+        out = model.generate(
+            rows,
+            attention_mask=mask.to(rows.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            eos_token_id=policy.template.stop_ids,
+            pad_token_id=pad,
+            **sampling,
+        )
+    return policy.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+
+
+@contextmanager
+def generation(policy: Policy) -> Iterator[PreTrainedModel]:
+    """The model in eval mode under the attention it was loaded with, which has a KV cache."""
+    training = policy.model.training
+    policy.model.eval().set_attn_implementation(policy.attention)
+    try:
+        yield policy.model
+    finally:
+        policy.model.train(training).set_attn_implementation("packed")
+
+
+def save_policy(policy: Policy, directory: str | Path) -> None:
+    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if policy.lora is not None:
+        save_adapter(policy.model, policy.lora, directory)
+    else:
+        policy.model.set_attn_implementation(policy.attention)
+        policy.model.save_pretrained(directory)
+        policy.model.set_attn_implementation("packed")
+    policy.tokenizer.save_pretrained(directory)

@@ -1,0 +1,199 @@
+"""Prompts and completions -> one row without padding, and who sees whom in it.
+
+A batch is one row of tokens. There is no pad token, no attention mask tensor, no left or right:
+
+    | prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...
+
+A prompt stands in the row once and its completions branch off it (arXiv 2410.20305), each with
+positions that go on from the prompt. So DPO pays once for its prompt instead of twice, and nobody
+pays for padding. One predicate says who sees whom:
+
+    same example, the key is not after the query, and it lies in the prompt or in the query's branch
+    (and, in a model with a sliding window, its position is less than the window away)
+
+The last token of a completion predicts nothing that trains, so it is not in the row at all.
+
+The big libraries pad every example to the longest one of its batch, and carry the prompt of a
+preference pair twice.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Completion = tuple[list[int], list[bool]]  # ids; which of them train
+Sequence = tuple[list[int], list[Completion]]  # a prompt's ids and the completions that share it
+
+
+@dataclass
+class Layout:
+    """Where examples and branches lie in a row of T tokens."""
+
+    examples: list[tuple[int, int, list[int]]]  # start, length of the prompt, lengths of branches
+    example: Tensor  # (T,) the example a token belongs to
+    branch: Tensor  # (T,) the branch within it, -1 for the prompt
+    position: Tensor  # (T,) counted from the start of the prompt, through the branch
+    block_masks: dict = field(default_factory=dict)  # flex_attention's, by window: made once a row
+
+    def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """The predicate, for broadcastable indices into the row."""
+        same = (self.example[query] == self.example[key]) & (key <= query)
+        seen = same & ((self.branch[key] < 0) | (self.branch[key] == self.branch[query]))
+        if window is not None:
+            seen = seen & (self.position[query] - self.position[key] < window)
+        return seen
+
+
+@dataclass
+class Row:
+    """A packed batch: T tokens, of which N predictions train, for C completions."""
+
+    input_ids: Tensor  # (T,)
+    layout: Layout
+    predictors: Tensor  # (N,) where in the row the n-th trained token is predicted
+    targets: Tensor  # (N,) that token
+    completion: Tensor  # (N,) the completion it belongs to
+    trained: list[int]  # trained tokens of each of the C completions
+    lengths: list[int]  # tokens of each example in the row: its prompt and all its branches
+
+
+def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
+    """One row of all sequences; completions are numbered in the order in which they are given."""
+    input_ids, positions, example_of, branch_of = [], [], [], []
+    predictors, targets, completion_of = [], [], []
+    examples, trained = [], []
+    for number, (prompt, completions) in enumerate(sequences):
+        start, last_of_prompt = len(input_ids), len(input_ids) + len(prompt) - 1
+        input_ids += prompt
+        positions += range(len(prompt))
+        branch_of += [-1] * len(prompt)
+        for branch, (ids, mask) in enumerate(completions):
+            before = (
+                len(input_ids) - 1
+            )  # ids[j] is predicted at before + j, but ids[0] by the prompt
+            hits = [j for j, trains in enumerate(mask) if trains and (j or prompt)]
+            predictors += [before + j if j else last_of_prompt for j in hits]
+            targets += [ids[j] for j in hits]
+            completion_of += [len(trained)] * len(hits)
+            trained.append(len(hits))
+            input_ids += ids[:-1]
+            positions += range(len(prompt), len(prompt) + len(ids) - 1)
+            branch_of += [branch] * (len(ids) - 1)
+        example_of += [number] * (len(input_ids) - start)
+        examples.append((start, len(prompt), [len(ids) - 1 for ids, _ in completions]))
+
+    rows = [input_ids, example_of, branch_of, positions]
+    tokens = torch.tensor(rows).to(device, non_blocking=True)  # (4, T): one copy to the device
+    wanted = torch.tensor([predictors, targets, completion_of]).to(device, non_blocking=True)
+    layout = Layout(examples, *tokens[1:])
+    lengths = [prompt + sum(branches) for _, prompt, branches in examples]
+    return Row(tokens[0], layout, *wanted, trained, lengths)
+
+
+def packed_attention(
+    module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, H_kv, T, D)
+    value: Tensor,  # (1, H_kv, T, D)
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    **unknown,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row, in the form of transformers' AttentionInterface.
+
+    Returns (1, T, H, D). A keyword that it does not know may change what a model computes
+    (attention sinks do), so it is an error.
+    """
+    unknown = [name for name, given in unknown.items() if given is not None]
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    if query.is_cuda:
+        out = _flex(query, key, value, layout, scaling, sliding_window, softcap)
+    else:
+        out = _by_example(query, key, value, layout, scaling, dropout, sliding_window, softcap)
+    return out.transpose(1, 2), None
+
+
+def _by_example(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
+    """The predicate as a few dense calls: an example's prompt and first branch are one causal
+    sequence; each further branch attends to the prompt and to itself."""
+    outputs = []
+    for start, prompt, branches in layout.examples:
+        begin = start
+        for number, length in enumerate(branches):
+            end = begin + length + (prompt if number == 0 else 0)
+            q, k, v = (x[:, :, begin:end] for x in (query, key, value))
+            if number > 0 and length > 0:
+                k = torch.cat([key[:, :, start : start + prompt], k], dim=2)
+                v = torch.cat([value[:, :, start : start + prompt], v], dim=2)
+            if end > begin:
+                outputs.append(_attend(q, k, v, scaling, dropout, window, softcap))
+            begin = end
+    return torch.cat(outputs, dim=2)  # (1, H, T, D)
+
+
+def _attend(q, k, v, scaling, dropout, window, softcap) -> Tensor:
+    """Causal attention of the last q.shape[2] tokens of a sequence of k.shape[2]."""
+    queries, keys = q.shape[2], k.shape[2]
+    if window is not None and window >= keys:
+        window = None
+    gqa = q.shape[1] != k.shape[1]
+    if softcap is None and window is None and queries == keys:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+        )
+    mask = _band(queries, keys, window, q.device)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * scaling  # (1, H, queries, keys)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+@lru_cache(maxsize=64)
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: causal from the lower right corner, at most `window` wide."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries - window + 1)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
+    """The predicate compiled into one kernel. (Attention dropout does not exist there.)"""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if window not in layout.block_masks:
+        layout.block_masks[window] = create_block_mask(
+            lambda b, h, q, k: layout.allowed(q, k, window),
+            None, None, query.shape[2], key.shape[2], device=query.device,
+        )  # fmt: skip
+
+    def cap(score, b, h, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    return _compiled_flex()(
+        query, key, value, score_mod=cap if softcap else None,
+        block_mask=layout.block_masks[window], scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip

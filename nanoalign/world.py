@@ -1,0 +1,195 @@
+"""The built-in world: a model, data and a measurement that need no download.
+
+A tiny Llama (1.7 M weights) learns from scratch to answer five kinds of questions, each in one of
+two styles, tersely or in a full sentence, at random:
+
+    Put p, c and k in order.                           c k p  |  In order they are c k p.
+    Mia put the red lamp in the attic. Where is it?    attic  |  The red lamp is in the attic.
+
+The answers are right or wrong and the style is plain to see, so alignment can be MEASURED: after
+SFT about half of the sampled replies are full sentences; DPO and KTO, which prefer the sentence,
+make it nearly all of them and should leave the answers as right as they were.
+
+`build` writes an ordinary model directory and ordinary data files. From there on nothing is special
+about this model: the scripts train it as they train any other.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nanoalign.chatml import IM_END, IM_START
+from nanoalign.model import Policy, generate
+
+HOME = Path("runs/world")
+BASE = HOME / "base"
+EACH = 3000  # training questions of a kind
+HELD_OUT = 100  # questions of a kind in each of the two held-out sets
+
+# settings of the built-in runs, chosen on validation.jsonl; reported on test.jsonl
+SETTINGS = {
+    "sft": dict(
+        model_name_or_path=str(BASE), dataset_name=[str(HOME / "sft.jsonl")],
+        output_dir="runs/sft", use_peft=False, learning_rate=2e-3, lr_scheduler_type="cosine",
+        warmup_ratio=0.05, weight_decay=0.05, adam_beta2=0.95, per_device_train_batch_size=64,
+        max_steps=550, logging_steps=25, disable_dropout=True, device="cpu",
+    ),
+    "dpo": dict(
+        model_name_or_path="runs/sft", dataset_name=[str(HOME / "dpo.jsonl")],
+        output_dir="runs/dpo", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+        per_device_train_batch_size=32, max_steps=40, logging_steps=5, device="cpu",
+    ),
+    "kto": dict(
+        model_name_or_path="runs/sft", dataset_name=[str(HOME / "kto.jsonl")],
+        output_dir="runs/kto", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+        per_device_train_batch_size=64, max_steps=40, logging_steps=5, device="cpu",
+    ),
+}  # fmt: skip
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PLACES = ["first", "second", "third"]
+NAMES = ["Anna", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jo", "Kai", "Mia"]
+COLOURS = ["red", "blue", "green", "black", "white", "yellow"]
+THINGS = ["cup", "lamp", "book", "key", "ball", "hat", "box", "pen", "coat", "drum"]
+ROOMS = ["attic", "kitchen", "garden", "cellar", "garage", "hall", "office", "shed", "barn"]
+
+
+def questions(rng: random.Random) -> dict[str, list[list[tuple[str, str, str]]]]:
+    """{kind: [training, validation, test]}, each a list of (question, terse, sentence).
+
+    The three sets share no question; for sorting they share no set of letters either.
+    """
+    sets = [sorted(letters) for letters in itertools.combinations(LETTERS, 3)]
+    triples = [list(p) for letters in sets for p in itertools.permutations(letters)]
+    stories = list(itertools.product(NAMES, COLOURS, THINGS, ROOMS))
+
+    def sort(letters):
+        shown = rng.sample(letters, 3)
+        a, b, c = shown
+        right = " ".join(letters)
+        return f"Put {a}, {b} and {c} in order.", right, f"In order they are {right}."
+
+    def capitals(letters):
+        shown, right = " ".join(letters), " ".join(letters).upper()
+        return f"Write {shown} in capitals.", right, f"In capitals that is {right}."
+
+    def backwards(letters):
+        right = " ".join(letters[::-1])
+        return f"Read {' '.join(letters)} backwards.", right, f"Backwards it reads {right}."
+
+    def pick(letters):
+        i = rng.randrange(3)
+        question = f"Which letter comes {PLACES[i]} in {' '.join(letters)}?"
+        return question, letters[i], f"The {PLACES[i]} letter is {letters[i]}."
+
+    def where(story):
+        name, colour, thing, room = story
+        question = f"{name} put the {colour} {thing} in the {room}. Where is it?"
+        return question, room, f"The {colour} {thing} is in the {room}."
+
+    kinds = {sort: sets, capitals: triples, backwards: triples, pick: triples, where: stories}
+    out = {}
+    for ask, things in kinds.items():
+        things = rng.sample(things, len(things))
+        ends = HELD_OUT, 2 * HELD_OUT
+        parts = [things[ends[1] :], things[: ends[0]], things[ends[0] : ends[1]]]
+        train = [parts[0][i % len(parts[0])] for i in range(EACH)]  # sets of letters come again
+        out[ask.__name__] = [[ask(t) for t in part] for part in (train, *parts[1:])]
+    return out
+
+
+def build(seed: int = 0) -> None:
+    """Write the untrained model, its tokenizer and all data files under runs/world."""
+    rng = random.Random(seed)
+    train, validation, test = map(list, zip(*questions(rng).values()))
+    HOME.mkdir(parents=True, exist_ok=True)
+    train, validation, test = (sum(part, []) for part in (train, validation, test))
+    rng.shuffle(train)
+
+    def write(name, rows):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (HOME / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    pairs = [dict(prompt=q, chosen=long, rejected=short) for q, short, long in train]
+    write("sft", [dict(prompt=q, completion=a) for q, *answers in train for a in answers])
+    write("dpo", pairs)
+    thumbs = []  # 1 of 4 is a sentence, thumbs up; 3 are terse, thumbs down
+    for i, (q, short, long) in enumerate(train):
+        up = i % 4 == 0
+        thumbs.append(dict(prompt=q, completion=long if up else short, label=up))
+    write("kto", thumbs)
+    for name, part in (("validation", validation), ("test", test)):
+        write(name, [dict(question=q, terse=short, sentence=long) for q, short, long in part])
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = [f"user\n{q}\nassistant\n{a}\nassistant\n{b}" for q, a, b in train]
+    bpe.train_from_iterator(text, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=IM_END, pad_token=IM_END)
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # the biggest lever: transformers' 0.02 learns far more slowly here
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+
+
+def measure(policy: Policy, name: str = "test") -> dict:
+    """How the policy answers a held-out set: shares from 0 to 1, and its greedy replies."""
+    lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line) for line in lines]
+    prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        greedy = generate(policy, prompts, max_new_tokens=24)
+        sampled = generate(policy, prompts, max_new_tokens=24, temperature=1.0)
+
+    def share(replies, *keys):
+        hits = [reply in [row[key] for key in keys] for reply, row in zip(replies, asked)]
+        return sum(hits) / len(hits)
+
+    def full(replies):  # whatever it says: a sentence has its full stop
+        return sum(reply.endswith(".") for reply in replies) / len(replies)
+
+    return {
+        "right answers, greedy": share(greedy, "terse", "sentence"),
+        "right answers, sampled": share(sampled, "terse", "sentence"),
+        "full sentences, greedy": full(greedy),
+        "full sentences, sampled": full(sampled),
+        "replies": [(row["question"], reply) for row, reply in zip(asked, sampled)],
+    }
+
+
+def report(before: dict, after: dict) -> str:
+    """The two measurements side by side, and some replies sampled from each."""
+    lines = ["", f"on {len(after['replies'])} held-out questions{'before':>23}{'after':>9}"]
+    for name in [name for name in before if name != "replies"]:
+        lines.append(f"  {name:<43}{before[name]:>7.1%}  {after[name]:>7.1%}")
+    lines += ["", f"{'sampled replies':<53}{'before':<32}after"]
+    for i in range(0, len(after["replies"]), max(1, len(after["replies"]) // 8)):
+        question, reply = after["replies"][i]
+        lines.append(f"  {question:<51}{before['replies'][i][1][:30]!r:<32}{reply[:40]!r}")
+    return "\n".join(lines)

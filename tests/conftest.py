@@ -1,0 +1,67 @@
+"""Tiny models and a ChatML tokenizer, made in the process: the tests need no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+transformers.logging.set_verbosity_error()
+
+TEXT = [
+    "system user assistant Be brief. What is the capital of France? Paris is the capital of France.",
+    "Why is the sky blue? Light is scattered. How are you? I am fine, thank you. Hello! Bye.",
+]
+
+
+def make_tokenizer(special=("<|im_start|>", "<|im_end|>", "<|endoftext|>")):
+    """A byte-level BPE of about 300 tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[-1])
+
+
+def tiny(kind, **more):
+    """A config of any Llama-like kind, small enough for a test."""
+    size = dict(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.2,  # far from uniform predictions, so that errors show
+    )
+    return kind(**(size | more))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny random Llama with its ChatML tokenizer, saved as an ordinary model directory."""
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny(LlamaConfig)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)

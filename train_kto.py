@@ -1,0 +1,84 @@
+"""Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
+
+    python train_kto.py                                   # goes on from train_sft.py's result
+    python train_kto.py --model_name_or_path M --dataset_name thumbs.jsonl
+
+A reply's log-ratio to the reference is judged against z0: how far the policy has moved from the
+reference on average, estimated with completions y' that belong to other prompts.
+"""
+
+import torch
+
+from nanoalign.config import KTOConfig
+from nanoalign.data import KTO, epoch_order, with_mismatches
+from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
+from nanoalign.metrics import reward_sums
+from nanoalign.model import load_reference
+from nanoalign.run import finish, main, start
+from nanoalign.train import train
+
+
+def run_kto(cfg: KTOConfig) -> None:
+    run = start(cfg, KTO)
+    up = sum(e.label for e in run.examples)
+    print(f"{up} desirable, {len(run.examples) - up} undesirable")
+    reference = load_reference(cfg, run.policy)
+    run.held_out = with_mismatches(run.held_out)
+    with_z0 = cfg.loss_type in NEEDS_Z0
+
+    def order(epoch):
+        return with_mismatches(epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset))
+
+    def weight(example):  # the loss is a mean over examples
+        return 1
+
+    def own(batch):
+        return [(e.prompt, e.completions) for e in batch]
+
+    def mismatched(batch):
+        return [(e.prompt, e.mismatch.completions) for e in batch]
+
+    def both(batch):
+        return [(e.prompt, e.completions + e.mismatch.completions) for e in batch]
+
+    def prepare(groups):
+        """z0 of the whole step, and each batch's reference log-probs."""
+        policy_kl, ref_kl, ref_logps = [], [], []
+        for batch in groups:
+            if with_z0:
+                ref = reference(both(batch)).view(-1, 2)
+                with torch.no_grad():
+                    policy_kl.append(run.policy.lm(mismatched(batch)).logps)
+                ref_kl.append(ref[:, 1])
+                ref_logps.append(ref[:, 0])
+            else:
+                ref_logps.append(reference(own(batch)))
+        z0 = kl_baseline(torch.cat(policy_kl), torch.cat(ref_kl)) if with_z0 else torch.zeros(())
+        return [(z0, logps) for logps in ref_logps]
+
+    def loss(batch, known):
+        z0, ref_logps = known
+        scores = run.policy.lm(own(batch))
+        desirable = torch.tensor([e.label for e in batch], device=ref_logps.device)
+        losses, rewards = kto_loss(
+            scores.logps,
+            ref_logps,
+            desirable,
+            z0,
+            cfg.beta,
+            cfg.loss_type,
+            cfg.desirable_weight,
+            cfg.undesirable_weight,
+        )
+        metrics = {"kl": (z0 * len(batch), len(batch))}
+        for side, label in (("chosen", True), ("rejected", False)):
+            index = [i for i, e in enumerate(batch) if e.label is label]
+            metrics |= reward_sums(side, rewards[index], scores.take(index))
+        return losses.sum(), metrics
+
+    train(cfg, run, order, weight, prepare, loss)
+    finish(cfg, run)
+
+
+if __name__ == "__main__":
+    main("kto", KTOConfig, run_kto)
