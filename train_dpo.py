@@ -6,10 +6,9 @@
 The policy is compared with a reference: itself, as it was at the start.
 """
 
-import torch
-
 from nanoalign.config import DPOConfig
-from nanoalign.data import DPO, batches, epoch_order
+from nanoalign.data import epoch_order
+from nanoalign.layouts import DPO
 from nanoalign.losses import dpo_loss
 from nanoalign.metrics import reward_sums
 from nanoalign.model import load_reference
@@ -19,7 +18,6 @@ from nanoalign.train import train
 
 def run_dpo(cfg: DPOConfig) -> None:
     run = start(cfg, DPO)
-    reference = load_reference(cfg, run.policy)
 
     def order(epoch):
         return epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset)
@@ -30,11 +28,13 @@ def run_dpo(cfg: DPOConfig) -> None:
     def pairs(batch):
         return [(e.prompt, e.completions) for e in batch]
 
+    def everything():  # that the run asks the reference for
+        return pairs(run.examples + run.held_out)
+
+    reference = load_reference(cfg, run.policy, everything)
+
     def prepare(groups):
         """Each batch's reference log-probs, (2 B,): chosen, rejected, chosen, rejected, ..."""
-        if cfg.precompute_ref_log_probs:
-            known = [[logp for e in batch for logp in e.reference] for batch in groups]
-            return [torch.tensor(logps, device=run.policy.lm.device) for logps in known]
         return [reference(pairs(batch)) for batch in groups]
 
     def loss(batch, ref_logps):
@@ -59,11 +59,6 @@ def run_dpo(cfg: DPOConfig) -> None:
             **reward_sums("rejected", rejected_rewards, rejected),
             "rewards/accuracies": (won, len(batch)),
         }
-
-    if cfg.precompute_ref_log_probs:
-        for batch in batches(run.examples + run.held_out, cfg.per_device_eval_batch_size):
-            for example, both in zip(batch, reference(pairs(batch)).view(-1, 2).tolist()):
-                example.reference = both
 
     train(cfg, run, order, weight, prepare, loss)
     finish(cfg, run)

@@ -10,24 +10,25 @@ reference on average, estimated with completions y' that belong to other prompts
 import torch
 
 from nanoalign.config import KTOConfig
-from nanoalign.data import KTO, epoch_order, with_mismatches
+from nanoalign.data import epoch_order, with_mismatches
+from nanoalign.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
 from nanoalign.metrics import reward_sums
 from nanoalign.model import load_reference
 from nanoalign.run import finish, main, start
-from nanoalign.train import train
+from nanoalign.train import epochs, train
 
 
 def run_kto(cfg: KTOConfig) -> None:
     run = start(cfg, KTO)
     up = sum(e.label for e in run.examples)
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
-    reference = load_reference(cfg, run.policy)
-    run.held_out = with_mismatches(run.held_out)
     with_z0 = cfg.loss_type in NEEDS_Z0
+    pair = with_mismatches if with_z0 else list
+    run.held_out = pair(run.held_out)
 
     def order(epoch):
-        return with_mismatches(epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset))
+        return pair(epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset))
 
     def weight(example):  # the loss is a mean over examples
         return 1
@@ -40,6 +41,14 @@ def run_kto(cfg: KTOConfig) -> None:
 
     def both(batch):
         return [(e.prompt, e.completions + e.mismatch.completions) for e in batch]
+
+    def everything():  # that the run asks the reference for: each y once, each epoch's y'
+        if not with_z0:
+            return own(run.examples + run.held_out)
+        later = [order(epoch) for epoch in range(1, epochs(cfg, len(run.examples)))]
+        return both(order(0) + run.held_out) + mismatched(sum(later, []))
+
+    reference = load_reference(cfg, run.policy, everything)
 
     def prepare(groups):
         """z0 of the whole step, and each batch's reference log-probs."""

@@ -7,7 +7,8 @@ The loss is the cross-entropy of the replies' tokens; everything else is context
 """
 
 from nanoalign.config import SFTConfig
-from nanoalign.data import SFT, epoch_order
+from nanoalign.data import epoch_order
+from nanoalign.layouts import SFT
 from nanoalign.losses import sft_loss
 from nanoalign.run import finish, main, start
 from nanoalign.train import train

@@ -20,9 +20,10 @@ is invented.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from nanoalign import InputError
+from nanoalign.pieces import Piece, encode
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CHATML_JINJA = (  # for the tools that read the tokenizer we save
@@ -33,7 +34,6 @@ CHATML_JINJA = (  # for the tools that read the tokenizer we save
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
-Piece = tuple[str | int, bool]  # text to encode or a special token's id; does it train?
 
 
 class ChatML:
@@ -46,14 +46,14 @@ class ChatML:
     def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
         """The conversation in pieces; the replies among messages[first:] train."""
         for i, message in enumerate(messages):
-            reply = message["role"] == "assistant"
+            trains = message["role"] == "assistant" and i >= first
             yield self.start, False
-            if reply:
+            if message["role"] == "assistant":
                 yield "assistant\n", False
-                yield message["content"], i >= first
+                yield message["content"], trains
             else:
                 yield f"{message['role']}\n{message['content']}", False
-            yield self.end, reply and i >= first
+            yield self.end, trains
             yield "\n", False
 
     def prompt(self, messages: list[Message]) -> Iterator[Piece]:
@@ -67,70 +67,65 @@ class NativeTemplate:
     """The tokenizer's own chat template, for a model tuned on another format than ChatML.
 
     The template is rendered with a placeholder for each content. What it prints around them is its
-    scaffold, where special tokens are meant; in the contents they are not. Where the mask would be
-    a guess the template is refused with an InputError: when it drops, repeats, reorders or rewrites
-    contents, does not close a reply with a special token, or shows what precedes a reply otherwise
-    than generation would.
+    scaffold: added tokens are markers there, and plain text in the contents. White space that
+    generation would have to write before a reply (Mistral's) is part of the reply. Where the mask
+    would be a guess the template is refused with an InputError: when it drops, repeats, reorders or
+    rewrites contents (stripping them is fine), does not close a reply with a marker, or shows what
+    precedes a reply otherwise than generation would.
     """
 
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise InputError(
-                "--chat_template native: the tokenizer has no chat template of its own"
-            )
+            raise InputError("--chat_template native: the tokenizer has no template; use chatml")
         self.tokenizer = tokenizer
-        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        longest_first = sorted(special, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        reply = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-        self.stop_ids = [p for p, trained in self.pieces(reply) if trained and p != "a"]
+        tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
+        tokens.sort(key=lambda t: len(t.content), reverse=True)
+        space = {True: r"\s*", False: ""}  # some tokens take the white space beside them
+        names = [space[t.lstrip] + re.escape(t.content) + space[t.rstrip] for t in tokens]
+        self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
+
+        talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+        pieces = list(self.pieces(talk))
+        self.stop_ids = sorted({p for p, trains in pieces if trains and isinstance(p, int)})
+        ordinary = tokenizer(self._render(talk), add_special_tokens=False)["input_ids"]
+        if encode(tokenizer, [pieces])[0][0] != ordinary:
+            raise self._refusal("cannot be tokenized piece by piece")
 
     def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
         """As ChatML.pieces."""
-        contents = [message["content"] for message in messages]
         gaps = self._scaffold(messages)
-        rendered = self._render(messages)
-        if _interleave(gaps, contents) != rendered:
-            contents = [content.strip() for content in contents]  # many templates do that
-            if _interleave(gaps, contents) != rendered:
-                raise self._refusal("rewrites the contents of messages")
-
-        text = ""  # ordinary text since the last special token: encoded in one go
-        closing = None  # the special token that has to come next, after a reply
+        contents = self._contents(messages, gaps)
+        text, closes = "", False  # text since the last marker; must a marker close a reply now?
         for i, gap in enumerate(gaps):
-            for part in self.special.split(gap):
-                if part and self.special.fullmatch(part):
-                    if text:
-                        yield text, False
-                        text = ""
-                    yield self.tokenizer.convert_tokens_to_ids(part), closing is True
-                    closing = None
-                elif part:
-                    if closing is not None:
-                        raise self._refusal("does not close a reply with a special token")
+            if closes and not self.marker.match(gap):
+                raise self._refusal("does not close a reply with a special token")
+            for j, part in enumerate(self.marker.split(gap)):
+                if j % 2 == 0:
                     text += part
+                    continue
+                if text:
+                    yield text, False
+                yield self._id(part), closes
+                text, closes = "", False
             if i == len(messages):
                 break
             if messages[i]["role"] != "assistant":
                 text += contents[i]
                 continue
-            if self._render(messages[:i], True) != _interleave(gaps[: i + 1], contents[:i]):
-                raise self._refusal("shows a reply's prompt otherwise than generation would")
-            if text:
-                yield text, False
-                text = ""
-            yield contents[i], i >= first
-            closing = i >= first
-        if closing is not None:
-            raise self._refusal("does not close a reply with a special token")
+            closes = i >= first
+            space = self._space(messages[:i], text, _fill(gaps, contents, i)) if closes else ""
+            if len(text) > len(space):
+                yield text[: len(text) - len(space)], False
+            yield space + contents[i], closes
+            text = ""
         if text:
             yield text, False
 
     def prompt(self, messages: list[Message]) -> Iterator[Piece]:
-        """As ChatML.prompt: what precedes an empty reply."""
-        reply = {"role": "assistant", "content": "\ue002"}
-        for piece, trained in self.pieces([*messages, reply], first=len(messages)):
-            if trained:
+        """As ChatML.prompt: what precedes a reply."""
+        reply = {"role": "assistant", "content": "reply"}
+        for piece, trains in self.pieces([*messages, reply], first=len(messages)):
+            if trains:
                 return
             yield piece, False
 
@@ -142,50 +137,47 @@ class NativeTemplate:
             raise self._refusal("drops, repeats or reorders messages")
         return re.split("\ue000[0-9]+\ue001", text)
 
+    def _contents(self, messages: list[Message], gaps: list[str]) -> list[str]:
+        """The contents as the template prints them: as they are, or stripped."""
+        rendered, at, contents = self._render(messages), len(gaps[0]), []
+        for message, gap in zip(messages, gaps[1:]):
+            content = message["content"]
+            if not rendered.startswith(content + gap, at):
+                content = content.strip()
+            contents.append(content)
+            at += len(content + gap)
+        if rendered != _fill(gaps, contents, len(messages)):
+            raise self._refusal("rewrites the contents of messages")
+        return contents
+
+    def _space(self, before: list[Message], text: str, shown: str) -> str:
+        """The white space between the prompt that generation gets and the reply."""
+        prompt = self._render(before, add_generation_prompt=True)
+        space = shown[len(prompt) :]
+        if shown != prompt + space or space.strip() or not text.endswith(space):
+            raise self._refusal("shows a reply's prompt otherwise than generation would")
+        return space
+
+    def _id(self, part: str) -> int:
+        ids = self.tokenizer.get_added_vocab()
+        return ids[part if part in ids else part.strip()]
+
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program, and says no in its own words
-            raise InputError(f"the tokenizer's chat template fails here: {error}") from None
+            why = " ".join(str(error).split())[:200]
+            raise self._refusal(f"says: {why!r}") from None
 
     def _refusal(self, what: str) -> InputError:
         return InputError(f"--chat_template native: the tokenizer's template {what}; use chatml")
 
 
+def _fill(gaps: list[str], contents: list[str], n: int) -> str:
+    """What the template prints up to the n-th content."""
+    return "".join(gap + c for gap, c in zip(gaps[:n], contents)) + gaps[n]
+
+
 TEMPLATES = {"chatml": ChatML, "native": NativeTemplate}
-
-
-def _interleave(gaps: list[str], contents: list[str]) -> str:
-    return gaps[0] + "".join(c + gap for c, gap in zip(contents, gaps[1:]))
-
-
-def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
-    """Pieces of many conversations -> (ids, mask of trained tokens) of each.
-
-    One batch call of the tokenizer encodes every distinct text; texts repeat a lot (a DPO prompt
-    stands before both replies, "assistant\\n" before all).
-    """
-    conversations = list(conversations)
-    texts = list({p: None for pieces in conversations for p, _ in pieces if isinstance(p, str)})
-    plain = dict(add_special_tokens=False, split_special_tokens=True)
-    ids_of = dict(zip(texts, tokenizer(texts, **plain)["input_ids"])) if texts else {}
-
-    # split_special_tokens keeps special tokens from being read in text. A vocabulary can still hold
-    # one as an ordinary or a non-special token: such a text goes character by character.
-    special = set(tokenizer.all_special_ids)
-    special |= {p for pieces in conversations for p, _ in pieces if isinstance(p, int)}
-    for text, ids in ids_of.items():
-        if not special.isdisjoint(ids):
-            ids_of[text] = sum(tokenizer(list(text), **plain)["input_ids"], [])
-
-    encoded = []
-    for pieces in conversations:
-        ids, mask = [], []
-        for piece, trained in pieces:
-            new = [piece] if isinstance(piece, int) else ids_of[piece]
-            ids += new
-            mask += [trained] * len(new)
-        encoded.append((ids, mask))
-    return encoded

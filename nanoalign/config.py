@@ -70,6 +70,12 @@ class Config:
     )
     # training
     output_dir: str | None = flag(None, "where everything goes")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "go on from the newest checkpoint of output_dir, or from this one",
+        nargs="?",
+        const="last",
+    )
     overwrite_output_dir: bool = flag(False, "use an output_dir that is not empty")
     per_device_train_batch_size: int = flag(8, "examples a micro-batch")
     per_device_eval_batch_size: int = flag(8, "examples an evaluation batch")
@@ -97,6 +103,8 @@ class Config:
     logging_first_step: bool = flag(False, "a line for step 1 too")
     eval_steps: int | None = flag(None, "steps between two evaluations; none: at the end")
     save_steps: int | None = flag(500, "steps between two checkpoints")
+    save_total_limit: int | None = flag(None, "keep only the newest checkpoints")
+    skip_nonfinite: int = flag(0, "pass over this many steps whose loss or gradient is not finite")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "metrics go there as well")
 
 
@@ -156,8 +164,8 @@ def check(cfg: Config, given: set[str]) -> None:
     """Impossible values and contradictions raise InputError; idle flags are one printed line."""
     positive = ("lora_r", "lora_alpha", "max_length", "per_device_train_batch_size", "logging_steps",
                 "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                "max_prompt_length", "eval_steps", "save_steps", "beta")  # fmt: skip
-    zero_up = ("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "rpo_alpha",
+                "max_prompt_length", "eval_steps", "save_steps", "save_total_limit", "beta")  # fmt: skip
+    zero_up = ("skip_nonfinite", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "rpo_alpha",
                "neftune_noise_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
     shares = {"eval_fraction": 1.0, "warmup_ratio": None, "lora_dropout": 1.0, "adam_beta1": 1.0,
               "adam_beta2": 1.0, "label_smoothing": 0.5}  # fmt: skip

@@ -24,9 +24,7 @@ class Example:
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
     number: int = 0  # its place in the data, from 0
-    reference: list[float] | None = None  # reference log-prob of each completion, once known
     mismatch: "Example | None" = None  # KTO: whose completion stands in for y'
-    mismatch_reference: float | None = None  # its reference log-prob under this prompt
 
     def __len__(self) -> int:
         """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""

@@ -1,7 +1,8 @@
 """What a run says while it runs: metrics.jsonl, a line on the terminal, TensorBoard or W&B."""
 
+import contextlib
 import json
-import math
+import os
 import time
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
     return sums
 
 
+def keep_lines(path: Path, until: int) -> None:
+    """Drop the lines of metrics.jsonl after step `until`: the run will write them again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and until else []:
+        with contextlib.suppress(ValueError):  # a last line that a crash cut off
+            if json.loads(line)["step"] <= until:
+                kept.append(line + "\n")
+    beside = path.with_name("tmp-metrics.jsonl")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
 class Log:
     """The run's record; use it in a `with` statement.
 
@@ -45,10 +58,16 @@ class Log:
     TensorBoard or Weights & Biases when `report_to` asks for it and the package is installed.
     """
 
-    def __init__(self, directory: Path, total_steps: int, report_to: str = "none"):
-        self.start = time.monotonic()
-        self.file = open(directory / "metrics.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=total_steps, unit="step", disable=None, dynamic_ncols=True)
+    def __init__(self, directory: Path, total: int, state: dict, report_to: str = "none"):
+        """`state` is where the run stands: its "step", and the seconds ("time") it took so far."""
+        self.start = time.monotonic() - state["time"]
+        path = directory / "metrics.jsonl"
+        keep_lines(path, state["step"])
+        self.file = open(path, "a", encoding="utf-8")
+        self.total = total
+        self.bar = tqdm(
+            total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
+        )
         self.board = self.wandb = None
         try:
             if report_to == "tensorboard":
@@ -73,13 +92,16 @@ class Log:
         if self.wandb:
             self.wandb.finish()
 
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.start, 3)
+
     def say(self, text: str) -> None:
         self.bar.clear()
         print(text, flush=True)
 
     def line(self, metrics: dict[str, float]) -> None:
         """`metrics` holds "step" and whatever else is known there."""
-        metrics = {**metrics, "time": round(time.monotonic() - self.start, 3)}
+        metrics = {**metrics, "time": self.seconds()}
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         step = metrics["step"]
@@ -89,13 +111,27 @@ class Log:
                 self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(numbers, step=step)
-        hidden = ("num_tokens",)
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in numbers.items() if k not in hidden)
-        self.say(f"step {step:>5}  epoch {metrics['epoch']:.2f}  {shown}")
+        self.say(terminal_line(metrics, self.total))
 
 
-def _short(value: float) -> str:
-    if value == 0 or 0.001 <= abs(value) < 1e5:
-        digits = max(0, 3 - int(math.floor(math.log10(abs(value))))) if value else 0
-        return f"{value:.{min(4, digits)}f}"
-    return f"{value:.2e}"
+COLUMNS = {  # metric -> its name and format on the terminal; the others are in metrics.jsonl
+    "loss": ("loss", "7.4f"),
+    "rewards/chosen": ("chosen", "+6.3f"),
+    "rewards/rejected": ("rejected", "+6.3f"),
+    "rewards/margins": ("margin", "6.3f"),
+    "rewards/accuracies": ("accuracy", "4.2f"),
+    "kl": ("kl", "6.3f"),
+    "grad_norm": ("grad", "6.3f"),
+    "learning_rate": ("lr", "7.1e"),
+    "tokens_per_second": ("tok/s", "6.0f"),
+}
+
+
+def terminal_line(metrics: dict[str, float], total: int) -> str:
+    """step 10/40  epoch 0.02  loss 0.5582  chosen +0.124  ...: one aligned line."""
+    parts = [f"step {metrics['step']:>{len(str(total))}}/{total}  epoch {metrics['epoch']:4.2f}"]
+    for prefix, head in (("", ""), ("eval_", "eval ")):
+        for name, (short, form) in COLUMNS.items():
+            if prefix + name in metrics:
+                parts.append(f"{head}{short} {metrics[prefix + name]:{form}}")
+    return "  ".join(parts)

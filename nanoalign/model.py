@@ -36,7 +36,8 @@ from nanoalign.chatml import (
     NativeTemplate,
     encode,
 )
-from nanoalign.config import Config
+from nanoalign.config import Config, ReferenceConfig
+from nanoalign.data import batches
 from nanoalign.logps import PackedLM
 from nanoalign.lora import (
     LoRAConfig,
@@ -85,10 +86,6 @@ def load_policy(cfg: Config) -> Policy:
     lm = load_lm(name, cfg.dtype, cfg.device, not cfg.use_peft, cfg.trust_remote_code)
     model = lm.model
     attention = model.config._attn_implementation
-    if cfg.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
     new = _fit_embeddings(model, len(tokenizer), added, name)
 
     if not cfg.use_peft:
@@ -98,7 +95,7 @@ def load_policy(cfg: Config) -> Policy:
         lora = lora or LoRAConfig(
             r=cfg.lora_r,
             lora_alpha=cfg.lora_alpha,
-            lora_dropout=0.0 if cfg.disable_dropout else cfg.lora_dropout,
+            lora_dropout=cfg.lora_dropout,
             target_modules=_one(cfg.lora_target_modules),
             use_rslora=cfg.use_rslora,
             bias=cfg.lora_bias,
@@ -116,6 +113,12 @@ def load_policy(cfg: Config) -> Policy:
             f"({trained / sum(p.numel() for p in model.parameters()):.2%}); "
             "--use_peft false trains all weights"
         )
+    if cfg.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif "attention_dropout" in vars(module):
+                module.attention_dropout = 0.0
     if cfg.gradient_checkpointing:
         enable = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
@@ -160,6 +163,9 @@ def load_lm(
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
+    if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             raise InputError(f"{name}: {what.replace('_', ' ')} in the weights: {min(info[what])}")
@@ -187,10 +193,11 @@ def _one(values: list[str]) -> list[str] | str:
 
 def _from_pretrained(kind, name: str, **more):
     """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
+    source = name
     if str(name).endswith(".gguf"):
-        more["gguf_file"], name = Path(name).name, Path(name).parent
+        more["gguf_file"], source = Path(name).name, Path(name).parent
     try:
-        return kind.from_pretrained(name, **more)
+        return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{name}: {lines[0]}") from None
@@ -301,12 +308,41 @@ def _plain_logps(model, prompt: list[int], completion: list[int]) -> float:
 # ------------------------------------------------------------------ reference, generation, saving
 
 
-def load_reference(cfg: Config, policy: Policy) -> Callable[[list[Sequence]], Tensor]:
-    """sequences -> (C,) log-probs under the reference, without gradient.
+LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
 
-    The policy as it is now, or another model (--ref_model_name_or_path). With full fine-tuning
-    there is no copy of "now": ask for all log-probs before the first step.
+
+def load_reference(
+    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Sequence]]
+) -> LogpsOf:
+    """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
+
+    With full fine-tuning there is no copy of "now", so the log-probs of `everything()`, all that
+    the run will ask for, are computed here; with --precompute_ref_log_probs too.
     """
+    reference = _reference(cfg, policy)
+    no_copy = policy.lora is None and not cfg.ref_model_name_or_path
+    if cfg.precompute_ref_log_probs or no_copy:
+        return _precomputed(reference, everything(), cfg.per_device_eval_batch_size)
+    return reference
+
+
+def _precomputed(reference: LogpsOf, sequences: list[Sequence], batch_size: int) -> LogpsOf:
+    """The same function, from a table. Prompts and completions are known there by identity: those
+    of a run's examples live as long as the run."""
+
+    def keys(sequences):
+        return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
+
+    once = {tuple(keys([sequence])): sequence for sequence in sequences}
+    known = {}
+    for batch in batches(list(once.values()), batch_size):
+        logps = reference(batch)
+        known.update(zip(keys(batch), logps.tolist()))
+    print(f"{len(known)} reference log-probs computed before the first step")
+    return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)
+
+
+def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     if cfg.ref_model_name_or_path:
         other = load_lm(cfg.ref_model_name_or_path, cfg.dtype, cfg.device)
         other.model.set_attn_implementation("packed")

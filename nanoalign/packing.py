@@ -127,18 +127,19 @@ def packed_attention(
 def _by_example(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
     """The predicate as a few dense calls: an example's prompt and first branch are one causal
     sequence; each further branch attends to the prompt and to itself."""
-    outputs = []
-    for start, prompt, branches in layout.examples:
-        begin = start
-        for number, length in enumerate(branches):
-            end = begin + length + (prompt if number == 0 else 0)
-            q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-            if number > 0 and length > 0:
-                k = torch.cat([key[:, :, start : start + prompt], k], dim=2)
-                v = torch.cat([value[:, :, start : start + prompt], v], dim=2)
-            if end > begin:
-                outputs.append(_attend(q, k, v, scaling, dropout, window, softcap))
-            begin = end
+    prompts, pieces = [], []  # of each call: tokens of a prompt that stands before it; its own
+    for _, prompt, branches in layout.examples:
+        prompts += [0] + [prompt] * (len(branches) - 1)
+        pieces += [prompt + branches[0], *branches[1:]]
+    outputs = []  # split, not slices: its backward is one concatenation
+    for before, q, k, v in zip(prompts, *(x.split(pieces, dim=2) for x in (query, key, value))):
+        if before == 0:
+            first_k, first_v = k, v
+        else:
+            k = torch.cat([first_k[:, :, :before], k], dim=2)
+            v = torch.cat([first_v[:, :, :before], v], dim=2)
+        if q.shape[2] > 0:
+            outputs.append(_attend(q, k, v, scaling, dropout, window, softcap))
     return torch.cat(outputs, dim=2)  # (1, H, T, D)
 
 

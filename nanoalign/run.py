@@ -1,5 +1,7 @@
 """What the three scripts share at their two ends: from flags to data, and from policy to disk."""
 
+import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -9,7 +11,9 @@ from pathlib import Path
 import torch
 import transformers
 
+import nanoalign
 from nanoalign import InputError, world
+from nanoalign.checkpoint import prune
 from nanoalign.config import Config, parse
 from nanoalign.data import Example, Limits, describe, read_examples
 from nanoalign.model import Policy, load_policy
@@ -41,12 +45,7 @@ def start(cfg: Config, layouts: dict) -> Run:
         world.build()
     if builtin and not Path(cfg.model_name_or_path, "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
-    directory = Path(cfg.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--output_dir {directory}: is a file")
-    ours = builtin and cfg.output_dir.startswith("runs/")
-    if directory.exists() and any(directory.iterdir()) and not (cfg.overwrite_output_dir or ours):
-        raise InputError(f"--output_dir {directory}: not empty; --overwrite_output_dir uses it")
+    directory = check_output_dir(cfg, builtin and cfg.output_dir.startswith("runs/"))
 
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
@@ -71,15 +70,43 @@ def start(cfg: Config, layouts: dict) -> Run:
         held_out = [e for e in examples if e.number in chosen]
         examples = [e for e in examples if e.number not in chosen]
         print(f"{len(held_out)} examples held out for evaluation")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {directory}: {error.strerror}") from None
+    directory.mkdir(parents=True, exist_ok=True)
+    if cfg.resume_from_checkpoint is None:  # an earlier run's must not be taken for this one's
+        prune(directory, keep=0)
+        (directory / "run.json").unlink(missing_ok=True)
     return Run(policy, examples, held_out, world.measure(policy) if builtin else None)
 
 
+def check_output_dir(cfg: Config, may_overwrite: bool) -> Path:
+    """Before anything is loaded: can the run write there, and would it write over something?"""
+    directory = Path(cfg.output_dir)
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {directory}: {existing} is a file; expected a directory")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--output_dir {directory}: {existing} is not writable")
+    may_overwrite = may_overwrite or cfg.overwrite_output_dir or cfg.resume_from_checkpoint
+    if existing == directory and any(directory.iterdir()) and not may_overwrite:
+        raise InputError(
+            f"--output_dir {directory}: not empty; --overwrite_output_dir or "
+            "--resume_from_checkpoint uses it"
+        )
+    finished = directory / "run.json"
+    if cfg.resume_from_checkpoint == "last" and finished.exists():
+        print(f"{directory}: this run is finished; nothing to do")
+        raise SystemExit(0)
+    return directory
+
+
 def finish(cfg: Config, run: Run) -> None:
-    """Say where everything is; for the built-in world, what changed."""
+    """Write run.json and say where everything is; for the built-in world, what changed."""
+    record = {
+        "flags": vars(cfg),
+        "examples": len(run.examples),
+        "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
+    }
+    path = Path(cfg.output_dir) / "run.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if run.before:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")

@@ -15,12 +15,16 @@ The loop knows no method. A script gives it functions:
 """
 
 import math
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from nanoalign import InputError
+from nanoalign.checkpoint import fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
 from nanoalign.data import Example, batches
 from nanoalign.metrics import Log, Sums, add, means
@@ -49,6 +53,11 @@ def total_steps(cfg: Config, examples: int) -> int:
     return max(1, math.ceil(cfg.num_train_epochs * steps_per_epoch(cfg, examples)))
 
 
+def epochs(cfg: Config, examples: int) -> int:
+    """The epochs that the run begins."""
+    return math.ceil(total_steps(cfg, examples) / steps_per_epoch(cfg, examples))
+
+
 def step_batches(cfg: Config, order: list[Example], step: int) -> list[list[Example]]:
     """The micro-batches of step 0, 1, ... of an epoch; its last step takes what is left."""
     size = cfg.per_device_train_batch_size
@@ -57,85 +66,137 @@ def step_batches(cfg: Config, order: list[Example], step: int) -> list[list[Exam
 
 
 def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
-    """Train run.policy in place as `cfg` says, with metrics, evaluations and checkpoints."""
-    lm, held_out = run.policy.lm, run.held_out
-    parameters = [p for p in lm.parameters() if p.requires_grad]
+    """Train run.policy in place as `cfg` says, with metrics, evaluations and checkpoints.
+
+    A loss or gradient that is not finite ends the run before it changes a weight (InputError, with
+    the step's rows), once `cfg.skip_nonfinite` such steps have been passed over. SIGINT and SIGTERM
+    let the step finish and save it.
+    """
+    lm, directory = run.policy.lm, Path(cfg.output_dir)
+    named = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        parameters,
+        named.values(),
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
         fused=True,
     )
-    directory = Path(cfg.output_dir)
-    examples = order(0)
-    per_epoch, total = steps_per_epoch(cfg, len(examples)), total_steps(cfg, len(examples))
-    num_tokens, window, since = 0, {}, (time.monotonic(), 0)
+    per_epoch = steps_per_epoch(cfg, len(run.examples))
+    total = total_steps(cfg, len(run.examples))
+    identity = fingerprint(vars(cfg), run.examples, lm)
+    state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
+    state |= resume(cfg.resume_from_checkpoint, directory, named, optimizer, identity)
 
-    with Log(directory, total, cfg.report_to) as log:
-        lm.train()
-        for step in range(total):
+    def checkpoint() -> None:
+        def write(beside):
+            save_policy(run.policy, beside)
+            save_state(beside, named, optimizer, {**state, "fingerprint": identity})
+
+        state["time"] = log.seconds()
+        write_whole(directory / f"checkpoint-{state['step']}", write)
+        prune(directory, cfg.save_total_limit)
+
+    lm.train()
+    with Log(directory, total, state, cfg.report_to) as log, stop_signals() as stopped:
+        since = time.monotonic(), state["num_tokens"]
+        for step in range(state["step"], total):
             epoch, place = divmod(step, per_epoch)
-            if place == 0 and epoch > 0:
+            if place == 0 or step == state["step"]:
                 examples = order(epoch)
             micro_batches = step_batches(cfg, examples, place)
             rate = learning_rate(cfg, step, total)
             numbers, sums = optimizer_step(
-                parameters, optimizer, rate, cfg.max_grad_norm, micro_batches, weight, prepare, loss
+                optimizer, rate, cfg.max_grad_norm, micro_batches, weight, prepare, loss
             )
-            add(window, sums)
-            num_tokens += sum(len(example) for batch in micro_batches for example in batch)
-            done = step + 1
+            if sums is None:
+                state["skipped"] += 1
+                where = ", ".join(e.where for batch in micro_batches for e in batch)
+                what = f"step {step + 1}: loss or gradient is not finite; its rows: {where}"
+                if state["skipped"] > cfg.skip_nonfinite:
+                    raise InputError(what)
+                log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
+            add(state["window"], sums or {})
+            state["step"] = done = step + 1
+            state["num_tokens"] += sum(len(e) for batch in micro_batches for e in batch)
             log.bar.update()
 
             if done % cfg.logging_steps == 0 or (done == 1 and cfg.logging_first_step):
                 now = time.monotonic()
-                speed = (num_tokens - since[1]) / max(1e-9, now - since[0])
-                line = {"step": done, "epoch": done / per_epoch, **means(window), **numbers}
-                log.line({**line, "num_tokens": num_tokens, "tokens_per_second": round(speed, 1)})
-                window, since = {}, (now, num_tokens)
-            if held_out and (done == total or (cfg.eval_steps and done % cfg.eval_steps == 0)):
+                speed = (state["num_tokens"] - since[1]) / max(1e-9, now - since[0])
+                line = {
+                    "step": done,
+                    "epoch": done / per_epoch,
+                    **means(state["window"]),
+                    **numbers,
+                }
+                line |= {"num_tokens": state["num_tokens"], "tokens_per_second": round(speed, 1)}
+                log.line(line)
+                state["window"], since = {}, (now, state["num_tokens"])
+            at_end, stop = done == total, bool(stopped)
+            if run.held_out and (at_end or (cfg.eval_steps and done % cfg.eval_steps == 0)):
                 started = time.monotonic()
-                evaluation = evaluate(cfg, lm, held_out, weight, prepare, loss)
-                named = {f"eval_{name}": value for name, value in evaluation.items()}
-                log.line({"step": done, "epoch": done / per_epoch, **named})
-                since = (since[0] + time.monotonic() - started, since[1])  # training's clock
-            if cfg.save_steps and done % cfg.save_steps == 0 and done < total:
-                save_policy(run.policy, directory / f"checkpoint-{done}")
-    save_policy(run.policy, directory)
+                evaluation = evaluate(cfg, lm, run.held_out, weight, prepare, loss)
+                named_so = {f"eval_{name}": value for name, value in evaluation.items()}
+                log.line({"step": done, "epoch": done / per_epoch, **named_so})
+                since = since[0] + time.monotonic() - started, since[1]  # training's clock
+            if not at_end and (stop or (cfg.save_steps and done % cfg.save_steps == 0)):
+                checkpoint()
+            if stop and not at_end:
+                log.say(f"stopped after step {done}; --resume_from_checkpoint goes on from there")
+                raise SystemExit(128 + stopped[0])
+    write_whole(directory, lambda beside: save_policy(run.policy, beside), replace=True)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The signals that have asked the run to stop. A second one stops it at once."""
+    received: list[int] = []
+
+    def note(number, frame):
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def optimizer_step(
-    parameters, optimizer, rate, max_grad_norm, micro_batches, weight, prepare, loss
-) -> tuple[dict[str, float], Sums]:
-    """One step on the mean over all its micro-batches. -> learning rate and gradient norm; sums."""
-    prepared = prepare(micro_batches)
+    optimizer, rate, max_grad_norm, micro_batches, weight, prepare, loss
+) -> tuple[dict[str, float], Sums | None]:
+    """One step on the mean over all its micro-batches.
+
+    -> learning rate and gradient norm; sums of loss and metrics, or None when loss or gradient are
+    not finite: then nothing has changed.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors, counts = {}, {}
-    for batch, known in zip(micro_batches, prepared):
+    for batch, known in zip(micro_batches, prepare(micro_batches)):
         value, metrics = loss(batch, known)
         value.backward()
-        total = sum(map(weight, batch))
-        for name, (summed, count) in {"loss": (value.detach(), total), **metrics}.items():
+        metrics = {"loss": (value.detach(), sum(map(weight, batch))), **metrics}
+        for name, (summed, count) in metrics.items():
             tensors[name] = tensors.get(name, 0.0) + summed
             counts[name] = counts.get(name, 0) + count
 
-    total = counts["loss"]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, total)
+    torch._foreach_div_(gradients, counts["loss"])
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
     host = torch.stack([norm, *(torch.as_tensor(t, device=norm.device) for t in tensors.values())])
-    norm, *values = host.float().tolist()
-    if not math.isfinite(norm) or not math.isfinite(values[0]):
-        rows = ", ".join(example.where for batch in micro_batches for example in batch)
-        raise InputError(
-            f"loss {values[0]}, gradient norm {norm}: stopped; the step's rows: {rows}"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm, *values = host.tolist()
     sums = {name: (value, counts[name]) for name, value in zip(tensors, values)}
+    if math.isfinite(norm) and math.isfinite(sums["loss"][0]):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    else:
+        sums = None
+    optimizer.zero_grad(set_to_none=True)
     return {"learning_rate": rate, "grad_norm": norm}, sums
 
 

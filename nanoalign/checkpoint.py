@@ -1,0 +1,209 @@
+"""Checkpoints: whole or not at all, and the run goes on from one as if nothing had happened.
+
+OUTPUT_DIR/checkpoint-N holds what OUTPUT_DIR holds at the end (an adapter or a model, and the
+tokenizer), and the state of training beside it:
+
+    state.safetensors   what trains, AdamW's two moments of it, the random generators
+    state.json          step, tokens so far, and the fingerprint of the run
+
+It is written under another name (with "tmp" in it), flushed to disk and then renamed, so that a
+crash at any moment leaves either all of it or nothing. No pickle is written or read: Trainer's
+optimizer.pt and rng_state.pth are pickles, which can run code when they are opened.
+
+The order of the data is a function of (seed, epoch), so the step alone says where in the data a
+run was. The fingerprint says which run it was: other data, flags or weights would not continue it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nanoalign import InputError
+from nanoalign.data import Example
+
+# flags that may change between a run and its continuation: they do not change what is computed
+FREE = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps",
+    "logging_first_step", "eval_steps", "save_steps", "save_total_limit", "report_to",
+    "per_device_eval_batch_size",
+}  # fmt: skip
+
+
+def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
+    """What makes a run this run: its flags, data and weights. Taken before the first step."""
+    data = hashlib.sha256()
+    for e in examples:
+        data.update(json.dumps([e.prompt, e.completions, e.label]).encode())
+    weights = {True: hashlib.sha256(), False: hashlib.sha256()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        total = tensor.detach().sum(dtype=torch.float64).item()
+        weights[tensor.requires_grad].update(f"{name} {tuple(tensor.shape)} {total!r}\n".encode())
+    return {
+        "flags": {name: value for name, value in flags.items() if name not in FREE},
+        "data": data.hexdigest(),
+        "base": weights[False].hexdigest(),
+        "starting weights": weights[True].hexdigest(),
+    }
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """What a checkpoint's fingerprint and this run's disagree in, in words."""
+    flags, old = ours["flags"], theirs["flags"]
+    words = [
+        f"--{name} was {old.get(name)}, is {flags.get(name)}"
+        for name in sorted(flags.keys() | old.keys())
+        if flags.get(name) != old.get(name)
+    ]
+    for part in ("data", "base", "starting weights"):
+        if ours[part] != theirs[part]:
+            words.append(f"other {part}")
+    return words
+
+
+class Damaged(InputError):
+    """A checkpoint that can't be read."""
+
+
+# ------------------------------------------------------------------------------------- to the disk
+
+
+def write_whole(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
+    """`write` fills a directory; it appears as `target` when it is complete, or not at all.
+
+    With `replace` its files move one by one into a `target` that exists, adapter or model last.
+    Raises InputError when the disk is full or not writable; what was there before stands.
+    """
+    beside = target.parent / f"tmp-{target.name}" if not replace else target / "tmp-final"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        write(beside)
+        files = [path for path in beside.rglob("*") if path.is_file()]
+        for path in [*files, beside]:
+            _flush(path)
+        if not replace:
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(beside, target)
+            _flush(target.parent)
+            return
+        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, target / path.relative_to(beside))
+        _flush(target)
+        shutil.rmtree(beside)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for both
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target}: not saved: {reason}; older checkpoints stand") from None
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has it (a directory: its list of names)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
+    """state.safetensors and state.json of the trained parameters, by name."""
+    tensors = {f"rng.{name}": value for name, value in _generators().items()}
+    for name, parameter in named.items():
+        tensors[f"weight.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, directory / "state.safetensors")
+    (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours: dict) -> dict:
+    """Put everything back in place as it was saved. -> state.json.
+
+    Raises Damaged, or InputError when the checkpoint is one of another run.
+    """
+    try:
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        wrong = differences(ours, state["fingerprint"])
+        if wrong:
+            raise InputError(f"{directory}: a checkpoint of another run: {'; '.join(wrong)}")
+        with safe_open(directory / "state.safetensors", framework="pt") as file:
+            names = set(file.keys())
+            saved = {name: file.get_tensor(name) for name in names}
+        moments = {}
+        for name, parameter in named.items():
+            parameter.data.copy_(saved[f"weight.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            found = {k: saved[f"{k}.{name}"] for k in keys if f"{k}.{name}" in names}
+            moments[parameter] = {
+                k: v if k == "step" and not parameter.is_cuda else v.to(parameter.device)
+                for k, v in found.items()
+            }
+        optimizer.state.update({p: m for p, m in moments.items() if m})
+        torch.set_rng_state(saved["rng.cpu"])
+        if "rng.cuda" in names and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng.cuda"])
+        return state
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise Damaged(f"{directory}: damaged: {str(error).splitlines()[0]}") from None
+
+
+def resume(
+    which: str | None, directory: Path, named: dict[str, nn.Parameter], optimizer, ours: dict
+) -> dict:
+    """Go on from the newest checkpoint of `directory` ("last") or from a given one. -> its state.
+
+    {} when `which` is None or there is none yet. A damaged checkpoint is named and the one before
+    it taken.
+    """
+    if which is None:
+        return {}
+    found = checkpoints(directory) if which == "last" else [Path(which)]
+    if not found:
+        print(f"{directory}: no checkpoint yet; starting at step 0")
+        return {}
+    for path in reversed(found):
+        try:
+            state = load_state(path, named, optimizer, ours)
+        except Damaged as error:
+            if path is found[0]:
+                raise
+            print(f"{error}; taking the checkpoint before it")
+            continue
+        print(f"going on from {path}")
+        return state
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+# ------------------------------------------------------------------------------------- directories
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of an output directory, oldest first."""
+    found = [p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def prune(directory: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    found = checkpoints(directory)
+    for path in [] if keep is None else found[: len(found) - keep]:
+        doomed = path.with_name(f"tmp-{path.name}")
+        with contextlib.suppress(OSError):  # a leftover must not end a run
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
