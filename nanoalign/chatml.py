@@ -77,7 +77,7 @@ class NativeTemplate:
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise InputError("--chat_template native: the tokenizer has no template; use chatml")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.ids = tokenizer, tokenizer.get_added_vocab()
         tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
         tokens.sort(key=lambda t: len(t.content), reverse=True)
         space = {True: r"\s*", False: ""}  # some tokens take the white space beside them
@@ -105,19 +105,18 @@ class NativeTemplate:
                     continue
                 if text:
                     yield text, False
-                yield self._id(part), closes
+                yield self.ids[part if part in self.ids else part.strip()], closes
                 text, closes = "", False
             if i == len(messages):
                 break
-            if messages[i]["role"] != "assistant":
+            if messages[i]["role"] != "assistant" or i < first:
                 text += contents[i]
                 continue
-            closes = i >= first
-            space = self._space(messages[:i], text, _fill(gaps, contents, i)) if closes else ""
+            space = self._space(messages[:i], text, _fill(gaps, contents, i))
             if len(text) > len(space):
                 yield text[: len(text) - len(space)], False
-            yield space + contents[i], closes
-            text = ""
+            yield space + contents[i], True
+            text, closes = "", True
         if text:
             yield text, False
 
@@ -157,10 +156,6 @@ class NativeTemplate:
         if shown != prompt + space or space.strip() or not text.endswith(space):
             raise self._refusal("shows a reply's prompt otherwise than generation would")
         return space
-
-    def _id(self, part: str) -> int:
-        ids = self.tokenizer.get_added_vocab()
-        return ids[part if part in ids else part.strip()]
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:

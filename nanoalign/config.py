@@ -44,6 +44,10 @@ class Config:
         "chatml", "native: the tokenizer's own template"
     )
     trust_remote_code: bool = flag(False, "run code that comes with the model")
+    # QLoRA
+    load_in_4bit: bool = flag(False, "hold the frozen linear layers in 4 bits (nf4.py)")
+    use_bnb_nested_quant: bool = flag(False, "quantize their scales too: 4.13 bits, not 4.50")
+    bnb_4bit_quant_type: Literal["nf4"] = flag("nf4", "the levels of 4 bits")
     # LoRA
     use_peft: bool = flag(True, "LoRA; false trains all weights")
     lora_r: int = flag(16, "rank of the change")
@@ -193,6 +197,8 @@ def check(cfg: Config, given: set[str]) -> None:
         for name in sorted(given):
             if name.startswith("lora_") or name in ("use_rslora", "adapter_name_or_path"):
                 contradiction("use_peft false", name)
+        if cfg.load_in_4bit:  # 4-bit weights can't train
+            contradiction("use_peft false", "load_in_4bit")
     if cfg.bf16:
         cfg.dtype = "bfloat16"
     if cfg.model_name_or_path and not cfg.dataset_name:
@@ -204,6 +210,8 @@ def check(cfg: Config, given: set[str]) -> None:
         "truncation_mode": cfg.max_prompt_length is None,
         "lora_dropout": cfg.disable_dropout and cfg.lora_dropout > 0,
         "num_train_epochs": cfg.max_steps > 0,
+        "use_bnb_nested_quant": not cfg.load_in_4bit,
+        "bnb_4bit_quant_type": not cfg.load_in_4bit,
     }
     if isinstance(cfg, DPOConfig):
         idle["label_smoothing"] = cfg.loss_type in ("ipo", "hinge")

@@ -5,15 +5,18 @@ starts as messages, whatever the layout of the file, becomes ids and masks in ch
 to the limits here. What is cut or skipped is counted and said; a malformed row is an error.
 """
 
+import math
 import random
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.chatml import encode
 from nanoalign.files import read_rows
-from nanoalign.layouts import KTO, SFT, conversations, label_of, layout_of, require, untrainable
+from nanoalign.layouts import KTO, label_of, layout_of, read_case, untrainable
 from nanoalign.packing import Completion
 
 
@@ -48,7 +51,7 @@ def read_examples(
     layouts: dict,
     tokenizer,
     template,
-    limits: Limits = Limits(),
+    limits: Limits | None = None,
     split: str = "train",
     input_as_system: bool = False,
 ) -> tuple[list[Example], Counter]:
@@ -57,44 +60,53 @@ def read_examples(
     `layouts` is SFT, DPO or KTO. Raises InputError, naming file and line, for a malformed row, and
     when nothing is left to train on.
     """
-    count: Counter = Counter()
-    pending: list[Example] = []  # completions still in pieces
+    limits, count = limits or Limits(), Counter()
+    drafts: list[Example] = []  # their completions whole conversations, and still in pieces
     for source in sources:
-        columns = None
+        columns, csv = None, source.lower().endswith(".csv")
         for where, row in _rows(source, split):
             count["rows"] += 1
             try:
                 columns = columns or layout_of(row, layouts)
-                require(row, columns)
-                case = layouts[columns](row, input_as_system)
-                prompt, completions = conversations(case, whole=layouts is SFT)
-                if reason := untrainable(completions):
+                case = read_case(row, columns, layouts, input_as_system)
+                labels = [True, False]
+                if layouts is KTO and len(case.completions) == 1:
+                    labels = [label_of(case.label, csv)]
+                if reason := untrainable(case):
                     count[reason] += 1
                     continue
-                pieces = [list(template.pieces(prompt + c, len(prompt))) for c in completions]
-                if layouts is not KTO:
-                    pending.append(Example([], pieces, None, where))
-                elif len(pieces) == 2:
-                    pending += [Example([], [p], up, where) for p, up in zip(pieces, (True, False))]
-                else:
-                    pending.append(Example([], pieces, label_of(case.label, source), where))
+                n = len(case.prompt)
+                pieces = [list(template.pieces(case.prompt + c, n)) for c in case.completions]
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
+            if layouts is KTO:  # a pair is two examples
+                drafts += [Example([], [p], label, where) for p, label in zip(pieces, labels)]
+            else:
+                drafts.append(Example([], pieces, None, where))
 
-    encoded = iter(encode(tokenizer, [p for example in pending for p in example.completions]))
+    encoded = iter(encode(tokenizer, [p for draft in drafts for p in draft.completions]))
     examples = []
-    for example in pending:
+    for example in drafts:
         whole = [next(encoded) for _ in example.completions]
-        starts = [mask.index(True) for _, mask in whole]  # the first trained token: a prompt's end
-        example.prompt = whole[0][0][: starts[0]]
-        example.completions = [(ids[s:], mask[s:]) for s, (ids, mask) in zip(starts, whole)]
-        if _cut(example, limits, count):
+        start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
+        example.prompt = whole[0][0][:start]
+        example.completions = [(ids[start:], mask[start:]) for ids, mask in whole]
+        cuts = _cut(example, limits)
+        if reason := _lost(example):
+            count[reason] += 1
+        else:
+            count.update(cuts)
             example.number = len(examples)
             examples.append(example)
-    if not examples:
-        raise InputError(f"{', '.join(sources)}: no row left to train on: {describe(count)}")
     count["examples"] = len(examples)
+    if not examples:
+        names = ", ".join(s if s.isprintable() else repr(s) for s in sources)
+        raise InputError(f"{names}: {describe(count)}; expected a row to train on")
     return examples, count
+
+
+CUTS = ("prompts cut", "completions cut")
+SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left")
 
 
 def describe(count: Counter) -> str:
@@ -104,51 +116,54 @@ def describe(count: Counter) -> str:
     return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *cut, *skipped])
 
 
-CUTS = ("prompts cut", "completions cut")
-SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left")
-
-
-def _rows(source: str, split: str):
-    if Path(source).exists() or "." in Path(source).name and "/" not in source:
-        return read_rows(source)
-    if source.count("/") > 1 or source.startswith((".", "/")):
-        return read_rows(source)  # which says that it is not there
+def _rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
+    """(where, row) of a file, or of a data set of the hub: name or owner/name, and no such path."""
+    path = Path(source)
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    folder = "/" in source and path.parent.exists()
+    if not named or folder or path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv"):
+        return read_rows(source)  # says so if it is not there
     try:
         from datasets import load_dataset
     except ImportError:
-        raise InputError(
-            f"{source}: no such file; to read it from the hub: pip install 'nanoalign[hub]'"
-        ) from None
+        extra = "to read it from the hub: pip install 'nanoalign[hub]'"
+        raise InputError(f"{source}: no such file; {extra}") from None
     try:
         dataset = load_dataset(source, split=split)
-    except Exception as error:
-        raise InputError(f"{source}: no such file, and the hub says: {error!s:.200}") from None
+    except Exception as error:  # of many kinds: no network, no such name, no such split
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: no such file, and the hub says: {why}") from None
     return ((f"{source}[{split}], row {i}", row) for i, row in enumerate(dataset, 1))
 
 
-def _cut(example: Example, limits: Limits, count: Counter) -> bool:
-    """Cut an example to the limits in place; False when it has nothing left to train on."""
-    longest = limits.max_prompt_length
+def _cut(example: Example, limits: Limits) -> Counter:
+    """Cut an example to the limits in place, and count what was cut."""
+    cuts, longest = Counter(), limits.max_prompt_length
     if longest is not None and len(example.prompt) > longest:
-        count["prompts cut"] += 1
-        end = limits.truncation_mode == "keep_end"
-        example.prompt = example.prompt[-longest:] if end else example.prompt[:longest]
-    if limits.max_length is not None:
-        room = max(0, limits.max_length - len(example.prompt))
-        count["completions cut"] += sum(_last(mask) > room for _, mask in example.completions)
-        example.completions = [(ids[:room], mask[:room]) for ids, mask in example.completions]
-    example.completions = [(i[: _last(m)], m[: _last(m)]) for i, m in example.completions]
+        start = len(example.prompt) - longest if limits.truncation_mode == "keep_end" else 0
+        example.prompt = example.prompt[start : start + longest]
+        cuts["prompts cut"] += 1
+    room = math.inf if limits.max_length is None else limits.max_length - len(example.prompt)
+    for i, (ids, mask) in enumerate(example.completions):
+        end = _last(mask)  # what follows the last trained token need not be computed
+        if end > room:
+            end = _last(mask[: max(0, room)])
+            cuts["completions cut"] += 1
+        example.completions[i] = ids[:end], mask[:end]
+    return cuts
+
+
+def _lost(example: Example) -> str | None:
+    """Why there is nothing left to train on."""
     if not all(ids for ids, _ in example.completions):
-        count["no trained token left"] += 1
-        return False
+        return "no trained token left"
     if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
-        count["chosen equal to rejected"] += 1
-        return False
-    return True
+        return "chosen equal to rejected"
+    return None
 
 
 def _last(mask: list[bool]) -> int:
-    """The number of tokens up to the last trained one: what follows it need not be computed."""
+    """The number of tokens up to the last trained one."""
     return len(mask) - mask[::-1].index(True) if True in mask else 0
 
 
@@ -181,13 +196,14 @@ def with_mismatches(order: list[Example]) -> list[Example]:
     It depends on the order alone, not on the batch size: a batch of one has a partner, and no tail
     meets itself. Raises InputError when all prompts are the same.
     """
-    paired = []
-    for i, example in enumerate(order):
-        earlier = (order[i - back] for back in range(1, len(order)))
-        partner = next((e for e in earlier if e.prompt != example.prompt), None)
-        if partner is None:
-            raise InputError("KTO needs two different prompts: no mismatched completion exists")
-        paired.append(replace(example, mismatch=partner))
+    n, other, paired = len(order), None, []
+    for i in range(1 - n, n):  # twice round: the first round finds who precedes the first example
+        if order[i - 1].prompt != order[i].prompt:
+            other = order[i - 1]
+        if i >= 0:
+            paired.append(replace(order[i], mismatch=other))
+    if order and other is None:
+        raise InputError("KTO needs two different prompts: no mismatched completion exists")
     return paired
 
 

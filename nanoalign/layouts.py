@@ -1,88 +1,141 @@
 """Layouts: a row of a file -> a prompt and its completions, as checked messages.
 
-People store conversations in a dozen ways. Each way is a layout: the columns it needs, and how a
-row of them reads as a Case, where a string and a list of messages are both welcome. A new layout
-is one more entry in SFT, DPO or KTO. Whatever the layout, what comes out has been checked: roles
-are known, turns are in order, contents are text. What is wrong raises InputError; the caller knows
-the file and the line and puts them in front.
+Each way to store conversations is a layout: the columns that tell it apart, and how a row of them
+reads as a Case. A new layout is one more entry in SFT, DPO or KTO. Where a column holds messages,
+they may be {"role": ..., "content": ...} or ShareGPT's {"from": ..., "value": ...}; where it holds
+one turn, a string will do. A column `system`, if it is there and not empty, is the first turn.
+
+What comes out has been checked: roles are known, turns are in order, contents are text. What is
+wrong raises InputError; the caller knows the file and the line and puts them in front.
 """
 
 from dataclasses import dataclass
 
 from nanoalign import InputError
 from nanoalign.chatml import ROLES, Message
+from nanoalign.files import shown
 
-Text = str | list[Message]
+MESSAGE_KEYS = ("role", "content"), ("from", "value")
 
 
 @dataclass(slots=True)
 class Case:
-    """A row as messages: what every layout reads as."""
+    """A row as messages. Without a prompt, the completions are whole conversations."""
 
-    prompt: Text
-    completions: list[Text]
-    label: object = None
-
-
-def _instruction(row, input_as_system: bool, *replies) -> Case:
-    """Alpaca's instruction and input; `system`, where there is such a column, comes first."""
-    instruction, extra, system = row["instruction"], row.get("input") or "", row.get("system") or ""
-    if input_as_system:
-        system, extra = extra, ""
-    if isinstance(instruction, str) and isinstance(extra, str):
-        instruction += f"\n{extra}" if extra else ""
-    return Case(_with_system(system, instruction), list(replies))
+    prompt: list[Message]
+    completions: list[list[Message]]  # DPO: chosen, rejected
+    label: object = None  # KTO: as it stands in the file
 
 
-def _with_system(system, prompt) -> Text:
-    if not system:
-        return prompt
-    return _messages(system, "system") + _messages(prompt, "user")
+# ---------------------------------------------------------------------------- columns -> messages
 
 
-def _sharegpt(turns) -> list[Message]:
-    """ShareGPT's {"from": ..., "value": ...} turns as messages."""
-    names = {"human": "user", "gpt": "assistant"}
-    if not isinstance(turns, list):
-        turns = [turns]
-    for turn in turns:
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise InputError('a turn must be {"from": ..., "value": ...}')
-    return [{"role": names.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
+def prompt(row: dict, column: str) -> list[Message]:
+    return _turns(row[column], column, "user")
 
 
-def _pair(row) -> list:
-    if not isinstance(row["output"], list) or len(row["output"]) != 2:
-        raise InputError("output must be a list of two replies, [good, bad]")
-    return row["output"]
+def reply(row: dict, column: str) -> list[Message]:
+    value = row[column]  # a message may stand without a list around it, as ShareGPT has it
+    return _turns([value] if isinstance(value, dict) else value, column, "assistant")
 
 
-# columns -> f(row, input_as_system) -> Case; the first whose columns are all there is taken
+def talk(row: dict, column: str) -> list[Message]:
+    """A whole conversation: more than a string can say."""
+    return _turns(row[column], column)
+
+
+def instruction(row: dict) -> list[Message]:
+    """Alpaca's instruction; its input, where there is one, follows after a newline."""
+    messages, extra = prompt(row, "instruction"), _text(row, "input")
+    if not extra:
+        return messages
+    if not messages or messages[-1]["role"] != "user":
+        raise InputError("input: follows no user turn; expected one as the end of instruction")
+    last = messages[-1]["content"]
+    return [*messages[:-1], {"role": "user", "content": f"{last}\n{extra}" if last else extra}]
+
+
+def pair(row: dict, column: str) -> list[list[Message]]:
+    replies = row[column]
+    if not isinstance(replies, list) or len(replies) != 2:
+        found = f"a list of {len(replies)}" if isinstance(replies, list) else _name(replies)
+        raise InputError(f"{column}: {found}; expected a list of two replies, [good, bad]")
+    good, bad = replies
+    return [_turns(good, f"good {column}", "assistant"), _turns(bad, f"bad {column}", "assistant")]
+
+
+def _text(row: dict, column: str) -> str:
+    """A column that may be missing or null; both are the empty string."""
+    value = row.get(column)
+    if not isinstance(value, str | None):
+        raise InputError(f"{column}: {_name(value)}; expected a string")
+    return value or ""
+
+
+def _turns(value, column: str, role: str | None = None) -> list[Message]:
+    """A string is one turn of `role`; a list holds messages."""
+    if isinstance(value, str) and role:
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        expected = "a string or a list of messages" if role else "a list of messages"
+        raise InputError(f"{column}: {_name(value)}; expected {expected}")
+    return [_message(message, f"{column}, message {i}") for i, message in enumerate(value, 1)]
+
+
+def _message(message, where: str) -> Message:
+    known = message.keys() if isinstance(message, dict) else ()
+    keys = next((k for k in MESSAGE_KEYS if set(k).issubset(known)), None)
+    if keys is None:
+        found = f"keys {_list(known)}" if isinstance(message, dict) else _name(message)
+        raise InputError(f'{where}: {found}; expected {{"role": ..., "content": ...}}')
+    role, content = (message[key] for key in keys)
+    if keys[0] == "from":
+        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
+    if role not in ROLES:
+        raise InputError(f"{where}: {keys[0]} is {_shown(role)}; expected {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise InputError(f"{where}: {keys[1]} is {_name(content)}; expected a string")
+    return {"role": role, "content": content}
+
+
+def _name(value) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", str: "a string"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _shown(value) -> str:
+    return "null" if value is None else shown(value) if isinstance(value, str) else repr(value)[:40]
+
+
+def _list(names) -> str:
+    return ", ".join([shown(name)[1:-1] for name in names][:12]) or "none"
+
+
+# --------------------------------------------------------------------------------- rows -> cases
+
+# The first layout whose columns are all there is taken.
 SFT = {
-    ("messages",): lambda r, s: Case([], [r["messages"]]),
-    ("prompt", "completion"): lambda r, s: Case(r["prompt"], [r["completion"]]),
-    ("instruction", "output"): lambda r, s: _instruction(r, s, r["output"]),
-    ("question", "chosen"): lambda r, s: Case(
-        _with_system(r.get("system"), r["question"]), [r["chosen"]]
-    ),
-    ("conversations",): lambda r, s: Case(
-        [], [_with_system(r.get("system"), _sharegpt(r["conversations"]))]
-    ),
+    ("messages",): lambda row: Case([], [talk(row, "messages")]),
+    ("prompt", "completion"): lambda row: Case(prompt(row, "prompt"), [reply(row, "completion")]),
+    ("instruction", "output"): lambda row: Case(instruction(row), [reply(row, "output")]),
+    ("question", "chosen"): lambda row: Case(prompt(row, "question"), [reply(row, "chosen")]),
+    ("conversations",): lambda row: Case([], [talk(row, "conversations")]),
 }
 DPO = {
-    ("prompt", "chosen", "rejected"): lambda r, s: Case(r["prompt"], [r["chosen"], r["rejected"]]),
-    ("instruction", "output"): lambda r, s: _instruction(r, s, *_pair(r)),
-    ("conversations", "chosen", "rejected"): lambda r, s: Case(
-        _with_system(r.get("system"), _sharegpt(r["conversations"])),
-        [_sharegpt(r["chosen"]), _sharegpt(r["rejected"])],
+    ("prompt", "chosen", "rejected"): lambda row: Case(
+        prompt(row, "prompt"), [reply(row, "chosen"), reply(row, "rejected")]
     ),
-    ("chosen", "rejected"): lambda r, s: Case([], [r["chosen"], r["rejected"]]),
+    ("instruction", "output"): lambda row: Case(instruction(row), pair(row, "output")),
+    ("conversations", "chosen", "rejected"): lambda row: Case(
+        prompt(row, "conversations"), [reply(row, "chosen"), reply(row, "rejected")]
+    ),
+    ("chosen", "rejected"): lambda row: Case([], [talk(row, "chosen"), talk(row, "rejected")]),
 }
 KTO = {
-    ("prompt", "completion", "label"): lambda r, s: Case(
-        r["prompt"], [r["completion"]], r["label"]
+    ("prompt", "completion", "label"): lambda row: Case(
+        prompt(row, "prompt"), [reply(row, "completion")], row["label"]
     ),
-    ("messages", "label"): lambda r, s: Case([], [r["messages"]], r["label"]),
+    ("messages", "label"): lambda row: Case([], [talk(row, "messages")], row["label"]),
     **DPO,  # a pair is two single labels
 }
 
@@ -92,98 +145,76 @@ def layout_of(row: dict, layouts: dict) -> tuple[str, ...]:
         if set(columns) <= row.keys():
             return columns
     known = "; ".join(", ".join(columns) for columns in layouts)
-    raise InputError(f"columns {', '.join(row)} make no known layout; known are: {known}")
+    raise InputError(f"columns {_list(row)} make no known layout; expected one of: {known}")
 
 
-def require(row: dict, columns: tuple[str, ...]) -> None:
-    missing = [column for column in columns if column not in row]
-    if missing:
-        raise InputError(f"column {', '.join(missing)} is missing; the file's first row has it")
+def read_case(row: dict, columns: tuple[str, ...], layouts: dict, input_as_system: bool) -> Case:
+    """A row as a checked prompt and its completions, each of which begins with a reply."""
+    for column in columns:
+        if column not in row:
+            raise InputError(f"no column {column}; expected one, as in the file's first row")
+    system, extra = _text(row, "system"), _text(row, "input")
+    if input_as_system:
+        if system and extra:
+            raise InputError("system and input are both there; --input_as_system expects one")
+        system, row = system or extra, {**row, "input": ""}
 
-
-def _messages(text, role: str) -> list[Message]:
-    """A string is one turn of `role`; a message list is checked."""
-    if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    if not isinstance(text, list):
-        raise InputError(f"{role}: {_name(text)}; expected a string or a list of messages")
-    for i, message in enumerate(text, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f'message {i} must be {{"role": ..., "content": ...}}')
-        if message["role"] not in ROLES:
-            raise InputError(f"message {i}: role {message['role']!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise InputError(f"message {i}: content is {_name(message['content'])}, not a string")
-    return [{"role": m["role"], "content": m["content"]} for m in text]
-
-
-def _name(value) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        bool: "true/false",
-        type(None): "null",
-        str: "a string",
-    }
-    return names.get(type(value), "a number")
+    case = layouts[columns](row)
+    n = len(case.prompt)  # completions may repeat their prompt
+    completions = [c[n:] if c[:n] == case.prompt else c for c in case.completions]
+    opening = [{"role": "system", "content": system}] if system else []
+    conversations = [opening + case.prompt + completion for completion in completions]
+    for conversation in conversations:
+        _check_turns(conversation)
+    n = len(opening) + n if n else _prompt_length(conversations, whole=layouts is SFT)
+    case.prompt = conversations[0][:n]
+    case.completions = [conversation[n:] for conversation in conversations]
+    for completion in case.completions:
+        if not completion or completion[0]["role"] != "assistant":
+            found = f"begins with the {completion[0]['role']}" if completion else "has no turn"
+            raise InputError(f"a completion {found} after the prompt; expected the assistant")
+    return case
 
 
 def _check_turns(messages: list[Message]) -> None:
-    for i, (before, message) in enumerate(zip([None, *messages], messages), 1):
-        if message["role"] == "system" and before is not None:
-            raise InputError(f"message {i}: a system turn can only come first")
-        if before and message["role"] == before["role"] == "assistant":
-            raise InputError(f"message {i}: two assistant turns in a row")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError("no assistant turn")
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f"the last turn is {messages[-1]['role']}'s; expected assistant's")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise InputError("no assistant turn; expected a reply to learn from")
+    if roles[-1] != "assistant":
+        raise InputError(f"the last turn is the {roles[-1]}'s; expected the assistant's")
+    if "system" in roles[1:]:
+        raise InputError(f"turn {roles.index('system', 1) + 1} is a system turn; expected it first")
+    for i, both in enumerate(zip(roles, roles[1:]), 1):
+        if both == ("assistant", "assistant"):
+            raise InputError(f"turns {i} and {i + 1} are both the assistant's; expected another's")
 
 
-def conversations(case: Case, whole: bool) -> tuple[list[Message], list[list[Message]]]:
-    """Prompt and completions as checked messages.
-
-    Without a prompt the completions are whole conversations. With `whole` (SFT) every reply trains
-    and the prompt ends before the first one; otherwise the prompt is what the completions share.
-    """
-    prompt = _messages(case.prompt, "user")
-    completions = [_messages(c, "assistant") for c in case.completions]
-    for i, completion in enumerate(completions):
-        if completion[: len(prompt)] == prompt:  # the completion repeats its prompt
-            completions[i] = completion[len(prompt) :]
-    if not prompt:
-        for completion in completions:
-            _check_turns(completion)
-        if whole:
-            shared = next(i for i, m in enumerate(completions[0]) if m["role"] == "assistant")
-        elif len(completions) == 1:
-            shared = len(completions[0]) - 1
-        else:
-            pairs = enumerate(zip(*completions))
-            shared = next((i for i, (a, b) in pairs if a != b), len(completions[0]) - 1)
-        prompt = completions[0][:shared]
-        completions = [completion[shared:] for completion in completions]
-    for completion in completions:
-        if not completion or completion[0]["role"] != "assistant":
-            raise InputError("a completion must begin with an assistant turn after a shared prompt")
-        _check_turns(prompt + completion)
-    return prompt, completions
+def _prompt_length(conversations: list[list[Message]], whole: bool) -> int:
+    """How many turns of whole conversations are the prompt: what they share, without the last
+    reply; but with `whole` (SFT) every reply trains, and it ends before the first one."""
+    first, second = conversations[0], conversations[-1]
+    if whole:
+        return next(i for i, message in enumerate(first) if message["role"] == "assistant")
+    last = min(len(first), len(second)) - 1
+    return next((i for i in range(last) if first[i] != second[i]), last)
 
 
-def untrainable(completions: list[list[Message]]) -> str | None:
-    """Why a well-formed row has nothing to teach."""
-    if any(not m["content"] for c in completions for m in c[:1]):
+def untrainable(case: Case) -> str | None:
+    """Why a well-formed row has nothing to teach. A reply of white space only is an empty one."""
+    replies = [m["content"] for c in case.completions for m in c if m["role"] == "assistant"]
+    if not all(map(str.strip, replies)):
         return "empty completion"
-    if len(completions) == 2 and completions[0] == completions[1]:
+    if len(case.completions) == 2 and case.completions[0] == case.completions[1]:
         return "chosen equal to rejected"
     return None
 
 
-def label_of(value, source: str) -> bool:
-    """true or false; in CSV as text in any case, or 1 and 0."""
-    text = {"true": True, "1": True, "false": False, "0": False}
-    if source.endswith(".csv"):
-        value = text.get(value.strip().lower(), value)
+def label_of(value, csv: bool) -> bool:
+    """true or false; in CSV, where all is text, in any case, or 1 and 0."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if csv:
+        value = words.get(value.strip().lower(), value)
     if not isinstance(value, bool):
-        raise InputError(f"label is {value!r:.40}; expected true or false")
+        expected = "true or false, or 1 or 0" if csv else "true or false, without quotes"
+        raise InputError(f"label is {_shown(value)}; expected {expected}")
     return value

@@ -7,7 +7,7 @@ that predict a trained token go through the head, a chunk of rows at a time, and
 are gone before the next one's are made: no (tokens, vocabulary) tensor ever exists.
 
 The usual way to get there (Cut Cross-Entropy, arXiv 2411.09009; Liger; checkpointing) computes the
-logits a second time in backward. For a frozen head that is not needed. With p = softmax(z), z = W h,
+logits a second time in backward. A frozen head does not need that. With p = softmax(z), z = W h,
 
     d logp / d h = (onehot(target) - p) W
 

@@ -195,8 +195,11 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
         for path in paths:
             module = model.get_submodule(path)
-            tied = module is model.get_output_embeddings() and _tied(model)
-            if tied:  # a head that trains on its own is no longer the embedding
+            if any(is_linear(m) and not hasattr(m, "weight") for m in module.modules()):
+                raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
+            tables = (model.get_input_embeddings(), model.get_output_embeddings())
+            if any(module is table for table in tables) and _tied(model):
+                # a head that trains on its own is no longer the embedding, nor the other way round
                 module.weight = nn.Parameter(module.weight.detach().clone())
             _replace(model, path, TrainedModule(module, [n for n, _ in module.named_parameters()]))
     if config.trainable_token_indices:
@@ -275,6 +278,19 @@ class Reference:
             parameter.data, start.data = start.data, parameter.data
 
 
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base model: every LoRA layer switched off."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """PEFT's name of everything that trains -> the parameter."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -286,9 +302,11 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     tensors = {n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = config.target_modules
+    layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
     if targets == "all-linear":  # PEFT reads it too, but says what it means only after loading
-        layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
         targets = sorted({name.rpartition(".")[2] for name in layers})
+    elif any(f".{name}".endswith(f".{targets}") for name in layers):
+        targets = [targets]  # one name: a string by itself is a regex to PEFT
     text = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -317,13 +335,19 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
         raise InputError(f"{path}: not JSON: {error}") from None
     if text.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
-    beyond = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform",
-              "exclude_modules", "target_parameters", "layer_replication")  # fmt: skip
-    for key in beyond:
-        if text.get(key):
-            raise InputError(f"{path}: {key} is not known here")
     fields = LoRAConfig.__dataclass_fields__
-    return LoRAConfig(**{k: v for k, v in text.items() if k in fields and v is not None})
+    idle = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
+            "megatron_core", "qalora_group_size", "init_lora_weights")  # fmt: skip
+    for key, value in text.items():
+        if value and key not in fields and key not in idle:  # use_dora, rank_pattern, ...
+            raise InputError(f"{path}: {key} is not known here")
+    start = text.get("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
+    if start not in (True, False, "gaussian", "orthogonal"):
+        raise InputError(f"{path}: init_lora_weights {start} is not known here")
+    config = LoRAConfig(**{k: v for k, v in text.items() if k in fields and v is not None})
+    if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
+        config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
+    return config
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:

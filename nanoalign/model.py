@@ -48,6 +48,7 @@ from nanoalign.lora import (
     save_adapter,
 )
 from nanoalign.packing import Sequence, packed_attention
+from nanoalign.quantized import is_nf4, load_4bit, packed_weights, write_note
 
 AttentionInterface.register("packed", packed_attention)
 
@@ -83,9 +84,19 @@ def load_policy(cfg: Config) -> Policy:
     tokenizer, template, added = load_tokenizer(
         adapter if enlarged else name, cfg.chat_template, cfg.trust_remote_code
     )
-    lm = load_lm(name, cfg.dtype, cfg.device, not cfg.use_peft, cfg.trust_remote_code)
+    lm = load_lm(
+        name,
+        cfg.dtype,
+        cfg.device,
+        not cfg.use_peft,
+        cfg.trust_remote_code,
+        cfg.load_in_4bit,
+        cfg.use_bnb_nested_quant,
+    )
     model = lm.model
     attention = model.config._attn_implementation
+    if lora and lora.trainable_token_indices:  # the adapter's tokenizer has them already
+        added = max(lora.trainable_token_indices.values())
     new = _fit_embeddings(model, len(tokenizer), added, name)
 
     if not cfg.use_peft:
@@ -108,9 +119,10 @@ def load_policy(cfg: Config) -> Policy:
             load_adapter(model, adapter)
             print(f"goes on from the adapter {adapter}")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters()) + packed_weights(model)
         print(
             f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
-            f"({trained / sum(p.numel() for p in model.parameters()):.2%}); "
+            f"({trained / total:.2%}); "
             "--use_peft false trains all weights"
         )
     if cfg.disable_dropout:
@@ -147,19 +159,37 @@ def load_lm(
     device: str = "auto",
     train_all: bool = False,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+    double_quant: bool = False,
 ) -> PackedLM:
     """A model of transformers, checked, on its device.
 
-    With `train_all` the weights are fp32 and `dtype` is what autocast computes in.
+    With `train_all` the weights are fp32 and `dtype` is what autocast computes in. With
+    `load_in_4bit` its linear layers are in NF4, as those of a model that was saved so always are.
     """
     config = _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    dtype = dtype or torch.float32
+    dtype, device = dtype or torch.float32, pick_device(device)
+    if load_in_4bit or is_nf4(config):
+        if train_all:
+            raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
+
+        def load_dense():
+            return _load_dense(name, dtype, trust_remote_code)
+
+        model = load_4bit(name, config, dtype, device, double_quant, load_dense, trust_remote_code)
+    else:
+        model = _load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
+    autocast = dtype if train_all and dtype != torch.float32 else None
+    return PackedLM(model.to(device), scale, softcap, autocast)
+
+
+def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         name,
-        dtype=torch.float32 if train_all else dtype,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
@@ -172,8 +202,7 @@ def load_lm(
     for tensor_name, tensor in model.named_parameters():
         if not torch.isfinite(tensor.detach().abs().max()):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
-    autocast = dtype if train_all and dtype != torch.float32 else None
-    return PackedLM(model.to(pick_device(device)), scale, softcap, autocast)
+    return model
 
 
 def pick_device(name: str) -> torch.device:
@@ -196,6 +225,8 @@ def _from_pretrained(kind, name: str, **more):
     source = name
     if str(name).endswith(".gguf"):
         more["gguf_file"], source = Path(name).name, Path(name).parent
+    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
+        raise InputError(f"{name}: no such directory")
     try:
         return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
@@ -344,7 +375,13 @@ def _precomputed(reference: LogpsOf, sequences: list[Sequence], batch_size: int)
 
 def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     if cfg.ref_model_name_or_path:
-        other = load_lm(cfg.ref_model_name_or_path, cfg.dtype, cfg.device)
+        other = load_lm(
+            cfg.ref_model_name_or_path,
+            cfg.dtype,
+            cfg.device,
+            load_in_4bit=cfg.load_in_4bit,
+            double_quant=cfg.use_bnb_nested_quant,
+        )
         other.model.set_attn_implementation("packed")
         other.requires_grad_(False).eval()
         if other.head().weight.shape[0] < len(policy.tokenizer):
@@ -406,6 +443,7 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
         save_adapter(policy.model, policy.lora, directory)
+        write_note(policy.model, directory)
     else:
         policy.model.set_attn_implementation(policy.attention)
         policy.model.save_pretrained(directory)

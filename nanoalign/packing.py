@@ -57,7 +57,7 @@ class Row:
     targets: Tensor  # (N,) that token
     completion: Tensor  # (N,) the completion it belongs to
     trained: list[int]  # trained tokens of each of the C completions
-    lengths: list[int]  # tokens of each example in the row: its prompt and all its branches
+    lengths: list[int]  # tokens of each example, last ones included
 
 
 def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
@@ -89,7 +89,7 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
     tokens = torch.tensor(rows).to(device, non_blocking=True)  # (4, T): one copy to the device
     wanted = torch.tensor([predictors, targets, completion_of]).to(device, non_blocking=True)
     layout = Layout(examples, *tokens[1:])
-    lengths = [prompt + sum(branches) for _, prompt, branches in examples]
+    lengths = [prompt + sum(n + 1 for n in branches) for _, prompt, branches in examples]
     return Row(tokens[0], layout, *wanted, trained, lengths)
 
 

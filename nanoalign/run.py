@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 
@@ -29,13 +30,19 @@ class Run:
 
 def main(method: str, kind: type[Config], run: Callable[[Config], None]) -> None:
     """Parse the flags and run; what the user can mend is one line and exit code 2."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     try:
         run(parse(kind, sys.argv[1:], world.SETTINGS[method]))
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet() -> None:
+    """The libraries' chatter: loading bars, notes on configs, retries of the hub."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
 
 
 def start(cfg: Config, layouts: dict) -> Run:

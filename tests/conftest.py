@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 TEXT = [
     "system user assistant Be brief. What is the capital of France? Paris is the capital of France.",

@@ -1,0 +1,163 @@
+"""Talk to what you trained: python -m nanoalign.chat DIR
+
+DIR is a model or an adapter. Commands while talking: /reset starts over, /undo takes the last turn
+back, /system TEXT sets the system turn, /compare shows beside each reply the one of the base model
+without the adapter, an empty line or Ctrl-D ends. Ctrl-C stops a reply, not the program.
+
+For scripts: --prompt TEXT, or text piped in, gives one reply on standard output.
+
+A reply is printed as it is made, by transformers' own generate and its KV cache. Control characters
+in it are shown escaped: a model's words must not move the cursor or set the terminal's title.
+"""
+
+import argparse
+import contextlib
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from nanoalign import InputError
+from nanoalign.chatml import encode
+from nanoalign.config import Config
+from nanoalign.lora import without_adapter
+from nanoalign.model import Policy, generation, load_policy
+from nanoalign.run import quiet
+
+
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, but for newline, tab and joiner."""
+
+    def shown(c: str) -> str:
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        return c.encode("unicode_escape").decode() if hidden and c not in "\n\t\u200d" else c
+
+    return "".join(map(shown, text))
+
+
+class Printer(TextStreamer):
+    """Prints a reply piece by piece and keeps it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.reply = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.reply += text
+        print(printable(text), end="\n" if stream_end else "", flush=True)
+
+
+def say(policy: Policy, messages: list[dict], args) -> str:
+    """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
+    ((ids, _),) = encode(policy.tokenizer, [list(policy.template.prompt(messages))])
+    printer = Printer(policy.tokenizer)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    row = torch.tensor([ids], device=policy.lm.device)
+    with generation(policy) as model, torch.no_grad():
+        try:
+            model.generate(
+                row,
+                attention_mask=torch.ones_like(row),
+                max_new_tokens=args.max_new_tokens,
+                do_sample=args.temperature > 0,
+                eos_token_id=policy.template.stop_ids,
+                pad_token_id=policy.tokenizer.pad_token_id,
+                streamer=printer,
+                **(sampling if args.temperature > 0 else {}),
+            )
+        except KeyboardInterrupt:
+            print(" [stopped]")
+    return printer.reply
+
+
+def talk(policy: Policy, args) -> None:
+    """The conversation at the terminal."""
+    system, history, compare = args.system, [], False
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            line = ""
+        command, _, rest = line.partition(" ")
+        if not line:
+            return
+        elif command == "/reset":
+            history = []
+        elif command == "/undo":
+            history = history[:-2]
+        elif command == "/system":
+            system = rest
+        elif command == "/compare":
+            compare = not compare and policy.lora is not None
+            print("the base model's reply comes first" if compare else "compare is off")
+        elif command.startswith("/"):
+            print("commands: /reset  /undo  /system TEXT  /compare  (an empty line ends)")
+        else:
+            start = [{"role": "system", "content": system}] if system else []
+            history.append({"role": "user", "content": line})
+            if compare:
+                print("[base] ", end="")
+                with without_adapter(policy.model):
+                    say(policy, start + history, args)
+                print("[trained] ", end="")
+            reply = say(policy, start + history, args)
+            history.append({"role": "assistant", "content": reply})
+
+
+def open_policy(directory: str, args) -> Policy:
+    """A model or an adapter directory, ready to generate."""
+    adapter = (Path(directory) / "adapter_config.json").exists()
+    cfg = Config(
+        model_name_or_path=None if adapter else directory,
+        adapter_name_or_path=directory if adapter else None,
+        load_in_4bit=args.load_in_4bit,
+        device=args.device,
+        chat_template=args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
+        policy = load_policy(cfg)
+    if not adapter:
+        policy.lora = None
+    policy.model.eval()
+    return policy
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m nanoalign.chat", allow_abbrev=False)
+    parser.add_argument("directory", help="a model or an adapter")
+    parser.add_argument("--prompt", help="one reply to this, then the end")
+    parser.add_argument("--system", default="", help="the system turn")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
+    parser.add_argument("--seed", type=int, default=None, help="of sampling")
+    parser.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits")
+    parser.add_argument("--chat_template", choices=["chatml", "native"], default="chatml")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code")
+    args = parser.parse_args(argv)
+    quiet()
+    policy = open_policy(args.directory, args)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    if args.prompt is None and sys.stdin.isatty():
+        return talk(policy, args)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read().strip()
+    if not prompt:
+        raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    say(policy, [*start, {"role": "user", "content": prompt}], args)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"chat: error: {error}", file=sys.stderr)
+        sys.exit(2)

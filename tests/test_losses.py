@@ -1,0 +1,198 @@
+"""The losses by hand: each number is worked out in the comment beside it."""
+
+import math
+
+import pytest
+import torch
+
+from nanoalign.losses import (
+    DPO_LOSSES,
+    KTO_LOSSES,
+    NEEDS_Z0,
+    dpo_loss,
+    kl_baseline,
+    kto_loss,
+    sft_loss,
+)
+
+
+def close(got, expected):
+    return torch.allclose(got, torch.as_tensor(expected, dtype=got.dtype), atol=1e-5)
+
+
+def test_sft():
+    assert sft_loss(torch.tensor([-2.0, -0.5])).tolist() == [2.0, 0.5]
+
+
+# --------------------------------------------------------------------------------------- DPO
+
+# log-ratios: chosen -10 - -12 = 2 and -20 - -20 = 0; rejected -16 - -15 = -1 and -21 - -24 = 3
+# margins: 2 - -1 = 3 and 0 - 3 = -3; beta = 0.5, so z = 1.5 and -1.5
+PAIRS = dict(
+    chosen_logps=[-10.0, -20.0],
+    rejected_logps=[-16.0, -21.0],
+    ref_chosen_logps=[-12.0, -20.0],
+    ref_rejected_logps=[-15.0, -24.0],
+)
+# with sigmoid(1.5) = 0.8175745 and sigmoid(-1.5) = 0.1824255,
+# -log sigmoid(1.5) = 0.2014133 and -log sigmoid(-1.5) = 1.7014133
+
+
+def dpo(**more):
+    tensors = {name: torch.tensor(values) for name, values in PAIRS.items()}
+    return dpo_loss(**tensors, beta=0.5, **more)
+
+
+def test_dpo_sigmoid():
+    losses, chosen, rejected = dpo()
+    assert close(losses, [0.2014133, 1.7014133])
+    assert close(chosen, [1.0, 0.0])  # beta * log-ratio: 0.5 * 2, 0.5 * 0
+    assert close(rejected, [-0.5, 1.5])  # 0.5 * -1, 0.5 * 3
+
+
+def test_dpo_with_label_smoothing():
+    # 0.9 * 0.2014133 + 0.1 * 1.7014133 = 0.1812720 + 0.1701413; the other way round:
+    # 0.9 * 1.7014133 + 0.1 * 0.2014133 = 1.5312720 + 0.0201413
+    assert close(dpo(label_smoothing=0.1)[0], [0.3514133, 1.5514133])
+
+
+def test_robust_dpo():
+    # (0.9 * 0.2014133 - 0.1 * 1.7014133) / 0.8 = 0.0111307 / 0.8
+    # (0.9 * 1.7014133 - 0.1 * 0.2014133) / 0.8 = 1.5111307 / 0.8
+    assert close(dpo(loss_type="robust", label_smoothing=0.1)[0], [0.0139133, 1.8889133])
+    assert close(dpo(loss_type="robust")[0], [0.2014133, 1.7014133])
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels():
+    """Seen the right way round with probability 0.9, it is the clean loss on average."""
+    right, wrong = dpo(loss_type="robust", label_smoothing=0.1)[0]  # margins 3 and -3
+    assert close(0.9 * right + 0.1 * wrong, 0.2014133)
+
+
+def test_ipo_averages_over_tokens():
+    # lengths 2 and 5 (chosen), 4 and 3 (rejected): log-ratios per token are
+    # 2/2 - -1/4 = 1.25 and 0/5 - 3/3 = -1; 1 / (2 beta) = 1: 0.25^2 and (-2)^2
+    lengths = dict(chosen_lengths=torch.tensor([2, 5]), rejected_lengths=torch.tensor([4, 3]))
+    assert close(dpo(loss_type="ipo", **lengths)[0], [0.0625, 4.0])
+    # without lengths: (3 - 1)^2 and (-3 - 1)^2
+    assert close(dpo(loss_type="ipo")[0], [4.0, 16.0])
+
+
+def test_hinge():
+    # 1 - 1.5 < 0, and 1 + 1.5
+    assert close(dpo(loss_type="hinge")[0], [0.0, 2.5])
+
+
+def test_rpo_adds_the_chosen_reply_s_own_loss_per_token():
+    # 0.2014133 + 2 * 10 / 5 and 1.7014133 + 2 * 20 / 8
+    lengths = dict(chosen_lengths=torch.tensor([5, 8]), rejected_lengths=torch.tensor([4, 3]))
+    assert close(dpo(rpo_alpha=2.0, **lengths)[0], [4.2014133, 6.7014133])
+
+
+def test_dpo_starts_at_ln_2():
+    """Where the policy is the reference; the other losses at their own numbers."""
+    chosen, rejected = torch.tensor([-3.0, -70.0]), torch.tensor([-9.0, -1.0])
+
+    def at_the_start(**more):
+        return dpo_loss(chosen, rejected, chosen, rejected, beta=0.1, **more)[0]
+
+    assert close(at_the_start(), [math.log(2)] * 2)
+    assert close(at_the_start(label_smoothing=0.3), [math.log(2)] * 2)
+    assert close(at_the_start(loss_type="robust", label_smoothing=0.3), [math.log(2)] * 2)
+    assert close(at_the_start(loss_type="hinge"), [1.0] * 2)
+    assert close(at_the_start(loss_type="ipo"), [25.0] * 2)  # (0 - 1 / 0.2)^2
+
+
+def test_the_gradient_of_dpo():
+    """Equation 7's: beta * sigmoid(-z) on the two log-probs with opposite signs."""
+    tensors = {name: torch.tensor(v, requires_grad=True) for name, v in PAIRS.items()}
+    losses, chosen, rejected = dpo_loss(**tensors, beta=0.5)
+    losses.sum().backward()
+    slope = torch.tensor([0.5 * 0.1824255, 0.5 * 0.8175745])  # sigmoid(-1.5), sigmoid(1.5)
+    assert close(tensors["chosen_logps"].grad, -slope)
+    assert close(tensors["rejected_logps"].grad, slope)
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSSES)
+def test_dpo_far_away_is_finite_and_its_rewards_carry_no_gradient(loss_type):
+    chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
+    rejected = torch.tensor([0.0, -1e4], requires_grad=True)
+    zero = torch.zeros(2)
+    losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type)
+    losses.sum().backward()
+    assert (
+        losses.shape == (2,)
+        and losses.isfinite().all()
+        and losses[0] > losses[1] - 1e-6
+        or (
+            loss_type == "ipo"  # which pulls back from both sides
+        )
+    )
+    assert chosen.grad.isfinite().all()
+    assert not any(reward.requires_grad for reward in rewards)
+
+
+# --------------------------------------------------------------------------------------- KTO
+
+# log-ratios -8 - -10 = 2 and -9 - -8 = -1 and -5 - -5 = 0
+LOGPS, REF = torch.tensor([-8.0, -9.0, -5.0]), torch.tensor([-10.0, -8.0, -5.0])
+UP, DOWN = torch.tensor([True] * 3), torch.tensor([False] * 3)
+
+
+def test_kto_desirable():
+    # beta = 0.5, z0 = 1: 1 - sigmoid(0.5 * (2 - 1)), (-1 - 1), (0 - 1)
+    # = sigmoid(-0.5), sigmoid(1), sigmoid(0.5)
+    losses, rewards = kto_loss(LOGPS, REF, UP, torch.tensor(1.0), beta=0.5)
+    assert close(losses, [0.3775407, 0.7310586, 0.6224593])
+    assert close(rewards, [1.0, -0.5, 0.0])
+
+
+def test_kto_undesirable():
+    # 1 - sigmoid(0.5 * (1 - 2)), (1 - -1), (1 - 0): the complements of the ones above
+    losses, rewards = kto_loss(LOGPS, REF, DOWN, torch.tensor(1.0), beta=0.5)
+    assert close(losses, [0.6224593, 0.2689414, 0.3775407])
+    assert close(rewards, [1.0, -0.5, 0.0])  # a reward knows no label
+
+
+def test_kto_weights():
+    mixed = torch.tensor([True, False, True])
+    losses, _ = kto_loss(
+        LOGPS, REF, mixed, torch.tensor(1.0), 0.5, desirable_weight=2.0, undesirable_weight=3.0
+    )
+    # 2 * 0.3775407, 3 * 0.2689414, 2 * 0.6224593
+    assert close(losses, [0.7550813, 0.8068243, 1.2449187])
+
+
+def test_apo_zero_unpaired():
+    # the reference point is 0, whatever z0: sigmoid(-0.5 * 2), and for thumbs down sigmoid(0.5 * d)
+    mixed = torch.tensor([True, False, False])
+    for z0 in (0.0, 7.0):
+        losses, _ = kto_loss(LOGPS, REF, mixed, torch.tensor(z0), 0.5, "apo_zero_unpaired")
+        assert close(losses, [0.2689414, 0.3775407, 0.5])
+    assert NEEDS_Z0 == {"kto"} and "apo_zero_unpaired" in KTO_LOSSES
+
+
+@pytest.mark.parametrize("loss_type", KTO_LOSSES)
+def test_kto_starts_at_one_half(loss_type):
+    mixed = torch.tensor([True, False, True])
+    losses, rewards = kto_loss(LOGPS, LOGPS, mixed, torch.tensor(0.0), 0.1, loss_type)
+    assert losses.tolist() == [0.5] * 3 and rewards.tolist() == [0.0] * 3
+
+
+def test_the_baseline_is_a_mean_held_at_zero():
+    # (-8 - -10, -9 - -8, -5 - -5) = (2, -1, 0): mean 1/3; the other way round -1/3
+    assert close(kl_baseline(LOGPS, REF), 1 / 3)
+    assert kl_baseline(REF, LOGPS).item() == 0.0
+    assert kl_baseline(LOGPS, REF).shape == ()
+
+
+def test_no_gradient_through_z0_and_rewards():
+    logps = LOGPS.clone().requires_grad_()
+    z0 = kl_baseline(logps, REF)
+    assert not z0.requires_grad
+    losses, rewards = kto_loss(logps, REF, UP, z0, beta=0.5)
+    assert not rewards.requires_grad
+    losses.sum().backward()
+    # d/d logp of 1 - sigmoid(u) is -beta sigmoid(u) sigmoid(-u), u = 0.5 * (d - 1/3), and no more
+    u = 0.5 * (torch.tensor([2.0, -1.0, 0.0]) - 1 / 3)
+    assert close(logps.grad, -0.5 * u.sigmoid() * (-u).sigmoid())

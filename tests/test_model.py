@@ -1,0 +1,398 @@
+"""A directory -> a model ready to train, and back: the probe, errors, reference, generation."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as t
+from conftest import make_tokenizer, tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from nanoalign import InputError
+from nanoalign.config import DPOConfig, SFTConfig, parse
+from nanoalign.model import generate, load_policy, load_reference, probe, save_policy
+
+TALK = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How are you?"}],
+    [{"role": "user", "content": "Hello!"}],
+]
+SEQUENCES = [
+    (list(range(3, 12)), [([20, 21, 22], [True] * 3), ([23, 24], [True] * 2)]),
+    ([30, 31], [([32, 33, 34, 35], [False, True, True, True])]),
+]
+
+
+def config(directory, *flags, kind=SFTConfig):
+    flags = ["--model_name_or_path", str(directory), "--dataset_name", "any.jsonl", *flags]
+    return parse(kind, [*flags, "--device", "cpu"], {})
+
+
+def save_model(directory, model_config, tokenizer=None):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+    (tokenizer or make_tokenizer()).save_pretrained(directory)
+    return directory
+
+
+# -------------------------------------------------------------------------------------- the probe
+
+ACCEPTED = {  # kind: (config, what its head does beyond a product)
+    "llama": (tiny(LlamaConfig), (1.0, None)),
+    "qwen2": (tiny(Qwen2Config), (1.0, None)),
+    "qwen3": (tiny(t.Qwen3Config), (1.0, None)),
+    "gemma2": (tiny(t.Gemma2Config, sliding_window=8), (1.0, 30.0)),
+    "mistral": (tiny(t.MistralConfig, sliding_window=8), (1.0, None)),
+    "granite": (tiny(t.GraniteConfig, logits_scaling=8.0), (1 / 8, None)),
+    "cohere": (tiny(t.CohereConfig, logit_scale=0.0625), (0.0625, None)),
+    "phi": (tiny(t.PhiConfig), (1.0, None)),  # a bias, which the head's layer shows itself
+}
+REFUSED = {
+    "falcon": (
+        t.FalconConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        "AttentionInterface",
+    ),
+    "bloom": (
+        t.BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4),
+        "AttentionInterface",
+    ),
+    "gpt_oss": (
+        tiny(t.GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        "attention with s_aux",
+    ),
+    "llama4": (
+        tiny(t.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=32),
+        "can't be trained here",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_the_probe_accepts(kind):
+    model_config, (scale, softcap) = ACCEPTED[kind]
+    before = model_config.to_dict()
+    got_scale, got_softcap = probe(model_config, kind)
+    assert abs(got_scale - scale) < 1e-6 and got_softcap == softcap
+    assert model_config.to_dict() == before  # it looks at a copy
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_probe_refuses(kind):
+    model_config, reason = REFUSED[kind]
+    with pytest.raises(InputError, match=rf"^{kind}: {kind}.*{reason}") as error:
+        probe(model_config, kind)
+    assert "\n" not in str(error.value)
+
+
+def test_the_probe_leaves_the_generator_of_random_numbers_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    probe(tiny(LlamaConfig), "llama")
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---------------------------------------------------------------------------------- what is wrong
+
+
+def drop_tensor(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def reshape_tensor(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(60, 32)
+
+
+def poison_tensor(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (drop_tensor, "missing keys .*layers.1.mlp.up_proj"),
+        (reshape_tensor, None),
+        (poison_tensor, "layers.1.mlp.up_proj.* NaN"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config(change, words, model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    refused(directory, words)
+
+
+def refused(directory, words, *flags):
+    with pytest.raises(InputError, match=words) as error:
+        load_policy(config(directory, *flags))
+    assert "\n" not in str(error.value) and str(directory) in str(error.value)
+
+
+def test_directories_that_are_no_models(model_dir, tmp_path):
+    refused(tmp_path / "nothing", None)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", None)
+
+    no_config = shutil.copytree(model_dir, tmp_path / "no_config")
+    (no_config / "config.json").unlink()
+    refused(no_config, None)
+    (no_config / "config.json").write_text("{")
+    refused(no_config, None)
+
+    no_weights = shutil.copytree(model_dir, tmp_path / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    refused(no_weights, "model.safetensors")
+    whole = (tmp_path / model_dir / "model.safetensors").read_bytes()
+    for length in (0, 5, len(whole) // 2):
+        (no_weights / "model.safetensors").write_bytes(whole[:length])
+        refused(no_weights, None)
+
+
+def test_a_tokenizer_larger_than_the_embeddings(tmp_path):
+    save_model(tmp_path, tiny(LlamaConfig, vocab_size=200))
+    refused(tmp_path, "the tokenizer has 300 ids, the embeddings 200 rows")
+
+
+def test_an_adapter_is_no_model(model_dir, tmp_path):
+    save_policy(load_policy(config(model_dir)), tmp_path)
+    refused(tmp_path, "is an adapter; give it as --adapter_name_or_path")
+
+
+def test_a_device_that_is_not_there(model_dir):
+    cfg = config(model_dir)
+    for cfg.device in ("abacus", "cuda:99"):
+        with pytest.raises(InputError, match=f"--device {cfg.device}: ") as error:
+            load_policy(cfg)
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ generation
+
+
+@pytest.fixture(scope="module")
+def policy(model_dir):
+    """With an adapter that is no longer new."""
+    policy = load_policy(config(model_dir))
+    disturb(policy, 0.05)
+    return policy
+
+
+def disturb(policy, size):
+    """A few steps' worth of change in everything that trains."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in policy.lm.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+
+
+def test_greedy_replies_are_those_of_transformers(policy):
+    replies = generate(policy, TALK, max_new_tokens=12)
+    policy.model.set_attn_implementation("eager")
+    policy.model.eval()
+    for messages, reply in zip(TALK, replies):
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        ids = policy.tokenizer(text + "<|im_start|>assistant\n", return_tensors="pt").input_ids
+        stop = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        out = policy.model.generate(
+            ids, max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=stop
+        )
+        new = out[0, ids.shape[1] :]
+        assert reply == policy.tokenizer.decode(new, skip_special_tokens=True)
+    policy.model.set_attn_implementation("packed")
+    assert len(set(replies)) == 3 and all(replies)
+
+
+def test_a_reply_does_not_depend_on_its_batch(policy):
+    together = generate(policy, TALK, max_new_tokens=12)
+    assert together == [generate(policy, [m], max_new_tokens=12)[0] for m in TALK]
+
+
+def test_sampling_follows_the_seed_and_training_goes_on_after_it(policy):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate(policy, TALK, max_new_tokens=12, temperature=1.0)
+
+    policy.lm.train()
+    assert sample(0) == sample(0) != sample(1)
+    assert policy.model.training
+    policy.lm(SEQUENCES).logps.sum().backward()  # packed attention again
+    policy.lm.zero_grad()
+
+
+# ------------------------------------------------------------------------------- there and back
+
+
+def test_full_fine_tuning_saves_a_model_of_transformers(model_dir, tmp_path):
+    policy = load_policy(config(model_dir, "--use_peft", "false"))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.lm.parameters())
+    disturb(policy, 0.02)
+    save_policy(policy, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    policy.model.eval().set_attn_implementation(policy.attention)
+    assert torch.equal(reopened(ids).logits, policy.model(ids).logits)
+    assert t.AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"
+    load_policy(config(tmp_path))  # and here again
+
+
+def test_new_markers_start_as_the_mean_of_the_old_rows(tmp_path):
+    save_model(tmp_path, tiny(LlamaConfig, vocab_size=300), make_tokenizer(["<|endoftext|>"]))
+    mean = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].mean(0)
+    policy = load_policy(config(tmp_path))
+    new = policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert new == [300, 301] and policy.model.config.vocab_size == 302
+    for table in (policy.model.get_input_embeddings(), policy.model.get_output_embeddings()):
+        assert table.weight.shape == (302, 32)
+    rows = policy.model.get_input_embeddings().weight[new]
+    assert torch.allclose(rows, mean.expand(2, -1), atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- the reference
+
+
+@pytest.fixture(scope="module")
+def reference_cases(model_dir, tmp_path_factory):
+    """Every way in which something trains beside new LoRA layers: flags of a policy."""
+    home = tmp_path_factory.mktemp("reference")
+    qwen = save_model(home / "qwen", tiny(Qwen2Config))  # with biases
+    plain = save_model(home / "plain", tiny(LlamaConfig), make_tokenizer(["<|endoftext|>"]))
+    before = load_policy(config(model_dir))
+    disturb(before, 0.05)
+    save_policy(before, home / "adapter")
+    return {
+        "new": (model_dir, ()),
+        "continued": (model_dir, ("--adapter_name_or_path", str(home / "adapter"))),
+        "biases": (qwen, ("--lora_bias", "all")),
+        "head": (model_dir, ("--lora_modules_to_save", "lm_head")),
+        "markers": (plain, ()),
+    }
+
+
+def no_sequences():
+    raise AssertionError("nothing is precomputed with LoRA")
+
+
+@pytest.mark.parametrize("case", ["new", "continued", "biases", "head", "markers"])
+def test_the_reference_is_the_policy_as_it_was(case, reference_cases):
+    directory, flags = reference_cases[case]
+    cfg = config(directory, *flags, kind=DPOConfig)
+    policy = load_policy(cfg)
+    reference = load_reference(cfg, policy, no_sequences)
+    policy.lm.train()
+    start = policy.lm(SEQUENCES).logps.detach()
+    assert torch.allclose(reference(SEQUENCES), start, atol=1e-5)
+    for size in (0.02, 0.05):
+        disturb(policy, size)
+        now = policy.lm(SEQUENCES).logps
+        assert torch.allclose(reference(SEQUENCES), start, atol=1e-5)
+        assert torch.equal(policy.lm(SEQUENCES).logps, now)  # it came back as it had been
+        assert (now - start).abs().max() > 1e-2
+    assert policy.lm.training and not reference(SEQUENCES).requires_grad
+    now.sum().backward()
+
+
+def test_disabled_dropout_is_disabled_everywhere(tmp_path):
+    """In the model's attention and in an adapter that was trained with dropout, too."""
+    model = save_model(tmp_path / "model", tiny(LlamaConfig, attention_dropout=0.5))
+    with_dropout = load_policy(config(model, "--lora_dropout", "0.5"))  # SFT keeps dropout
+    disturb(with_dropout, 0.05)
+    save_policy(with_dropout, tmp_path / "adapter")
+    flags = ("--adapter_name_or_path", str(tmp_path / "adapter"))
+    for kind, alike in ((SFTConfig, False), (DPOConfig, True)):
+        lm = load_policy(config(model, *flags, kind=kind)).lm
+        training, evaluating = lm.train()(SEQUENCES).logps, lm.eval()(SEQUENCES).logps
+        assert torch.allclose(training, evaluating, atol=1e-5) is alike
+
+
+def test_another_model_as_the_reference(model_dir, tmp_path):
+    save_model(tmp_path / "other", tiny(Qwen2Config))
+    flags = ("--ref_model_name_or_path", str(tmp_path / "other"))
+    cfg = config(model_dir, *flags, kind=DPOConfig)
+    policy = load_policy(cfg)
+    expected = load_policy(config(tmp_path / "other")).lm(SEQUENCES).logps
+    got = load_reference(cfg, policy, no_sequences)(SEQUENCES)
+    assert torch.allclose(got, expected, atol=1e-5) and not got.requires_grad
+    assert (got - policy.lm(SEQUENCES).logps).abs().min() > 1e-3
+
+    save_model(tmp_path / "small", tiny(Qwen2Config, vocab_size=290))
+    cfg.ref_model_name_or_path = str(tmp_path / "small")
+    with pytest.raises(InputError, match="small: has fewer tokens than the policy"):
+        load_reference(cfg, policy, no_sequences)
+
+
+def test_full_fine_tuning_keeps_a_table(model_dir):
+    cfg = config(model_dir, "--use_peft", "false", kind=DPOConfig)
+    policy = load_policy(cfg)
+    start = policy.lm(SEQUENCES).logps.detach()
+    reference = load_reference(cfg, policy, lambda: SEQUENCES * 2)
+    disturb(policy, 0.05)
+    assert torch.equal(reference(SEQUENCES[::-1]), start[[2, 0, 1]])
+    prompt, completions = SEQUENCES[0]
+    assert torch.equal(reference([(prompt, completions[1:])]), start[1:2])
+
+
+# ------------------------------------------------------------------------------------------ GGUF
+
+
+def test_a_gguf_file(model_dir, tmp_path):
+    """The same weights from a GGUF file give the same log-probs."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    write_gguf(gguf, model_dir, path)
+    policy, expected = load_policy(config(path)), load_policy(config(model_dir))
+    assert torch.allclose(policy.lm(SEQUENCES).logps, expected.lm(SEQUENCES).logps, atol=1e-4)
+
+    whole = load_policy(config(path, "--use_peft", "false"))
+    save_policy(whole, tmp_path / "saved")
+    saved = load_policy(config(tmp_path / "saved"))
+    assert torch.equal(saved.lm(SEQUENCES).logps, whole.lm(SEQUENCES).logps)
+
+    path.write_bytes(b"GGUF")
+    refused(path, None)
+
+
+def write_gguf(gguf, model_dir, path):
+    """A Llama and its byte-level tokenizer, as llama.cpp writes them: query and key rows permuted
+    from halves to pairs of the rotary embedding."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    c, tensors = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_vocab_size(c.vocab_size)
+
+    tokenizer = json.loads((make_tokenizer().backend_tokenizer).to_str())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    tokens += [f"[{i}]" for i in range(len(tokens), c.vocab_size)]
+    special = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(special)
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_eos_token_id(1)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, tensor in tensors.items():
+        for part, heads in (("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads)):
+            if part in name:
+                halves = tensor.view(heads, 2, -1, tensor.shape[1])
+                tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,252 @@
+"""Packing: the row of a worked example, who sees whom, and the plain padded way as the judge."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from nanoalign import packing
+from nanoalign.logps import PackedLM
+from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
+from nanoalign.model import packed_attention, probe
+from nanoalign.packing import pack
+
+# ------------------------------------------------------------------------------------ the row
+
+WORKED = [
+    ([10, 11, 12], [([20, 21, 22], [False, True, True]), ([30], [True])]),
+    ([40], [([50, 51], [True, True])]),
+]
+
+
+def test_a_worked_row():
+    """| 10 11 12 | 20 21 | | 40 | 50 |: 22, 30 and 51 are last tokens and predict nothing."""
+    row = pack(WORKED)
+    assert row.input_ids.tolist() == [10, 11, 12, 20, 21, 40, 50]
+    assert row.layout.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert row.layout.example.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert row.layout.branch.tolist() == [-1, -1, -1, 0, 0, -1, 0]
+    # 21 is predicted where 20 stands, 22 where 21 does, 30 at the prompt's end (12), ...
+    assert row.predictors.tolist() == [3, 4, 2, 5, 6]
+    assert row.targets.tolist() == [21, 22, 30, 50, 51]
+    assert row.completion.tolist() == [0, 0, 1, 2, 2]
+    assert row.trained == [2, 1, 2] and row.lengths == [7, 3]
+
+
+def test_without_a_prompt_the_first_token_is_predicted_by_nothing():
+    row = pack([([], [([60, 61], [True, True])])])
+    assert row.input_ids.tolist() == [60]
+    assert row.predictors.tolist() == [0] and row.targets.tolist() == [61]
+    assert row.trained == [1]
+
+
+def random_sequences(seed=0, vocabulary=320):
+    """Prompts shared by 1, 2 and 3 completions, with masks that have holes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(3, vocabulary, (n,), generator=g).tolist()
+
+    def completion(n):
+        mask = (torch.rand(n, generator=g) < 0.7).tolist()
+        return ids(n), [*mask[:-1], True]
+
+    return [
+        (ids(9), [completion(11)]),
+        (ids(7), [completion(1), completion(12)]),
+        (ids(12), [completion(6), completion(9), completion(3)]),
+        (ids(1), [completion(4), completion(1)]),
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_predicate_against_a_brute_force_mask(window):
+    sequences = random_sequences()
+    tokens = []  # (example, branch, position) of each token of the row, written down plainly
+    for number, (prompt, completions) in enumerate(sequences):
+        tokens += [(number, None, i) for i in range(len(prompt))]
+        for branch, (ids, _) in enumerate(completions):
+            tokens += [(number, branch, len(prompt) + i) for i in range(len(ids) - 1)]
+
+    def sees(query, key):
+        (example, branch, i), (other, its, j) = query, key
+        return (
+            example == other
+            and (its is None or its == branch)
+            and j <= i
+            and (window is None or i - j < window)
+        )
+
+    layout = pack(sequences).layout
+    index = torch.arange(len(tokens))
+    mask = layout.allowed(index[:, None], index[None], window)
+    assert mask.tolist() == [[sees(q, k) for k in tokens] for q in tokens]
+
+
+# ------------------------------------------------------------------------------ the attention
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "softcap"])
+@pytest.mark.parametrize("window", [None, 5], ids=["", "window"])
+def test_flex_attention_and_the_dense_calls_agree(window, softcap, monkeypatch):
+    """The way of a GPU and the way of a CPU, both against one dense mask (forward; flex has no
+    backward on a CPU)."""
+    monkeypatch.setattr(packing, "_compiled_flex", lambda: flex_attention)
+    layout = pack(random_sequences()).layout
+    tokens = len(layout.position)
+    g = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 4, tokens, 16, generator=g)
+    k, v = (torch.randn(1, 2, tokens, 16, generator=g) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "called without torch.compile"
+        flex = packing._flex(q, k, v, layout, 0.3, window, softcap)
+        again = packing._flex(q, k, v, layout, 0.3, window, softcap)
+    dense = packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap)
+
+    index = torch.arange(tokens)
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    scores.masked_fill_(~layout.allowed(index[:, None], index[None], window), float("-inf"))
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    assert torch.allclose(dense, expected, atol=1e-5)
+    assert torch.allclose(flex, expected, atol=1e-5) and torch.equal(flex, again)
+    assert list(layout.block_masks) == [window]  # made once a row
+
+
+def test_a_keyword_that_changes_attention_is_refused():
+    layout = pack(WORKED).layout
+    q = torch.randn(1, 2, 7, 8)
+    known = dict(layout=layout, scaling=1.0)
+    packed_attention(None, q, q, q, None, **known, s_aux=None)  # given, but not in use
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        packed_attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
+
+
+# --------------------------------------------------------------- against the plain padded way
+
+CONFIGS = {
+    "llama": tiny(LlamaConfig, attention_bias=True),
+    "qwen2": tiny(Qwen2Config),
+    "qwen2-window": tiny(
+        Qwen2Config, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": tiny(Qwen3Config),
+    "gemma2": tiny(
+        Gemma2Config,
+        sliding_window=5,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": tiny(
+        Gemma3TextConfig,
+        sliding_window=5,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral-window": tiny(MistralConfig, sliding_window=5),
+}
+
+
+def a_model(kind, lora):
+    """fp32, random in every weight (norms and biases too), with what trains, ready for packing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation="eager")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    if lora:
+        add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+    return PackedLM(model, *probe(CONFIGS[kind], kind), None)
+
+
+def padded_logps(model, sequences):
+    """As everybody computes them: every completion with its own prompt, padded on the right to the
+    longest, an attention mask, all logits, cross-entropy. -> (C,)"""
+    examples = [(x + y, [False] * len(x) + m) for x, ys in sequences for y, m in ys]
+    longest = max(len(ids) for ids, _ in examples)
+    rest = [longest - len(ids) for ids, _ in examples]
+    ids = torch.tensor([ids + [0] * n for (ids, _), n in zip(examples, rest)])
+    mask = torch.tensor([m + [False] * n for (_, m), n in zip(examples, rest)])
+    real = torch.tensor([[1] * (longest - n) + [0] * n for n in rest])
+    logits = model(ids, attention_mask=real, use_cache=False).logits[:, :-1]  # (C, L - 1, V)
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return -(losses * mask[:, 1:]).sum(1)
+
+
+def gradients(model, logps):
+    """Of a sum in which every completion has another weight: name -> gradient."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def deviation(got, expected):
+    """The largest relative deviation of a gradient. One that is nothing but rounding (a bias of
+    keys shifts all scores of a query alike) is measured against the whole gradient."""
+    assert got.keys() == expected.keys()
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    return max(
+        float((got[n] - g).norm() / max(g.norm(), 1e-3 * whole)) for n, g in expected.items()
+    )
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_equals_padded(kind, lora):
+    lm, sequences = a_model(kind, lora), random_sequences()
+    expected = padded_logps(lm.model, sequences)
+    expected_gradients = gradients(lm.model, expected)
+    lm.model.set_attn_implementation("packed")
+    got = lm(sequences).logps
+    got_gradients = gradients(lm.model, got)
+
+    assert torch.allclose(got, expected, rtol=1e-5, atol=0)
+    trained = [n for n, p in lm.model.named_parameters() if p.requires_grad]
+    assert sorted(got_gradients) == sorted(trained)
+    assert deviation(got_gradients, expected_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral-window"])
+def test_a_layer_recomputed_in_backward_keeps_its_layout(kind, monkeypatch):
+    """Gradient checkpointing calls the layers a second time: same keywords, same gradients."""
+    lm, sequences = a_model(kind, lora=True), random_sequences()
+    lm.model.set_attn_implementation("packed")
+    lm.train()
+    expected = gradients(lm.model, lm(sequences).logps)
+    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls, by_example = [], packing._by_example
+
+    def counted(*args):
+        calls.append(args[3])  # the layout
+        return by_example(*args)
+
+    monkeypatch.setattr(packing, "_by_example", counted)
+    got = gradients(lm.model, lm(sequences).logps)
+    assert len(calls) == 4 and len({id(layout) for layout in calls}) == 1  # 2 layers, twice
+    assert deviation(got, expected) < 1e-6
+
+
+def test_what_an_example_scores_does_not_depend_on_its_neighbours():
+    lm, sequences = a_model("qwen2-window", lora=False), random_sequences()
+    lm.model.set_attn_implementation("packed")
+    together = lm(sequences)
+    alone = [lm([(prompt, [c])]).logps for prompt, completions in sequences for c in completions]
+    assert torch.allclose(together.logps, torch.cat(alone), rtol=1e-5)
+    assert together.tokens == [sum(mask) for _, ys in sequences for _, mask in ys]

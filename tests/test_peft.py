@@ -1,0 +1,427 @@
+"""Adapters travel both ways between here and PEFT, and what does not fit is refused.
+
+Everything that trains is set to random numbers before an adapter is written, so that a tensor that
+does not arrive, or arrives in the wrong place or at the wrong scale, shows in the logits.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+peft = pytest.importorskip("peft")
+
+from conftest import make_tokenizer, tiny  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from nanoalign import InputError  # noqa: E402
+from nanoalign.chatml import IM_END, IM_START  # noqa: E402
+from nanoalign.config import DPOConfig, SFTConfig  # noqa: E402
+from nanoalign.lora import trained_tensors  # noqa: E402
+from nanoalign.model import generation, load_policy, load_reference, save_policy  # noqa: E402
+
+SEQUENCES = [
+    (list(range(7, 19)), [([40, 41, 42, 43], [True] * 4), ([50, 51], [True] * 2)]),
+    ([60, 3, 9], [(list(range(100, 109)), [True] * 9)]),
+]
+TARGETS = ["all-linear", ["q_proj", "down_proj"], ["v_proj"], r".*layers\.1\..*(k|up)_proj"]
+SETTINGS = {
+    "plain": {},
+    "rslora": dict(use_rslora=True),
+    "bias of LoRA layers": dict(bias="lora_only", target_modules=["q_proj", "up_proj"]),
+    "all biases": dict(bias="all", target_modules=["q_proj", "up_proj"]),
+    "head": dict(modules_to_save=["lm_head"]),
+    "embedding": dict(modules_to_save=["embed_tokens"]),
+    "dropout": dict(lora_dropout=0.3),
+    **{f"targets {target}": dict(target_modules=target) for target in TARGETS},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small to share: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model directories: Llama with every bias, untied and tied; Qwen2 (biases on q, k, v)."""
+    made = {}
+    for name, kind, model, more in (
+        ("untied", LlamaConfig, LlamaForCausalLM, dict(attention_bias=True, mlp_bias=True)),
+        ("tied", LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True)),
+        ("qwen2", Qwen2Config, Qwen2ForCausalLM, {}),
+    ):
+        directory = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        model(tiny(kind, **more)).save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+        made[name] = str(directory)
+    return made
+
+
+FROM_PEFT = {
+    "token rows": dict(trainable_token_indices=[5, 9]),
+    "full names": dict(target_modules=["model.layers.1.mlp.up_proj", "layers.0.self_attn.k_proj"]),
+    "normal init": dict(init_lora_weights="gaussian"),
+}
+
+
+def combinations(settings):
+    """Every setting on the untied base, and on another one where that makes a difference."""
+    tied = ("plain", "head", "embedding", "token rows")
+    for what, how in settings.items():
+        for base in ["untied", *["tied"] * (what in tied), *["qwen2"] * ("bias" in how)]:
+            yield pytest.param(base, how, id=f"{what}, {base}")
+
+
+def policy_of(base, **flags):
+    """load_policy in fp32 on the CPU, with the words of LoraConfig."""
+    names = {"r": "lora_r", "bias": "lora_bias", "target_modules": "lora_target_modules",
+             "modules_to_save": "lora_modules_to_save"}  # fmt: skip
+    flags = {names.get(name, name): value for name, value in flags.items()}
+    if isinstance(flags.get("lora_target_modules"), str):
+        flags["lora_target_modules"] = [flags["lora_target_modules"]]
+    cfg = dict(model_name_or_path=base, dtype="float32", device="cpu", dataset_name=["-"])
+    return load_policy(SFTConfig(**cfg, **flags))
+
+
+def randomize(parameters, std=0.1, seed=5):
+    torch.manual_seed(seed)
+    for parameter in parameters:
+        parameter.data.normal_(std=std)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def plain_logps(model):
+    """log-probs of the completions in SEQUENCES from all logits, one sequence at a time."""
+    sums = []
+    for prompt, completions in SEQUENCES:
+        for completion, _ in completions:
+            ids = torch.tensor([prompt + completion])
+            logps = logits_of(model, ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
+            sums.append(logps.gather(1, ids[0, len(prompt) :, None]).sum())
+    return torch.stack(sums)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # what it warns of is tested
+@pytest.mark.parametrize("base, how", combinations(SETTINGS))
+def test_our_adapter_in_peft(base, how, bases, ids, tmp_path):
+    policy = policy_of(bases[base], **{"r": 4, "lora_alpha": 6, **how})
+    randomize(p for p in policy.model.parameters() if p.requires_grad)
+    save_policy(policy, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(bases[base])
+    far = logits_of(plain, ids)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    with generation(policy) as ours, torch.no_grad():
+        expected = logits_of(theirs, ids)
+        assert (far - expected).abs().max() > 0.1  # the adapter does something
+        torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        packed = policy.lm.eval()(SEQUENCES).logps
+    torch.testing.assert_close(packed, plain_logps(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("base, how", combinations(SETTINGS | FROM_PEFT))
+def test_pefts_adapter_here(base, how, bases, ids, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(bases[base])
+    far = logits_of(plain, ids)
+    how = {"target_modules": "all-linear", **how}
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **how)
+    theirs = peft.get_peft_model(plain, config).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    policy = policy_of(bases[base], adapter_name_or_path=str(tmp_path))
+    expected = logits_of(theirs, ids)
+    assert (far - expected).abs().max() > 0.1
+    with generation(policy) as ours, torch.no_grad():
+        torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        packed = policy.lm.eval()(SEQUENCES).logps
+    torch.testing.assert_close(packed, plain_logps(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_in_training_is_pefts(bases, ids, tmp_path):
+    """From one seed both draw the same masks: the same place, rate and scale."""
+    policy = policy_of(bases["untied"], lora_dropout=0.3)
+    randomize(p for p in policy.model.parameters() if p.requires_grad)
+    save_policy(policy, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(bases["untied"])
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    policy.model.set_attn_implementation(policy.attention)
+    results = []
+    for model in (policy.model, theirs):
+        model.train()
+        torch.manual_seed(3)
+        results.append(logits_of(model, ids))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert (results[0] - logits_of(theirs.eval(), ids)).abs().max() > 0.1
+
+
+def test_the_file_says_what_it_holds(bases, tmp_path):
+    """Names and settings in the words of PEFT; weights in fp32."""
+    save_policy(policy_of(bases["untied"], r=4, lora_dropout=0.3, use_rslora=True), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert tensors[name].shape == (4, 32) and tensors[name].dtype == torch.float32
+    assert len(tensors) == 2 * 7 * 2  # A and B of 7 projections in 2 layers
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_dropout, config.use_rslora) == (4, 0.3, True)
+    assert config.base_model_name_or_path == bases["untied"] and config.task_type == "CAUSAL_LM"
+    assert config.target_modules >= {"q_proj", "down_proj"} and config.modules_to_save is None
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def edited(adapter, directory, edit):
+    """A copy of an adapter whose tensors went through `edit`."""
+    directory.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    return str(directory)
+
+
+def test_tensors_that_do_not_fit(bases, tmp_path):
+    base, good = bases["untied"], tmp_path / "good"
+    save_policy(policy_of(base, r=4), good)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    short = name.removeprefix("base_model.model.")
+    cases = {
+        "lacks 1 tensors": lambda t: t.pop(name),
+        "also has 1 tensors": lambda t: t.update({name + "2": torch.zeros(1)}),
+        r"shape \(64, 3\)": lambda t: t.update({name: torch.zeros(64, 3)}),
+    }
+    for number, (message, edit) in enumerate(cases.items()):
+        bad = edited(good, tmp_path / str(number), edit)
+        with pytest.raises(InputError, match=message) as caught:
+            policy_of(base, adapter_name_or_path=bad)
+        assert short in str(caught.value)
+    policy_of(base, adapter_name_or_path=edited(good, tmp_path / "same", lambda t: None))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(use_dora=True), "use_dora"),
+        (dict(rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens"),
+        (dict(some_later_variant=True), "some_later_variant"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights pissa"),  # another base
+        (dict(peft_type="IA3"), "IA3"),
+        (dict(r=3), "shape"),
+        (dict(target_modules=["q_proj"]), "also has"),
+        (dict(bias="all"), "lacks"),
+        (dict(modules_to_save=["lm_head"]), "lacks 1 tensors"),
+        (dict(target_modules=["no_such_layer"]), "no_such_layer"),
+    ],
+    ids=str,
+)
+def test_configs_that_do_not_fit(change, message, bases, tmp_path):
+    save_policy(policy_of(bases["untied"], r=4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        policy_of(bases["untied"], adapter_name_or_path=str(tmp_path))
+
+
+def test_an_adapter_of_another_base(bases, tmp_path):
+    """Qwen2 has the same layers but no bias to train on o_proj."""
+    save_policy(policy_of(bases["untied"], r=4, bias="all"), tmp_path)
+    with pytest.raises(InputError, match="another base"):
+        policy_of(bases["qwen2"], adapter_name_or_path=str(tmp_path))
+
+
+# ------------------------------------------------------------------------------ new ChatML markers
+
+
+def rows(directory, **columns):
+    """A data file: one answer to three questions."""
+    path = directory / "data.jsonl"
+    prompts = ["Why is the sky blue?", "How are you?", "Hello!"]
+    path.write_text("".join(json.dumps({"prompt": p, **columns}) + "\n" for p in prompts))
+    return [str(path)]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "spare rows"])
+def unmarked(request, tmp_path_factory):
+    """A model whose tokenizer knows no ChatML; without spare rows its embeddings have to grow."""
+    directory = tmp_path_factory.mktemp("unmarked")
+    tokenizer = make_tokenizer(special=("<|endoftext|>",))
+    size = len(tokenizer) + (20 if request.param == "spare rows" else 0)
+    torch.manual_seed(0)
+    config = tiny(LlamaConfig, vocab_size=size, tie_word_embeddings=request.param == "tied")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def marked(unmarked, tmp_path_factory):
+    """OUTPUT_DIR of a short SFT run on it, and the policy that the run ended with."""
+    folder, runs = tmp_path_factory.mktemp("marked"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "finish", lambda cfg, run: runs.append(run))
+        train_sft.run_sft(
+            SFTConfig(
+                model_name_or_path=unmarked,
+                dataset_name=rows(folder, completion="Light is scattered."),
+                output_dir=str(folder / "out"),
+                max_steps=5,
+                learning_rate=1e-2,
+                device="cpu",
+            )
+        )
+    return folder / "out", runs[0].policy
+
+
+def test_new_rows_start_as_the_mean(unmarked):
+    plain = AutoModelForCausalLM.from_pretrained(unmarked)
+    policy = policy_of(unmarked)
+    new = policy.tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    assert new == [300, 301]
+    embedding, head = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+    tables = [(embedding, plain.get_input_embeddings()), (head, plain.get_output_embeddings())]
+    for table, before in tables:
+        weight, before = table.weight.detach(), before.weight.detach()
+        assert torch.equal(weight[:300], before[:300])
+        torch.testing.assert_close(weight[new], before.mean(0).expand(2, -1))
+    trained = [name for name in trained_tensors(policy.model) if "token_adapter" in name]
+    tied = plain.config.tie_word_embeddings
+    assert len(trained) == (1 if tied else 2)
+    assert (embedding.row_weight is head.row_weight) == tied
+
+
+def test_new_rows_get_the_gradient_of_a_whole_table(unmarked):
+    """As input, as target and as every other word of the softmax, through tied tables as well."""
+    sequences = [([300, 7, 301], [([40, 301], [True] * 2), ([300, 41, 301], [True] * 3)])]
+    policy = policy_of(unmarked, disable_dropout=True)
+    policy.lm(sequences).logps.sum().backward()
+
+    plain = AutoModelForCausalLM.from_pretrained(unmarked)
+    plain.resize_token_embeddings(policy.model.vocab_size, mean_resizing=False)
+    tables = [
+        (plain.get_input_embeddings(), policy.model.get_input_embeddings()),
+        (plain.get_output_embeddings(), policy.model.get_output_embeddings()),
+    ]
+    for table, ours in tables:
+        table.weight.data.copy_(ours.weight)
+    prompt, completions = sequences[0]
+    for completion, _ in completions:
+        ids = torch.tensor([prompt + completion])
+        logps = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps.gather(1, ids[0, len(prompt) :, None]).sum().backward()
+    for table, ours in tables:
+        expected = table.weight.grad[[300, 301]]
+        torch.testing.assert_close(ours.row_weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_new_rows_train_and_peft_restores_them(unmarked, marked, ids):
+    out, policy = marked
+    plain = AutoModelForCausalLM.from_pretrained(unmarked)
+    for table, before in (
+        (policy.model.get_input_embeddings(), plain.get_input_embeddings()),
+        (policy.model.get_output_embeddings(), plain.get_output_embeddings()),
+    ):
+        start, end = (table.row_weight - before.weight.mean(0)).detach()
+        assert start.abs().max() > 1e-3 and end.abs().max() > 1e-3  # both markers moved
+        assert (start - end).abs().max() > 1e-3  # and not together
+
+    ids = torch.cat([ids, torch.tensor([[300, 301, 5], [301, 300, 9]])], dim=1)
+    expected = logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(out).eval(), ids)
+    again = policy_of(None, adapter_name_or_path=str(out))
+    for each in (policy, again):  # as it was in memory when training ended, and read back here
+        with generation(each) as ours:
+            torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------- going on from an adapter: the reference
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        dict(bias="all", target_modules=["q_proj", "v_proj"]),
+        dict(modules_to_save=["lm_head"]),
+        dict(lora_dropout=0.2, disable_dropout=False),
+    ],
+    ids=["plain", "all biases", "head", "dropout"],
+)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "new"])
+def test_the_reference_is_the_adapter_as_it_was(how, trained, bases, tmp_path):
+    policy = policy_of(bases["untied"], **how)
+    if trained:
+        randomize(p for p in policy.model.parameters() if p.requires_grad)
+    save_policy(policy, tmp_path)
+    continued = policy_of(None, adapter_name_or_path=str(tmp_path))
+    assert_reference_stays(continued)
+
+
+def test_the_reference_with_new_markers(marked):
+    assert_reference_stays(policy_of(None, adapter_name_or_path=str(marked[0])))
+
+
+def assert_reference_stays(policy):
+    with torch.no_grad():
+        before = policy.lm.eval()(SEQUENCES).logps
+    reference = load_reference(DPOConfig(), policy, lambda: SEQUENCES)
+    parameters = [p for p in policy.lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    policy.lm.train()
+    for _ in range(3):
+        during = reference(SEQUENCES)
+        torch.testing.assert_close(during, before, rtol=1e-6, atol=1e-5)
+        (-policy.lm(SEQUENCES).logps.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert policy.lm.training
+    torch.testing.assert_close(reference(SEQUENCES), before, rtol=1e-6, atol=1e-5)
+    with torch.no_grad():
+        after = policy.lm.eval()(SEQUENCES).logps
+    assert ((after - before).abs() > 0.5).all()
+
+
+def test_dpo_goes_on_from_sft_with_new_markers(marked, tmp_path):
+    """The scripts' own road: the adapter of train_sft.py is the start of train_dpo.py."""
+    cfg = DPOConfig(
+        adapter_name_or_path=str(marked[0]),
+        dataset_name=rows(tmp_path, chosen="Light is scattered.", rejected="Bye."),
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        device="cpu",
+    )
+    train_dpo.run_dpo(cfg)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-5) and losses[-1] < 0.65
+    peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,537 @@
+"""4-bit models: streamed from files, to bitsandbytes and back, trained on, merged."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
+
+from nanoalign import InputError
+from nanoalign.config import SFTConfig, parse
+from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
+from nanoalign.merge import main as merge_main
+from nanoalign.merge import merge
+from nanoalign.model import load_lm, load_policy, save_policy
+from nanoalign.nf4 import NF4Linear
+from nanoalign.quantized import NOTE, nf4_layers, quantize, save_4bit
+from nanoalign.streaming import skeleton, tensor_files
+from train_sft import run_sft
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 43)[None]
+BOTH = pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+SMALL = dict(hidden_size=64, intermediate_size=128, head_dim=16)  # rows are multiples of a block
+
+
+def make(directory, kind=LlamaConfig, dtype=torch.bfloat16, shard="5GB", biases=True, **more):
+    """A random model of that kind as a directory."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny(kind, **more)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if biases and name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(directory, max_shard_size=shard)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def open_4bit(directory, double=False, dtype="auto"):
+    lm = load_lm(str(directory), dtype, "cpu", load_in_4bit=True, double_quant=double)
+    return lm.model
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids).logits.float()
+
+
+def same_model(a, b):
+    """Bit for bit: parameters, packed weights, computed buffers, logits, and what is tied."""
+    for kind in ("named_parameters", "named_buffers"):
+        mine, other = dict(getattr(a, kind)()), dict(getattr(b, kind)())
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+    assert torch.equal(logits(a), logits(b))
+
+
+# -------------------------------------------------------------------------------------- streaming
+
+MODELS = {
+    "llama tied": dict(tie_word_embeddings=True),
+    "llama biases": dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "qwen2": dict(kind=Qwen2Config),
+    "gemma2": dict(kind=Gemma2Config, sliding_window=8),
+    "gemma3": dict(kind=Gemma3TextConfig, sliding_window=8),  # two rotaries, scaled embeddings
+    "llama3 rope": dict(
+        rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                             high_freq_factor=4.0, original_max_position_embeddings=64)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streaming_gives_what_quantizing_a_loaded_model_gives(name, tmp_path):
+    directory = make(tmp_path, **MODELS[name])
+    streamed = open_4bit(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    quantize(loaded, CPU)
+    same_model(streamed, loaded)
+    tables = [m.get_output_embeddings().weight is m.get_input_embeddings().weight
+              for m in (streamed, loaded)]  # fmt: skip
+    assert tables[0] == tables[1]
+    assert len(nf4_layers(streamed)) == 14 and not streamed.training
+    assert not any(p.requires_grad for p in streamed.parameters())
+    assert streamed.generation_config.to_dict() == loaded.generation_config.to_dict()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shards_and_another_dtype(double, dtype, tmp_path):
+    directory = make(tmp_path, dtype=torch.float32, shard="20KB", kind=Qwen2Config)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    streamed = open_4bit(directory, double, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    quantize(loaded, CPU, double)
+    same_model(streamed, loaded)
+    assert streamed.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("double, bits", [(False, "4.50"), (True, "4.13")])
+def test_says_how_many_bits(double, bits, tmp_path, capsys):
+    size = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=1)
+    open_4bit(make(tmp_path, **size), double)
+    assert f"7 linear layers in NF4: {bits} bits per parameter\n" in capsys.readouterr().out
+
+
+def test_tied_tensor_under_its_other_name_or_under_both(tmp_path):
+    directory = make(tmp_path, tie_word_embeddings=True)
+    expected = logits(open_4bit(directory))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": table}, file, metadata={"format": "pt"})
+    model = open_4bit(directory)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(logits(model), expected)
+    both = {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()}
+    save_file(tensors | both, file, metadata={"format": "pt"})
+    assert torch.equal(logits(open_4bit(directory)), expected)
+    both["lm_head.weight"] += 1
+    save_file(tensors | both, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lm_head.weight differs"):
+        open_4bit(directory)
+
+
+def test_saved_buffers_of_old_files_are_passed_over(tmp_path):
+    directory = make(tmp_path)
+    expected, file = logits(open_4bit(directory)), tmp_path / "model.safetensors"
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((4,), torch.nan)}
+    save_file(load_file(file) | old, file, metadata={"format": "pt"})
+    assert torch.equal(logits(open_4bit(directory)), expected)
+
+
+def test_skeleton_has_no_weights_and_leaves_torch_alone():
+    model = skeleton(tiny(LlamaConfig), torch.bfloat16)
+    assert all(p.is_meta for p in model.parameters()) and next(model.buffers()).device == CPU
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["bin", "experts"])
+def test_what_needs_conversion_is_loaded_first(kind, tmp_path, capsys):
+    if kind == "bin":
+        directory = make(tmp_path)
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    else:  # a file has each expert for itself, transformers' model has them all in one tensor
+        directory = make(tmp_path, MixtralConfig, num_local_experts=2, num_experts_per_tok=1)
+    model = open_4bit(directory)
+    lines = capsys.readouterr().out.splitlines()
+    assert "the dense model is loaded first and then quantized" in lines[0]
+    assert "4.50 bits per parameter" in lines[1]
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    quantize(loaded, CPU)
+    same_model(model, loaded)
+
+
+def change(file, **tensors):
+    """Rewrite a safetensors file with other tensors; None takes one out."""
+    new = load_file(file) | tensors
+    save_file({k: t for k, t in new.items() if t is not None}, file, metadata={"format": "pt"})
+
+
+Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({Q: None}, f"no file holds {Q}"),
+        ({"model.more": torch.ones(2)}, "model.safetensors: model.more is not in the model"),
+        ({Q: torch.ones(32, 16)}, rf"{Q}: shape \(32, 16\)"),
+        ({NORM: torch.ones(3)}, rf"model.safetensors: {NORM}: shape \(3,\), not \(32,\)"),
+        ({Q: torch.full((32, 32), torch.nan)}, f"model.safetensors: {Q}: holds NaN"),
+        ({NORM: torch.full((32,), torch.inf)}, f"model.safetensors: {NORM} holds NaN or inf"),
+    ],
+    ids=["missing", "extra", "shape of a linear", "shape", "nan in a linear", "infinity"],
+)
+def test_wrong_tensors_are_named_with_their_file(tensors, message, tmp_path):
+    directory = make(tmp_path)
+    change(tmp_path / "model.safetensors", **tensors)
+    with pytest.raises(InputError, match=message):
+        open_4bit(directory)
+
+
+def test_wrong_files(tmp_path):
+    directory = make(tmp_path, shard="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    good, shards = index.read_text(), sorted(tmp_path.glob("*.safetensors"))
+    for place in ("../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "..\\x"):
+        text = json.loads(good)
+        text["weight_map"][NORM] = place
+        index.write_text(json.dumps(text))
+        with pytest.raises(InputError, match="index.json: .* leads out of the directory"):
+            tensor_files(directory)
+    text["weight_map"][NORM] = "gone.safetensors"
+    index.write_text(json.dumps(text))
+    with pytest.raises(InputError, match="gone.safetensors is not there"):
+        tensor_files(directory)
+    home = json.loads(good)["weight_map"][NORM]
+    text["weight_map"][NORM] = next(shard.name for shard in shards if shard.name != home)
+    index.write_text(json.dumps(text))
+    with pytest.raises(InputError, match=f"{NORM} is missing; model.safetensors.index.json says"):
+        tensor_files(directory)
+    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(broken)
+        with pytest.raises(InputError, match="index.json: no index"):
+            tensor_files(directory)
+    index.write_text(good)
+    shards[1].write_bytes(shards[1].read_bytes()[:-5])
+    with pytest.raises(InputError, match=f"{shards[1].name}: damaged"):
+        tensor_files(directory)
+
+
+# ----------------------------------------------------------------------- bitsandbytes, both ways
+
+
+def peer(directory, dtype, double=None):
+    """The model as transformers + bitsandbytes opens it; `double` None: it is in 4 bits already."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=bool(double),
+    )
+    more = {} if double is None else {"quantization_config": how}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **more)
+    return model.train()  # in eval mode its layers repack their weights as they go
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
+def test_ours_opens_in_bitsandbytes(double, dtype, kind, tmp_path):
+    directory = make(tmp_path / "dense", kind, dtype, tie_word_embeddings=True, **SMALL)
+    ours = open_4bit(directory, double)
+    save_4bit(ours, tmp_path / "four", AutoTokenizer.from_pretrained(directory))
+    theirs = peer(tmp_path / "four", dtype)
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert theirs.dtype == dtype
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    again = load_lm(str(tmp_path / "four"), device="cpu").model  # and here, without the flag
+    same_model(again, ours)
+
+
+@BOTH
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_theirs_opens_here_without_being_quantized_again(double, shard, tmp_path, monkeypatch):
+    directory = make(tmp_path / "dense", Qwen2Config, **SMALL)
+    theirs = peer(directory, torch.bfloat16, double)
+    theirs.save_pretrained(tmp_path / "four", max_shard_size=shard)
+    monkeypatch.setattr(NF4Linear, "pack", None)
+    ours = load_lm(str(tmp_path / "four"), device="cpu").model
+    assert len(nf4_layers(ours)) == 14 and ours.model.layers[0].mlp.up_proj.double_quant is double
+    for name, layer in nf4_layers(ours).items():
+        assert torch.equal(layer.packed, theirs.get_submodule(name).weight.data.view(-1, 1))
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_wrong_4bit_directories(tmp_path):
+    save_4bit(open_4bit(make(tmp_path / "dense")), tmp_path / "four")
+    four, config = str(tmp_path / "four"), tmp_path / "four" / "config.json"
+    with pytest.raises(InputError, match="4-bit weights can't train; leave out --use_peft false"):
+        load_lm(four, device="cpu", train_all=True)
+    state = Q + ".absmax"
+    change(tmp_path / "four" / "model.safetensors", **{state: None})
+    with pytest.raises(InputError, match=f"model.safetensors: {state}: missing"):
+        load_lm(four, device="cpu")
+    text = json.loads(config.read_text())
+    text["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config.write_text(json.dumps(text))
+    with pytest.raises(InputError, match="quantized already, and not by bitsandbytes in NF4"):
+        open_4bit(four)
+    with pytest.raises(InputError, match="holds no 4-bit layers"):
+        save_4bit(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tmp_path / "x")
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def test_all_linear_is_pefts_all_linear(tmp_path):
+    peft = pytest.importorskip("peft")
+    directory = make(tmp_path, Qwen2Config, tie_word_embeddings=False, **SMALL)
+    theirs = peft.get_peft_model(
+        peer(directory, torch.bfloat16, False),
+        peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    found = [n.removesuffix(".lora_A.default.weight") for n, _ in theirs.named_parameters()
+             if n.endswith("lora_A.default.weight")]  # fmt: skip
+    ours = add_lora(open_4bit(directory), LoRAConfig())
+    assert [n.removeprefix("base_model.model.") for n in found] == ours and len(ours) == 14
+
+
+@BOTH
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_is_that_of_a_dense_model_with_the_same_weights(double, checkpointing, tmp_path):
+    cfg = SFTConfig(
+        make(tmp_path, Qwen2Config, torch.float32), load_in_4bit=True, device="cpu",
+        use_bnb_nested_quant=double, disable_dropout=True, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    policy = load_policy(cfg)
+    for layer in [m for m in policy.model.modules() if isinstance(m, LoRALinear)]:
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    dense = copy.deepcopy(policy.lm)
+    for name, layer in nf4_layers(dense).items():
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
+        linear.bias = layer.bias
+        dense.set_submodule(name, linear)
+    assert not nf4_layers(dense) and len(nf4_layers(policy.lm)) == 14
+
+    ids = IDS[0].tolist()
+    batch = [
+        (ids[:9], [(ids[9:20], [True] * 11), (ids[15:30], [True] * 15)]),
+        (ids[:5], [(ids[5:9], [True] * 4)]),
+    ]
+    gradients = []
+    for lm in (policy.lm, dense):
+        lm.train()
+        lm(batch).logps.sum().backward()
+        gradients.append({n: p.grad for n, p in lm.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        error = (gradient - gradients[1][name]).norm() / gradients[1][name].norm()
+        assert error < 1e-5, name
+
+
+def test_train_then_merge(tmp_path, capsys):
+    """A step of SFT in 4 bits as a user runs it; the merge knows of the 4 bits by itself."""
+    data = [{"messages": [{"role": "user", "content": "Why?"},
+                          {"role": "assistant", "content": "Light is scattered."}]}]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(data * 8))
+    base, adapter = make(tmp_path / "base", Qwen2Config), tmp_path / "adapter"
+    flags = (
+        f"--model_name_or_path {base} --output_dir {adapter} --dataset_name {tmp_path}/data.json "
+        "--load_in_4bit --use_bnb_nested_quant --max_steps 1 --learning_rate 0.05 --device cpu"
+    )
+    run_sft(parse(SFTConfig, flags.split(), {}))
+    assert "14 linear layers in NF4: 4." in capsys.readouterr().out
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 28 and all(t.dtype == torch.float32 for t in tensors.values())
+    note = json.loads((adapter / NOTE).read_text())
+    assert note == {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                    "dtype": "bfloat16"}  # fmt: skip
+
+    merge_main([str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "NF4" in said and "largest change of a logit on" in said and "in float32" in said
+
+
+def test_a_step_moves_only_the_adapter(tmp_path):
+    policy = load_policy(SFTConfig(make(tmp_path), load_in_4bit=True, device="cpu", lora_r=2))
+    before = {n: t.clone() for n, t in policy.lm.state_dict().items()}
+    trained = {n for n, p in policy.lm.named_parameters() if p.requires_grad}
+    assert len(trained) == 28
+    assert all(policy.lm.get_parameter(n).dtype == torch.float32 for n in trained)
+    optimizer = torch.optim.AdamW([policy.lm.get_parameter(n) for n in trained], lr=0.1)
+    policy.lm.train()
+    policy.lm(
+        [(IDS[0, :9].tolist(), [(IDS[0, 9:30].tolist(), [True] * 21)])]
+    ).logps.sum().backward()
+    optimizer.step()
+    moved = {n for n, t in policy.lm.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved <= trained and {n for n in moved if "lora_B" in n} == {
+        n for n in trained if "lora_B" in n
+    }
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--use_peft", "false", "--load_in_4bit"], "use_peft false and --load_in_4bit contradict"),
+        (["--load_in_4bit", "--bnb_4bit_quant_type", "fp4"], "invalid choice: 'fp4'"),
+    ],
+)
+def test_flags_that_contradict(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(SFTConfig, ["--model_name_or_path", "m", "--dataset_name", "d", *flags], {})
+
+
+def test_idle_flag_and_modules_that_cannot_train(tmp_path, capsys):
+    flags = ["--model_name_or_path", make(tmp_path), "--dataset_name", "d"]
+    parse(SFTConfig, [*flags, "--use_bnb_nested_quant"], {})
+    assert "--use_bnb_nested_quant has nothing to do" in capsys.readouterr().out
+    cfg = parse(SFTConfig, [*flags, "--load_in_4bit", "--lora_modules_to_save", "q_proj",
+                            "--lora_target_modules", "v_proj"], {})  # fmt: skip
+    with pytest.raises(InputError, match="--lora_modules_to_save q_proj: is in 4 bits"):
+        load_policy(cfg)
+
+
+# ---------------------------------------------------------------------------------------- merging
+
+
+def greedy(model):
+    prompt = IDS[:, :8]
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return out.tolist()
+
+
+def shaken(policy):
+    """Every trained tensor moved away from where it starts."""
+    torch.manual_seed(2)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return policy
+
+
+ADAPTERS = [  # flags, tied, in 4 bits
+    ({}, True, True),
+    ({}, False, False),
+    (dict(use_rslora=True, lora_target_modules=["q_proj", "down_proj"]), False, True),
+    (dict(lora_bias="all"), True, True),
+    (dict(lora_bias="lora_only", lora_target_modules=["q_proj"]), True, False),
+    (dict(lora_modules_to_save=["lm_head"]), True, True),
+    (dict(lora_modules_to_save=["lm_head", "norm"]), False, True),
+]
+
+
+@pytest.mark.parametrize("flags, tied, four", ADAPTERS)
+def test_merge_is_exact(flags, tied, four, tmp_path, capsys):
+    base = make(tmp_path / "base", Qwen2Config, torch.bfloat16, tie_word_embeddings=tied)
+    cfg = SFTConfig(base, load_in_4bit=four, use_bnb_nested_quant=four, device="cpu", **flags)
+    policy = shaken(load_policy(cfg))
+    save_policy(policy, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / NOTE).exists() is four
+
+    merge(str(tmp_path / "adapter"), str(tmp_path / "fp32"), dtype="float32", device="cpu")
+    said = capsys.readouterr().out
+    assert float(said.split("sample tokens: ")[1].split(";")[0]) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
+    assert merged.dtype == torch.float32 and not nf4_layers(merged)
+    # the unmerged model, computing in fp32 with the very weights it was trained on
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.float()
+    for module in policy.model.modules():
+        if type(module).__name__ == "TrainedModule":
+            module.dtype = torch.float32
+    policy.model.eval().set_attn_implementation(policy.attention)
+    torch.testing.assert_close(logits(merged), logits(policy.model), rtol=1e-4, atol=1e-4)
+    assert greedy(merged) == greedy(policy.model)
+
+    merge(str(tmp_path / "adapter"), str(tmp_path / "bf16"), device="cpu")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert rounded.dtype == torch.bfloat16
+    for key, tensor in rounded.state_dict().items():
+        assert torch.equal(tensor, merged.state_dict()[key].bfloat16()), key
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_merge_with_new_tokens(tied, tmp_path):
+    """The base lacks the ChatML markers: their rows are trained, and merged."""
+    base = make(tmp_path / "base", vocab_size=300, tie_word_embeddings=tied)
+    make_tokenizer(special=("<|endoftext|>",)).save_pretrained(base)
+    policy = shaken(load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")))
+    save_policy(policy, tmp_path / "adapter")
+    merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="float32", device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    markers = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    table = policy.model.get_input_embeddings()
+    assert torch.equal(merged.get_input_embeddings().weight[markers], table.row_weight)
+    head = policy.model.get_output_embeddings()
+    assert torch.equal(merged.get_output_embeddings().weight[markers], head.row_weight)
+    assert len(merged.get_input_embeddings().weight) == len(table.weight)
+
+
+def test_peft_does_not_mind_the_note_and_gets_the_same_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make(tmp_path / "base", dtype=torch.float32, **SMALL)
+    policy = shaken(load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")))
+    save_policy(policy, tmp_path / "adapter")
+    theirs = peer(base, torch.float32, False)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").train()  # see peer
+    policy.model.eval().set_attn_implementation(policy.attention)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.testing.assert_close(logits(theirs), logits(policy.model), rtol=1e-4, atol=1e-4)
+
+
+def test_merge_without_a_note(tmp_path):
+    """An adapter of another tool: the flag says 4 bits, and --no-load_in_4bit overrules a note."""
+    base = make(tmp_path / "base")
+    policy = shaken(load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")))
+    save_policy(policy, tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    merge(adapter, str(tmp_path / "a"), device="cpu")
+    merge(adapter, str(tmp_path / "b"), device="cpu", load_in_4bit=False)
+    (tmp_path / "adapter" / NOTE).unlink()
+    merge(adapter, str(tmp_path / "c"), device="cpu")
+    merge(adapter, str(tmp_path / "d"), device="cpu", load_in_4bit=True)
+    a, b, c, d = (load_file(tmp_path / x / "model.safetensors")[Q] for x in "abcd")
+    assert torch.equal(a, d) and torch.equal(b, c) and not torch.equal(a, b)
+
+
+def test_merge_errors_are_one_line(tmp_path, capsys):
+    base = make(tmp_path / "base")
+    policy = load_policy(SFTConfig(base, load_in_4bit=True, device="cpu"))
+    save_policy(policy, tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    capsys.readouterr()
+
+    def fails(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            merge_main(list(map(str, arguments)))
+        assert exit.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("nanoalign.merge: error: ")
+        return error
+
+    assert "not an adapter directory" in fails(base, tmp_path / "out")
+    assert "not empty" in fails(adapter, tmp_path / "full")
+    assert "required: directory" in fails(adapter)
+    assert "invalid choice: 'int8'" in fails(adapter, tmp_path / "out", "--dtype", "int8")
+    assert "not there" in fails(
+        adapter, tmp_path / "o", "--model_name_or_path", tmp_path / "not there"
+    )
+    (tmp_path / "adapter" / NOTE).write_text("{}")
+    assert NOTE in fails(adapter, tmp_path / "out")

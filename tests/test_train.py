@@ -1,0 +1,362 @@
+"""The loop and the three scripts, each run in the process on a few examples of its own."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
+
+from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.train import epochs, learning_rate, total_steps
+from train_dpo import run_dpo
+from train_kto import run_kto
+from train_sft import run_sft
+
+METHODS = {"sft": (SFTConfig, run_sft), "dpo": (DPOConfig, run_dpo), "kto": (KTOConfig, run_kto)}
+ALL = pytest.mark.parametrize("method", METHODS)
+WITH_REFERENCE = pytest.mark.parametrize("method", ["dpo", "kto"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """11 examples of each method, their replies of many lengths; three of them share a prompt."""
+    home, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(longest):
+        words = "Paris is the capital of France. Light is scattered, thank you.".split()
+        return " ".join(rng.choices(words, k=rng.randint(1, longest)))
+
+    rows = {"sft": [], "dpo": [], "kto": []}
+    for i in range(11):
+        prompt = "Why is the sky blue?" if i % 4 == 0 else text(9)
+        rows["sft"].append({"prompt": prompt, "completion": text(12)})
+        rows["dpo"].append({"prompt": prompt, "chosen": text(12), "rejected": text(5)})
+        rows["kto"].append({"prompt": prompt, "completion": text(12), "label": i % 3 != 0})
+    for method in rows:
+        lines = [json.dumps(row) + "\n" for row in rows[method]]
+        (home / f"{method}.jsonl").write_text("".join(lines))
+    return home
+
+
+@pytest.fixture
+def run(model_dir, data, tmp_path):
+    """run(method, *flags) -> the lines of metrics.jsonl; what it wrote is in run.directory."""
+    defaults = {
+        "--model_name_or_path": model_dir,
+        "--device": "cpu",
+        "--learning_rate": "1e-2",
+        "--max_steps": "3",
+        "--logging_steps": "1",
+        "--per_device_train_batch_size": "4",
+        "--lora_r": "4",
+    }
+
+    def go(method, *flags):
+        kind, script = METHODS[method]
+        go.directory = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        full = "--use_peft" in flags
+        given = {k: v for k, v in defaults.items() if not (full and k == "--lora_r")}
+        given["--dataset_name"] = str(data / f"{method}.jsonl")
+        given["--output_dir"] = str(go.directory)
+        given |= dict(zip(flags[::2], flags[1::2]))
+        given = {name: value for name, value in given.items() if value is not None}
+        script(parse(kind, [word for pair in given.items() for word in pair], {}))
+        return [json.loads(line) for line in open(go.directory / "metrics.jsonl")]
+
+    return go
+
+
+def column(lines, name):
+    return [line[name] for line in lines if name in line]
+
+
+def adapter(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def same(tensors, others):
+    assert tensors.keys() == others.keys()
+    return all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.13}, {"warmup_steps": 7}], ids=str)
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+def test_schedules_are_those_of_transformers(shape, warmup):
+    total = 50
+    cfg = SFTConfig(learning_rate=3e-4, lr_scheduler_type=shape, **warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.learning_rate)
+    theirs = get_scheduler(
+        "constant_with_warmup" if shape == "constant" else shape,
+        optimizer,
+        num_warmup_steps={"warmup_ratio": 7, "warmup_steps": 7}.get(*warmup or [None], 0),
+        num_training_steps=total,
+    )  # ceil(0.13 * 50) = 7
+    for step in range(total):
+        assert math.isclose(learning_rate(cfg, step, total), theirs.get_last_lr()[0], rel_tol=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_how_many_steps():
+    cfg = SFTConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2)  # 8 a step
+    for examples, passes, steps, begun in (
+        (16, 3.0, 6, 3),
+        (17, 3.0, 9, 3),  # the last step of an epoch takes what is left
+        (17, 0.5, 2, 1),
+        (80, 1.25, 13, 2),  # 12.5 steps
+        (1, 0.001, 1, 1),
+    ):
+        cfg.num_train_epochs = passes
+        assert (total_steps(cfg, examples), epochs(cfg, examples)) == (steps, begun)
+    cfg.max_steps = 5
+    assert (total_steps(cfg, 17), epochs(cfg, 17)) == (5, 2)
+
+
+# --------------------------------------------------------------------------------------- metrics
+
+SHARED = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens"}
+SHARED |= {"tokens_per_second", "time"}
+SIDES = {f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen",)}
+SIDES |= {name.replace("chosen", "rejected") for name in SIDES} | {"rewards/margins"}
+OWN = {"sft": set(), "dpo": SIDES | {"rewards/accuracies"}, "kto": SIDES | {"kl"}}
+
+
+@ALL
+def test_metrics_have_the_documented_names(method, run, data):
+    """6 steps of 4 examples of 11: two epochs; an evaluation every 4 steps and at the end."""
+    evaluation = ("--eval_dataset", str(data / f"{method}.jsonl"), "--eval_steps", "4")
+    lines = run(method, "--num_train_epochs", "2", "--max_steps", "-1", *evaluation)
+    train = [line for line in lines if "loss" in line]
+    evals = [line for line in lines if "eval_loss" in line]
+    assert column(train, "step") == [1, 2, 3, 4, 5, 6] and column(evals, "step") == [4, 6]
+    assert column(train, "epoch") == pytest.approx([i / 3 for i in range(1, 7)])
+    whole = [line for line in train if line["step"] not in (3, 6)]  # of 3 examples: labels may lack
+    assert all(set(line) <= SHARED | OWN[method] for line in train)
+    assert set().union(*train) == SHARED | OWN[method] and len(whole) == 4
+    for line in evals:
+        assert set(line) == {f"eval_{name}" for name in {"loss"} | OWN[method]} | (
+            {"step", "epoch", "time"}
+        )
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    tokens, times = column(train, "num_tokens"), column(lines, "time")
+    assert tokens == sorted(tokens) and tokens[5] == 2 * tokens[2] and times == sorted(times)
+    assert column(train, "learning_rate") == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
+
+
+@ALL
+def test_logging_steps_average_over_the_steps_since_the_last_line(method, run):
+    """Every example weighs the same (SFT: every token), in a line as in a step."""
+    one = run(method, "--learning_rate", "0", "--num_train_epochs", "1", "--max_steps", "-1")
+    three = run(
+        method, "--learning_rate", "0", "--num_train_epochs", "1", "--max_steps", "-1",
+        "--logging_steps", "3",
+    )  # fmt: skip
+    whole = run(
+        method, "--learning_rate", "0", "--max_steps", "1", "--per_device_train_batch_size", "11"
+    )
+    assert column(one, "step") == [1, 2, 3] and column(three, "step") == [3]
+    assert three[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    if method != "sft":  # 4, 4 and 3 examples
+        mean = sum(line["loss"] * n for line, n in zip(one, (4, 4, 3))) / 11
+        assert three[0]["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_first_step_on_request(run):
+    flags = ("--logging_steps", "2", "--max_steps", "4")
+    assert column(run("sft", *flags), "step") == [2, 4]
+    assert column(run("sft", *flags, "--logging_first_step", "true"), "step") == [1, 2, 4]
+
+
+@WITH_REFERENCE
+def test_where_training_starts(method, run):
+    """The policy is the reference: DPO's loss is ln 2, KTO's 1/2, and all rewards are 0."""
+    first = run(method, "--max_steps", "1")[0]
+    assert first["loss"] == pytest.approx(math.log(2) if method == "dpo" else 0.5, abs=1e-6)
+    assert abs(first["rewards/chosen"]) < 1e-5 and abs(first["rewards/rejected"]) < 1e-5
+    assert first.get("rewards/accuracies", 0) == 0  # a tie is not a win
+
+
+@ALL
+def test_training_lowers_the_loss(method, run):
+    lines = run(method, "--max_steps", "12", "--per_device_train_batch_size", "11")
+    losses = column(lines, "loss")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+@ALL
+def test_evaluation_does_not_depend_on_its_batch_size(method, run, data):
+    """Neither its loss nor a metric; KTO's z0 is that of the whole set too."""
+    evaluations = []
+    for size in ("1", "3", "11"):
+        lines = run(
+            method, "--eval_dataset", str(data / f"{method}.jsonl"),
+            "--per_device_eval_batch_size", size,
+        )  # fmt: skip
+        line = lines[-1]
+        evaluations.append([v for k, v in line.items() if k.startswith("eval_")])
+    assert len(evaluations[0]) == 1 + len(OWN[method])
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-4, abs=1e-5)
+    assert evaluations[2] == pytest.approx(evaluations[0], rel=1e-4, abs=1e-5)
+    if method == "kto":
+        assert line["eval_kl"] > 0  # where a mean of clamped batches would differ
+
+
+def test_the_kl_of_kto_is_measured_on_other_prompts_replies(run, model_dir, data):
+    """The log-ratios of (x_i, y'_i) written out: the policy is the trained adapter, merged."""
+    lines = run("kto", "--eval_dataset", str(data / "kto.jsonl"), "--use_peft", "false")
+    rows = [json.loads(line) for line in open(data / "kto.jsonl")]
+    tokenizer = make_tokenizer()
+
+    def logp(model, prompt, reply):
+        start = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        x, y = (tokenizer(text)["input_ids"] for text in (start, reply + "<|im_end|>"))
+        z = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
+        return z.gather(1, torch.tensor(y)[:, None]).sum()
+
+    policy = AutoModelForCausalLM.from_pretrained(run.directory)
+    reference = AutoModelForCausalLM.from_pretrained(model_dir)
+    ratios = []
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            others = [rows[i - back] for back in range(1, len(rows))]
+            reply = next(o for o in others if o["prompt"] != row["prompt"])["completion"]
+            ratios.append(
+                logp(policy, row["prompt"], reply) - logp(reference, row["prompt"], reply)
+            )
+    expected = max(0.0, float(sum(ratios)) / len(ratios))
+    assert lines[-1]["eval_kl"] == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
+# --------------------------------------------------------------------------- where logps come from
+
+
+@WITH_REFERENCE
+@pytest.mark.parametrize("shuffle", ["true", "false"], ids=["shuffled", "in order"])
+def test_precomputed_reference_log_probs_change_nothing(method, shuffle, run, data):
+    flags = ("--eval_dataset", str(data / f"{method}.jsonl"), "--eval_steps", "3")
+    flags += ("--max_steps", "7", "--shuffle_dataset", shuffle)  # into the third epoch
+    usual = run(method, *flags)
+    before = run(method, *flags, "--precompute_ref_log_probs", "true")
+    assert len(usual) == len(before) == 7 + 3
+    for line, other in zip(usual, before):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"time", "tokens_per_second"}:
+            assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-5), name
+
+
+@WITH_REFERENCE
+def test_full_fine_tuning_keeps_its_reference(method, run, model_dir):
+    """All weights train; the table made before step 1 and a second model are the same reference."""
+    flags = ("--use_peft", "false", "--learning_rate", "1e-3", "--max_steps", "7")
+    table = run(method, *flags)
+    files = {path.name for path in run.directory.iterdir()}
+    assert "model.safetensors" in files and "adapter_config.json" not in files
+    second = run(method, *flags, "--ref_model_name_or_path", model_dir)
+    assert table[0]["loss"] == pytest.approx(math.log(2) if method == "dpo" else 0.5, abs=1e-5)
+    assert abs(table[-1]["rewards/margins"]) > 0.01
+    for name in ("loss", "rewards/margins"):
+        assert column(table, name) == pytest.approx(column(second, name), rel=1e-4, abs=1e-5)
+
+
+@WITH_REFERENCE
+def test_another_model_as_the_reference(method, run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(tiny(Qwen2Config)).save_pretrained(other)
+    first = run(method, "--ref_model_name_or_path", str(other))[0]
+    assert abs(first["rewards/chosen"]) > 0.1
+    with_table = run(
+        method, "--ref_model_name_or_path", str(other), "--precompute_ref_log_probs", "true"
+    )[0]
+    assert with_table["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_kto_without_a_reference_point_needs_no_second_prompt(run, tmp_path):
+    one = tmp_path / "one.jsonl"
+    row = {"prompt": "Hello!", "completion": "Bye.", "label": True}
+    one.write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": False}) + "\n")
+    lines = run("kto", "--dataset_name", str(one), "--loss_type", "apo_zero_unpaired")
+    assert column(lines, "kl") == [0, 0, 0]
+
+
+# -------------------------------------------------------------------------- the step and the seed
+
+
+@ALL
+def test_one_step_however_it_is_cut(method, run):
+    """8 x 1, 4 x 2 and 1 x 8 examples: one loss and one gradient at every step."""
+    results = []
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        lines = run(
+            method, "--max_steps", "3", "--learning_rate", "1e-3",
+            "--per_device_train_batch_size", str(size),
+            "--gradient_accumulation_steps", str(accumulation), "--disable_dropout", "true",
+        )  # fmt: skip
+        results.append([line[k] for line in lines for k in ("loss", "grad_norm", "num_tokens")])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[2] == pytest.approx(results[0], rel=1e-4)
+    assert column(lines, "epoch") == [0.5, 1.0, 1.5]
+
+
+@ALL
+def test_a_seed_is_a_run(method, run):
+    """Dropout, noise, order and new weights: bit for bit with one seed, otherwise with another."""
+    flags = ["--disable_dropout", "false", "--lora_dropout", "0.2", "--max_steps", "4"]
+    flags += ["--neftune_noise_alpha", "5"] if method == "sft" else []
+    runs = []
+    for seed in ("1", "1", "2"):
+        lines = run(method, *flags, "--seed", seed)
+        runs.append((column(lines, "loss"), adapter(run.directory)))
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0] and not same(runs[0][1], runs[2][1])
+
+
+@ALL
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("use_peft", ["true", "false"], ids=["lora", "full"])
+def test_in_half_precision(method, dtype, use_peft, run):
+    flags = ("--dtype", dtype, "--max_steps", "2", "--learning_rate", "1e-3")
+    lines = run(method, *flags, "--use_peft", use_peft)
+    assert len(lines) == 2
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    name = "adapter_model" if use_peft == "true" else "model"
+    saved = load_file(run.directory / f"{name}.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@ALL
+def test_gradient_checkpointing_changes_nothing(method, run):
+    usual = column(run(method), "loss")
+    assert column(run(method, "--gradient_checkpointing", "true"), "loss") == pytest.approx(
+        usual, rel=1e-5
+    )
+
+
+def test_gradients_are_clipped(run):
+    """AdamW's first step does not see the size of a gradient, the reported norm does; 0 is off."""
+    free = run("sft", "--max_grad_norm", "0", "--learning_rate", "1e-3")
+    tight = run("sft", "--max_grad_norm", "1e-9", "--learning_rate", "1e-3")
+    assert free[0]["grad_norm"] == pytest.approx(tight[0]["grad_norm"]) and free[0]["grad_norm"] > 0
+    assert free[1]["loss"] < free[0]["loss"]
+    # 1e-9 is less than AdamW's eps of 1e-8: hardly a step
+    assert abs(tight[2]["loss"] - run("sft", "--learning_rate", "0")[2]["loss"]) < 0.01
+
+
+def test_checkpoints(run):
+    run("sft", "--save_steps", "2", "--max_steps", "5")
+    names = sorted(path.name for path in run.directory.iterdir() if path.is_dir())
+    assert names == ["checkpoint-2", "checkpoint-4"]
+    for directory in (run.directory, *(run.directory / name for name in names)):
+        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+            assert (directory / name).is_file()
+    assert not same(adapter(run.directory), adapter(run.directory / "checkpoint-4"))
