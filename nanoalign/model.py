@@ -48,7 +48,7 @@ from nanoalign.lora import (
     save_adapter,
 )
 from nanoalign.packing import Sequence, packed_attention
-from nanoalign.quantized import is_nf4, load_4bit, packed_weights, write_note
+from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
 
 AttentionInterface.register("packed", packed_attention)
 
@@ -95,8 +95,9 @@ def load_policy(cfg: Config) -> Policy:
     )
     model = lm.model
     attention = model.config._attn_implementation
-    if lora and lora.trainable_token_indices:  # the adapter's tokenizer has them already
-        added = max(lora.trainable_token_indices.values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    if lora and lora.trainable_token_indices and len(tokenizer) > rows:  # the adapter fills them
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = _fit_embeddings(model, len(tokenizer), added, name)
 
     if not cfg.use_peft:
@@ -118,6 +119,8 @@ def load_policy(cfg: Config) -> Policy:
         if adapter:
             load_adapter(model, adapter)
             print(f"goes on from the adapter {adapter}")
+            if read_note(adapter) and not packed_weights(model):
+                print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters()) + packed_weights(model)
         print(

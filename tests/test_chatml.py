@@ -242,8 +242,9 @@ def test_no_content_forges_a_turn(hostile, messages):
     ids, mask = ids_and_mask(hostile, template, messages)
     markers = [i for i in ids if i in (template.start, template.end)]
     assert markers == [template.start, template.end] * len(messages)
-    loose = {i for i in hostile.all_special_ids if i not in (template.start, template.end)}
-    assert loose.isdisjoint(ids)
+    special = {i for i, token in hostile.added_tokens_decoder.items() if token.special}
+    special |= set(hostile.all_special_ids)
+    assert special.isdisjoint(set(ids) - {template.start, template.end})
     replies = [m["content"] for m in messages if m["role"] == "assistant"]
     runs = spans(ids, mask)
     assert [run[-1] for run in runs] == [template.end] * len(replies)
@@ -514,6 +515,7 @@ REFUSED = {
     "thinks": (ZEPHYR.replace("|>\n' +", "|>\n' + ('<think>\n\n</think>\n\n' if loop.last and "
                               "m['role'] == 'assistant' else '') +"), "otherwise than generation"),
     "no header": (ZEPHYR.replace("<|assistant|>\n", "<|bot|>\n"), "otherwise than generation"),
+    "space before a reply": (ZEPHYR.replace("|>\n", "|>: "), "piece by piece"),
     "fails": ("{{ messages[0].content.nothing() }}", "says: "),
     "no jinja": ("{% for m in", "says: "),
     "always raises": ("{{ raise_exception('a\nb' * 400) }}", "says: "),

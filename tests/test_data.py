@@ -358,6 +358,8 @@ def test_no_trained_token_left(read):
     assert describe(count) == "2 rows, 1 examples; 1 skipped: no trained token left"
     examples, count = read(SFT, rows, max_length=40, max_prompt_length=10)
     assert len(examples) == 2 and describe(count) == "2 rows, 2 examples; 2 prompts cut"
+    rows[1]["completion"] = "A" * 50  # longer than what is missing
+    assert read(SFT, rows, max_length=40)[1]["no trained token left"] == 1
 
 
 def test_a_pair_that_the_cut_makes_equal_is_skipped(read):
@@ -541,7 +543,7 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
     "output one": (
         ("DPO instruction", {"instruction": "Q", "output": ["A"]}), "a list of 1;", "two replies"),
     "output three": (
-        ("DPO instruction", {"instruction": "Q", "output": ["A", "B", "C"]}), "a list of 3;", "[good"),
+        ("DPO instruction", {"instruction": "Q", "output": ["A", "B", "C"]}), "a list of 3;", "["),
     "output null": (
         ("DPO instruction", {"instruction": "Q", "output": ["A", None]}),
         "bad output: null", "a string or a list"),
@@ -769,6 +771,11 @@ def test_labels_are_merged_evenly(up, down):
             assert abs(ups - end * up / (up + down)) <= 1
         orders.add(tuple(e.number for e in order))
     assert len(orders) > 1
+
+
+def test_labels_are_merged_from_the_middle_of_their_shares():
+    order = epoch_order([example(i, i < 2) for i in range(8)], 0, 0)
+    assert "".join("DU"[e.label] for e in order) == "DUDDDUDD"
 
 
 def by_definition(order):

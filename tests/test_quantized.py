@@ -355,6 +355,8 @@ def test_train_then_merge(tmp_path, capsys):
     assert note == {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
                     "dtype": "bfloat16"}  # fmt: skip
 
+    load_policy(SFTConfig(base, adapter_name_or_path=str(adapter), device="cpu"))
+    assert "it was trained on a 4-bit base" in capsys.readouterr().out
     merge_main([str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--device", "cpu"])
     said = capsys.readouterr().out
     assert "NF4" in said and "largest change of a logit on" in said and "in float32" in said

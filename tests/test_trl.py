@@ -37,15 +37,6 @@ REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
 PER_SIDE = ["logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def rows_of(columns, count=10):
     """Rows of random words; lengths differ, and labels are mixed within every two."""
     rng = random.Random(7)
