@@ -7,8 +7,11 @@ A reply's log-ratio to the reference is judged against z0: how far the policy ha
 reference on average, estimated with completions y' that belong to other prompts.
 """
 
+import sys
+
 import torch
 
+from nanoalign import InputError
 from nanoalign.config import KTOConfig
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.layouts import KTO
@@ -23,9 +26,15 @@ def run_kto(cfg: KTOConfig) -> None:
     run = start(cfg, KTO)
     up = sum(e.label for e in run.examples)
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
+    if up in (0, len(run.examples)):
+        print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
     with_z0 = cfg.loss_type in NEEDS_Z0
     pair = with_mismatches if with_z0 else list
-    run.held_out = pair(run.held_out)
+    pair(run.examples)  # refused here, before anything is written, if it can't be done
+    try:
+        run.held_out = pair(run.held_out)
+    except InputError as error:
+        raise InputError(f"the examples to evaluate on: {error}") from None
 
     def order(epoch):
         return pair(epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset))

@@ -2,15 +2,15 @@
 
 The street, in reading order; a file imports only from files above it:
 
-    files     JSON, JSONL, CSV           -> rows, each with its file and line
-    chatml    messages                   -> ids and the mask of trained tokens
-    packing   prompts and completions    -> one row without padding, and who sees whom in it
-    data      rows                       -> examples, their order, batches
-    logps     row and hidden states      -> log-probs of the trained tokens, without the logits
-    losses    log-probs                  -> SFT, DPO and KTO losses
-    nf4, lora                            -> a 4-bit base, and the few weights that train
-    model     a directory                -> a model ready to train; back to a directory
-    train     the loop
+    files     JSON, JSONL, CSV          -> rows, each with its file and line
+    chatml    messages                  -> ids and the mask of trained tokens (with pieces)
+    packing   prompts and completions   -> one row without padding, and who sees whom in it
+    data      rows (through layouts)    -> examples, their order, batches
+    lora, nf4                           -> the few weights that train, on a 4-bit base
+    logps     row and hidden states     -> log-probs of the trained tokens, without the logits
+    losses    log-probs                 -> SFT, DPO and KTO losses
+    model     a directory               -> a model ready to train; back to a directory
+    train     the loop, with checkpoint and metrics
 """
 
 __version__ = "0.1.0"

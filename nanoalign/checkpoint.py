@@ -19,7 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,18 +56,25 @@ def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
     }
 
 
+def flag_differences(ours: dict, theirs: dict) -> list[str]:
+    """--beta was 0.1, is 0.5"""
+    return [
+        f"--{name} was {theirs.get(name)}, is {ours.get(name)}"
+        for name in sorted((ours.keys() | theirs.keys()) - FREE)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
 def differences(ours: dict, theirs: dict) -> list[str]:
     """What a checkpoint's fingerprint and this run's disagree in, in words."""
-    flags, old = ours["flags"], theirs["flags"]
-    words = [
-        f"--{name} was {old.get(name)}, is {flags.get(name)}"
-        for name in sorted(flags.keys() | old.keys())
-        if flags.get(name) != old.get(name)
-    ]
+    words = flag_differences(ours["flags"], theirs["flags"])
     for part in ("data", "base", "starting weights"):
         if ours[part] != theirs[part]:
             words.append(f"other {part}")
     return words
+
+
+STATE = {"step": int, "num_tokens": int, "skipped": int, "window": dict, "time": float}
 
 
 class Damaged(InputError):
@@ -74,6 +82,26 @@ class Damaged(InputError):
 
 
 # ------------------------------------------------------------------------------------- to the disk
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """A disk that is full, or that may not be written to, is one line: InputError."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers raise errors of their own for it
+        if not isinstance(error, (OSError, SafetensorError)) and "(os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target}: not saved: {reason}; older checkpoints stand") from None
+
+
+def write_text(target: Path, text: str) -> None:
+    """A small file, whole or not at all."""
+    beside = target.with_name(f"tmp-{target.name}")
+    with saving(target):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
 
 
 def write_whole(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
@@ -84,25 +112,25 @@ def write_whole(target: Path, write: Callable[[Path], None], replace: bool = Fal
     """
     beside = target.parent / f"tmp-{target.name}" if not replace else target / "tmp-final"
     try:
+        with saving(target):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            write(beside)
+            files = [path for path in beside.rglob("*") if path.is_file()]
+            for path in [*files, beside]:
+                _flush(path)
+            if not replace:
+                _remove(target)
+                os.rename(beside, target)
+                _flush(target.parent)
+                return
+            for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+                os.replace(path, target / path.relative_to(beside))
+            _flush(target)
+            shutil.rmtree(beside)
+    except InputError:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write(beside)
-        files = [path for path in beside.rglob("*") if path.is_file()]
-        for path in [*files, beside]:
-            _flush(path)
-        if not replace:
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(beside, target)
-            _flush(target.parent)
-            return
-        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-            os.replace(path, target / path.relative_to(beside))
-        _flush(target)
-        shutil.rmtree(beside)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for both
-        shutil.rmtree(beside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target}: not saved: {reason}; older checkpoints stand") from None
+        raise
 
 
 def _flush(path: Path) -> None:
@@ -112,6 +140,14 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(directory: Path) -> None:
+    """Under its own name a checkpoint is whole to the last moment."""
+    doomed = directory.with_name(f"tmp-old-{directory.name}")
+    if directory.exists():
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed)
 
 
 def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
@@ -136,6 +172,9 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours:
         wrong = differences(ours, state["fingerprint"])
         if wrong:
             raise InputError(f"{directory}: a checkpoint of another run: {'; '.join(wrong)}")
+        for key, kind in STATE.items():
+            if not isinstance(state[key], kind):
+                raise ValueError(f"{key} is {state[key]!r}")
         with safe_open(directory / "state.safetensors", framework="pt") as file:
             names = set(file.keys())
             saved = {name: file.get_tensor(name) for name in names}
@@ -153,8 +192,10 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours:
         if "rng.cuda" in names and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["rng.cuda"])
         return state
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise Damaged(f"{directory}: damaged: {str(error).splitlines()[0]}") from None
+    except KeyError as error:
+        raise Damaged(f"{directory}: damaged: no {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise Damaged(f"{directory}: damaged: {' '.join(str(error).split())}") from None
 
 
 def resume(
@@ -167,9 +208,10 @@ def resume(
     """
     if which is None:
         return {}
-    found = checkpoints(directory) if which == "last" else [Path(which)]
+    found = meant(which, directory)
     if not found:
-        print(f"{directory}: no checkpoint yet; starting at step 0")
+        where = directory if which == "last" else which
+        print(f"{where}: no checkpoint yet; starting at step 0")
         return {}
     for path in reversed(found):
         try:
@@ -199,11 +241,29 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
+def meant(which: str, directory: Path) -> list[Path]:
+    """The checkpoints that --resume_from_checkpoint means, oldest first: those of the run's
+    directory ("last"), those of another, or just the one."""
+    path = directory if which == "last" else Path(which)
+    one = path.name.startswith("checkpoint-") or (path / "state.json").exists()
+    return [path] if one and which != "last" else checkpoints(path)
+
+
 def prune(directory: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` checkpoints."""
     found = checkpoints(directory)
     for path in [] if keep is None else found[: len(found) - keep]:
-        doomed = path.with_name(f"tmp-{path.name}")
         with contextlib.suppress(OSError):  # a leftover must not end a run
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            _remove(path)
+
+
+def claim(directory: Path, fresh: bool) -> None:
+    """Make `directory` the run's own: without what a crash left unfinished and, at a `fresh` start,
+    without an earlier run's checkpoints, which must not be taken for this one's."""
+    with saving(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
+            shutil.rmtree(path, ignore_errors=True)
+        if fresh:
+            (directory / "run.json").unlink(missing_ok=True)
+            prune(directory, keep=0)

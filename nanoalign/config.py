@@ -6,7 +6,9 @@ program with one line and exit code 2; a flag that has nothing to do in this run
 line.
 """
 
+import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -154,8 +156,12 @@ def parse(kind: type[Config], argv: list[str], builtin: dict) -> Config:
     """
     parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     cfg = kind(**vars(parser.parse_args(argv)))
-    given = {word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")}
-    given = {name.removeprefix("no_") if name.startswith("no_") else name for name in given}
+    words = [word.split("=")[0] for word in argv if word.startswith("--")]
+    counts = Counter(word.removeprefix("--").removeprefix("no_") for word in words)
+    for name, times in counts.items():
+        if times > 1:  # argparse would take the last one
+            raise InputError(f"--{name} is given {times} times; expected once")
+    given = set(counts)
     if cfg.model_name_or_path is None and cfg.adapter_name_or_path is None:
         for name, value in builtin.items():
             if name not in given:
@@ -166,16 +172,18 @@ def parse(kind: type[Config], argv: list[str], builtin: dict) -> Config:
 
 def check(cfg: Config, given: set[str]) -> None:
     """Impossible values and contradictions raise InputError; idle flags are one printed line."""
-    positive = ("lora_r", "lora_alpha", "max_length", "per_device_train_batch_size", "logging_steps",
-                "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                "max_prompt_length", "eval_steps", "save_steps", "save_total_limit", "beta")  # fmt: skip
-    zero_up = ("skip_nonfinite", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "rpo_alpha",
-               "neftune_noise_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
+    positive = ("lora_r", "lora_alpha", "max_length", "per_device_train_batch_size",
+                "logging_steps", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                "num_train_epochs", "max_prompt_length", "eval_steps", "save_steps",
+                "save_total_limit", "beta")  # fmt: skip
+    zero_up = ("skip_nonfinite", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate",
+               "rpo_alpha", "neftune_noise_alpha", "desirable_weight", "undesirable_weight",
+               "seed")  # fmt: skip
     shares = {"eval_fraction": 1.0, "warmup_ratio": None, "lora_dropout": 1.0, "adam_beta1": 1.0,
               "adam_beta2": 1.0, "label_smoothing": 0.5}  # fmt: skip
     for name, value in vars(cfg).items():
-        if isinstance(value, float) and value != value:
-            raise InputError(f"--{name} {value}: not a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} {value}: must be a finite number")
         if name in positive and value is not None and not value > 0:
             raise InputError(f"--{name} {value}: must be more than 0")
         if name in zero_up and not value >= 0:
@@ -201,22 +209,43 @@ def check(cfg: Config, given: set[str]) -> None:
             contradiction("use_peft false", "load_in_4bit")
     if cfg.bf16:
         cfg.dtype = "bfloat16"
-    if cfg.model_name_or_path and not cfg.dataset_name:
+    if not cfg.dataset_name:
         raise InputError("--dataset_name: give the data to train on")
+    if cfg.max_steps < 1 and cfg.max_steps != -1:
+        raise InputError(f"--max_steps {cfg.max_steps}: must be more than 0, or -1 for epochs")
+    if cfg.seed >= 2**63:
+        raise InputError(f"--seed {cfg.seed}: must be less than 2**63")
 
+    def files(sources):  # no data set of the hub, which has splits
+        return all(source.lower().endswith((".json", ".jsonl", ".csv")) for source in sources)
+
+    evaluates = bool(cfg.eval_dataset or cfg.eval_fraction)
+    goes_on = cfg.adapter_name_or_path is not None  # with the adapter's own r, alpha, targets ...
     idle = {
-        "eval_steps": not (cfg.eval_dataset or cfg.eval_fraction),
-        "per_device_eval_batch_size": not (cfg.eval_dataset or cfg.eval_fraction),
+        "eval_steps": not evaluates,
+        "per_device_eval_batch_size": not evaluates,
+        "dataset_train_split": files(cfg.dataset_name),
+        "dataset_test_split": files(cfg.eval_dataset),
         "truncation_mode": cfg.max_prompt_length is None,
-        "lora_dropout": cfg.disable_dropout and cfg.lora_dropout > 0,
+        "lora_r": goes_on,
+        "lora_alpha": goes_on,
+        "lora_dropout": goes_on or (cfg.disable_dropout and cfg.lora_dropout > 0),
+        "lora_target_modules": goes_on,
+        "lora_modules_to_save": goes_on,
+        "lora_bias": goes_on,
+        "use_rslora": goes_on,
         "num_train_epochs": cfg.max_steps > 0,
+        "logging_first_step": cfg.logging_first_step and cfg.logging_steps == 1,
+        "overwrite_output_dir": cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None,
         "use_bnb_nested_quant": not cfg.load_in_4bit,
         "bnb_4bit_quant_type": not cfg.load_in_4bit,
     }
     if isinstance(cfg, DPOConfig):
         idle["label_smoothing"] = cfg.loss_type in ("ipo", "hinge")
-    if isinstance(cfg, ReferenceConfig) and cfg.ref_model_name_or_path:
-        pass
+    if isinstance(cfg, ReferenceConfig):
+        table = not cfg.use_peft and not cfg.ref_model_name_or_path  # computed anyway
+        idle["precompute_ref_log_probs"] = cfg.precompute_ref_log_probs and table
+        idle["per_device_eval_batch_size"] &= not (cfg.precompute_ref_log_probs or table)
     for name in sorted(given):
         if idle.get(name):
             print(f"--{name} has nothing to do in this run")

@@ -156,7 +156,7 @@ def read_case(row: dict, columns: tuple[str, ...], layouts: dict, input_as_syste
     system, extra = _text(row, "system"), _text(row, "input")
     if input_as_system:
         if system and extra:
-            raise InputError("system and input are both there; --input_as_system expects one")
+            raise InputError("system and input are both there; expected one (--input_as_system)")
         system, row = system or extra, {**row, "input": ""}
 
     case = layouts[columns](row)

@@ -230,6 +230,8 @@ def _add_token_rows(model, indices: dict[str, list[int]]) -> None:
         raise InputError(f"new tokens can't be trained in a {type(embedding).__name__}")
     paths = {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():
+        if wrong := [row for row in rows if row >= embedding.num_embeddings]:
+            raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
         if paths[id(embedding)].endswith(name):
             wrapped = TokenRows(embedding, rows, None)
             _replace(model, paths[id(embedding)], wrapped)
@@ -324,27 +326,61 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
 
 
+def _number(value, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value < high
+
+
+def _list_of(kind: type, value) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _rows(value) -> bool:
+    return _list_of(int, value) and all(row >= 0 for row in value)
+
+
+FIELDS = {  # of adapter_config.json: what it may be, in words and in code
+    "r": ("a whole number from 1 to 65535", lambda v: type(v) is int and 0 < v < 2**16),
+    "lora_alpha": ("a number above 0", lambda v: _number(v, 1e-30, 1e30)),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: _number(v, 0, 1)),
+    "target_modules": ("names", lambda v: isinstance(v, str) or _list_of(str, v)),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("none, lora_only or all", lambda v: v in ("none", "lora_only", "all")),
+    "modules_to_save": ("a list of names", lambda v: _list_of(str, v)),
+    "trainable_token_indices": (
+        "ids, in a list or in one for each table",
+        lambda v: all(map(_rows, v.values())) if isinstance(v, dict) else _rows(v),
+    ),
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
+}
+
+
 def read_adapter_config(directory: Path) -> LoRAConfig:
     """PEFT's adapter_config.json; what this file can't do is refused, never left out."""
     path = Path(directory) / "adapter_config.json"
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{directory}: no adapter_config.json: not an adapter directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(text, dict):
+        raise InputError(f"{path}: no JSON object; expected PEFT's adapter_config.json")
     if text.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
-    fields = LoRAConfig.__dataclass_fields__
     idle = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
             "megatron_core", "qalora_group_size", "init_lora_weights")  # fmt: skip
     for key, value in text.items():
-        if value and key not in fields and key not in idle:  # use_dora, rank_pattern, ...
+        if value and key not in FIELDS and key not in idle:  # use_dora, rank_pattern, ...
             raise InputError(f"{path}: {key} is not known here")
     start = text.get("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
     if start not in (True, False, "gaussian", "orthogonal"):
         raise InputError(f"{path}: init_lora_weights {start} is not known here")
-    config = LoRAConfig(**{k: v for k, v in text.items() if k in fields and v is not None})
+    given = {k: v for k, v in text.items() if k in FIELDS and v is not None}
+    for key, value in given.items():
+        expected, fits = FIELDS[key]
+        if not fits(value):
+            raise InputError(f"{path}: {key} is {value!r}; expected {expected}")
+    config = LoRAConfig(**{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **given})  # PEFT's own
     if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
         config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
     return config
@@ -374,6 +410,9 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
                         f"{path}: {name.removeprefix(PREFIX)} has shape {tuple(tensor.shape)}, "
                         f"here it is {tuple(parameter.shape)}: an adapter of another base?"
                     )
+                if not tensor.is_floating_point() or not tensor.isfinite().all():
+                    short = name.removeprefix(PREFIX)
+                    raise InputError(f"{path}: {short} holds what is no finite number")
                 parameter.data.copy_(tensor)
     except FileNotFoundError:
         raise InputError(f"{path}: not there") from None

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoalign.checkpoint import saving, write_text
 from nanoalign.logps import Scores
 
 Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
@@ -42,13 +42,12 @@ def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
 def keep_lines(path: Path, until: int) -> None:
     """Drop the lines of metrics.jsonl after step `until`: the run will write them again."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and until else []:
-        with contextlib.suppress(ValueError):  # a last line that a crash cut off
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and until else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off
             if json.loads(line)["step"] <= until:
                 kept.append(line + "\n")
-    beside = path.with_name("tmp-metrics.jsonl")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(kept))
 
 
 class Log:
@@ -63,7 +62,8 @@ class Log:
         self.start = time.monotonic() - state["time"]
         path = directory / "metrics.jsonl"
         keep_lines(path, state["step"])
-        self.file = open(path, "a", encoding="utf-8")
+        with saving(path):
+            self.file = open(path, "a", encoding="utf-8")
         self.total = total
         self.bar = tqdm(
             total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
@@ -85,7 +85,8 @@ class Log:
         return self
 
     def __exit__(self, *error) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk: it was said already
+            self.file.close()
         self.bar.close()
         if self.board:
             self.board.close()
@@ -102,8 +103,9 @@ class Log:
     def line(self, metrics: dict[str, float]) -> None:
         """`metrics` holds "step" and whatever else is known there."""
         metrics = {**metrics, "time": self.seconds()}
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        with saving(Path(self.file.name)):
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
         step = metrics["step"]
         numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
         if self.board:

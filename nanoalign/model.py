@@ -9,6 +9,7 @@ random weights, and refuses what would come out wrong.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from nanoalign.lora import (
 )
 from nanoalign.packing import Sequence, packed_attention
 from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
+from nanoalign.streaming import local_file, shard_path
 
 AttentionInterface.register("packed", packed_attention)
 
@@ -77,6 +79,8 @@ def load_policy(cfg: Config) -> Policy:
     if adapter:
         lora = read_adapter_config(adapter)
         name = name or lora.base_model_name_or_path
+        if not name:
+            raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
     if (Path(name) / "adapter_config.json").exists():
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
 
@@ -96,9 +100,10 @@ def load_policy(cfg: Config) -> Policy:
     model = lm.model
     attention = model.config._attn_implementation
     rows = model.get_input_embeddings().weight.shape[0]
-    if lora and lora.trainable_token_indices and len(tokenizer) > rows:  # the adapter fills them
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = _fit_embeddings(model, len(tokenizer), added, name)
+    tokens = max(tokenizer.get_vocab().values()) + 1  # some skip ids: more than len(tokenizer)
+    if lora and lora.trainable_token_indices and tokens > rows:  # the adapter fills them
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    new = _fit_embeddings(model, tokens, added, name)
 
     if not cfg.use_peft:
         model.requires_grad_(True)
@@ -116,6 +121,8 @@ def load_policy(cfg: Config) -> Policy:
             base_model_name_or_path=str(name),
         )
         layers = add_lora(model, lora)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError(f"{name}: has nothing that trains")
         if adapter:
             load_adapter(model, adapter)
             print(f"goes on from the adapter {adapter}")
@@ -151,9 +158,11 @@ def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = Fals
         missing = [marker for marker in (IM_START, IM_END) if marker not in tokenizer.get_vocab()]
         tokenizer.add_tokens(missing, special_tokens=True)
         tokenizer.chat_template, tokenizer.eos_token = CHATML_JINJA, IM_END
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # generation pads; training never does
-    return tokenizer, TEMPLATES[chat_template](tokenizer), tokenizer.convert_tokens_to_ids(missing)
+    template = TEMPLATES[chat_template](tokenizer)
+    if tokenizer.pad_token_id is None:  # generation pads; training never does
+        (stop, *_) = tokenizer.convert_ids_to_tokens(template.stop_ids)
+        tokenizer.pad_token = tokenizer.eos_token or stop
+    return tokenizer, template, tokenizer.convert_tokens_to_ids(missing)
 
 
 def load_lm(
@@ -189,23 +198,42 @@ def load_lm(
 
 
 def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    if not str(name).endswith(".gguf"):
+        check_index(name)
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         name,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
-    for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            raise InputError(f"{name}: {what.replace('_', ' ')} in the weights: {min(info[what])}")
+    if info["missing_keys"]:
+        raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
+    if info["mismatched_keys"]:
+        key, found, expected = min(info["mismatched_keys"])
+        raise InputError(f"{name}: {key}: shape {tuple(found)}, expected {tuple(expected)}")
+    if extra := info["unexpected_keys"]:
+        print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
     for tensor_name, tensor in model.named_parameters():
         if not torch.isfinite(tensor.detach().abs().max()):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model
+
+
+def check_index(name: str) -> None:
+    """The shards that an index names must lie in its directory: transformers takes any path."""
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if index := local_file(name, file):
+            try:
+                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                for shard in set(shard_of.values()):
+                    shard_path(name, index, shard)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{index}: no index of shards: {error!r}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -233,8 +261,12 @@ def _from_pretrained(kind, name: str, **more):
     try:
         return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{name}: {lines[0]}") from None
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
+            why = "pickled weights that are more than tensors; expected safetensors"
+        if "trust_remote_code" in why:
+            why = "comes with code of its own, which runs only with --trust_remote_code"
+        raise InputError(f"{name}: {why}") from None
 
 
 def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str, list[int]]:
@@ -382,6 +414,7 @@ def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
             cfg.ref_model_name_or_path,
             cfg.dtype,
             cfg.device,
+            trust_remote_code=cfg.trust_remote_code,
             load_in_4bit=cfg.load_in_4bit,
             double_quant=cfg.use_bnb_nested_quant,
         )

@@ -14,7 +14,7 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.checkpoint import prune
+from nanoalign.checkpoint import flag_differences, meant, write_text
 from nanoalign.config import Config, parse
 from nanoalign.data import Example, Limits, describe, read_examples
 from nanoalign.model import Policy, load_policy
@@ -31,11 +31,20 @@ class Run:
 def main(method: str, kind: type[Config], run: Callable[[Config], None]) -> None:
     """Parse the flags and run; what the user can mend is one line and exit code 2."""
     quiet()
+    script = Path(sys.argv[0]).name
     try:
         run(parse(kind, sys.argv[1:], world.SETTINGS[method]))
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the loop, which has its own way to stop
+        print(f"{script}: interrupted before a checkpoint was due", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: InputError) -> str:
+    """A file's name, or what stands in it, must not break the line nor colour the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 def quiet() -> None:
@@ -48,11 +57,12 @@ def quiet() -> None:
 def start(cfg: Config, layouts: dict) -> Run:
     """Check the output directory, read the data, load the model; say what there is."""
     builtin = cfg.dataset_name[0].startswith(str(world.HOME))
+    defaults = [settings["output_dir"] for settings in world.SETTINGS.values()]
+    check_output_dir(cfg, builtin and cfg.output_dir in defaults)
     if builtin and cfg.model_name_or_path == str(world.BASE):
         world.build()
     if builtin and not Path(cfg.model_name_or_path, "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
-    directory = check_output_dir(cfg, builtin and cfg.output_dir.startswith("runs/"))
 
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
@@ -77,32 +87,42 @@ def start(cfg: Config, layouts: dict) -> Run:
         held_out = [e for e in examples if e.number in chosen]
         examples = [e for e in examples if e.number not in chosen]
         print(f"{len(held_out)} examples held out for evaluation")
-    directory.mkdir(parents=True, exist_ok=True)
-    if cfg.resume_from_checkpoint is None:  # an earlier run's must not be taken for this one's
-        prune(directory, keep=0)
-        (directory / "run.json").unlink(missing_ok=True)
     return Run(policy, examples, held_out, world.measure(policy) if builtin else None)
 
 
-def check_output_dir(cfg: Config, may_overwrite: bool) -> Path:
+def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
     """Before anything is loaded: can the run write there, and would it write over something?"""
-    directory = Path(cfg.output_dir)
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"--output_dir {directory}: {existing} is a file; expected a directory")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"--output_dir {directory}: {existing} is not writable")
-    may_overwrite = may_overwrite or cfg.overwrite_output_dir or cfg.resume_from_checkpoint
-    if existing == directory and any(directory.iterdir()) and not may_overwrite:
+    if not cfg.output_dir:
+        raise InputError("--output_dir: say where everything is to go")
+    directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
+    try:
+        existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise InputError(f"--output_dir {directory}: {existing} is a file, not a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"--output_dir {directory}: {existing} is not writable")
+        filled = existing == directory and any(directory.iterdir())
+    except OSError as error:  # a name that is too long, a directory that can't be listed
+        raise InputError(f"--output_dir {directory}: {error.strerror}") from None
+    for source in filter(None, (cfg.model_name_or_path, cfg.adapter_name_or_path)):
+        if filled and os.path.exists(source) and os.path.samefile(source, directory):
+            raise InputError(f"--output_dir {directory}: would overwrite what training starts from")
+    resumes = which == "last" or (which and meant(which, directory))
+    if filled and not (may_overwrite or cfg.overwrite_output_dir or resumes):
         raise InputError(
             f"--output_dir {directory}: not empty; --overwrite_output_dir or "
             "--resume_from_checkpoint uses it"
         )
-    finished = directory / "run.json"
-    if cfg.resume_from_checkpoint == "last" and finished.exists():
+    if which == "last" and (directory / "run.json").exists():
+        try:
+            record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+            wrong = flag_differences(vars(cfg), record["flags"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{directory / 'run.json'}: damaged: {error!r}") from None
+        if wrong:
+            raise InputError(f"{directory}: a finished run with other flags: {'; '.join(wrong)}")
         print(f"{directory}: this run is finished; nothing to do")
         raise SystemExit(0)
-    return directory
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -112,8 +132,7 @@ def finish(cfg: Config, run: Run) -> None:
         "examples": len(run.examples),
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
     }
-    path = Path(cfg.output_dir) / "run.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(cfg.output_dir) / "run.json", json.dumps(record, indent=2) + "\n")
     if run.before:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from nanoalign import InputError
-from nanoalign.checkpoint import fingerprint, prune, resume, save_state, write_whole
+from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
 from nanoalign.data import Example, batches
 from nanoalign.metrics import Log, Sums, add, means
@@ -86,6 +86,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
     identity = fingerprint(vars(cfg), run.examples, lm)
     state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
     state |= resume(cfg.resume_from_checkpoint, directory, named, optimizer, identity)
+    claim(directory, fresh=cfg.resume_from_checkpoint is None)
 
     def checkpoint() -> None:
         def write(beside):
@@ -110,6 +111,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
             )
             if sums is None:
                 state["skipped"] += 1
+                del numbers["grad_norm"]  # JSON knows no NaN
                 where = ", ".join(e.where for batch in micro_batches for e in batch)
                 what = f"step {step + 1}: loss or gradient is not finite; its rows: {where}"
                 if state["skipped"] > cfg.skip_nonfinite:
