@@ -17,6 +17,7 @@ run was. The fingerprint says which run it was: other data, flags or weights wou
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from nanoalign.data import Example
 FREE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps",
     "logging_first_step", "eval_steps", "save_steps", "save_total_limit", "report_to",
-    "per_device_eval_batch_size",
+    "per_device_eval_batch_size", "generate_during_eval",
 }  # fmt: skip
 
 
@@ -249,9 +250,10 @@ def meant(which: str, directory: Path) -> list[Path]:
     return [path] if one and which != "last" else checkpoints(path)
 
 
-def prune(directory: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    found = checkpoints(directory)
+def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
+    """Delete all but the newest `keep` checkpoints of the steps up to `step`: what lies beyond it
+    may be damaged, and the run will write it again."""
+    found = [path for path in checkpoints(directory) if int(path.name[11:]) <= step]
     for path in [] if keep is None else found[: len(found) - keep]:
         with contextlib.suppress(OSError):  # a leftover must not end a run
             _remove(path)

@@ -102,12 +102,14 @@ class Config:
     gradient_checkpointing: bool = flag(
         False, "recompute activations in backward: less memory, slower"
     )
+    torch_compile: bool = flag(False, "compile the layers: a slow first step, then faster ones")
     disable_dropout: bool = flag(True, "no dropout anywhere")
     seed: int = flag(42, "of weights, order and dropout")
     # watching
     logging_steps: int = flag(10, "steps between two lines of metrics")
     logging_first_step: bool = flag(False, "a line for step 1 too")
     eval_steps: int | None = flag(None, "steps between two evaluations; none: at the end")
+    generate_during_eval: bool = flag(False, "show replies to held-out prompts at evaluation")
     save_steps: int | None = flag(500, "steps between two checkpoints")
     save_total_limit: int | None = flag(None, "keep only the newest checkpoints")
     skip_nonfinite: int = flag(0, "pass over this many steps whose loss or gradient is not finite")

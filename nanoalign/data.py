@@ -8,6 +8,7 @@ to the limits here. What is cut or skipped is counted and said; a malformed row 
 import math
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -209,3 +210,9 @@ def with_mismatches(order: list[Example]) -> list[Example]:
 
 def batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on
+    from nanoalign.show import run
+
+    run(sys.argv[1:])

@@ -64,6 +64,7 @@ class Policy:
     template: ChatML | NativeTemplate
     lora: LoRAConfig | None  # None: all weights train
     attention: str  # transformers' implementation that generation runs under
+    start: Reference | None = None  # the policy as it was at the start; None: all weights train
 
     @property
     def model(self) -> PreTrainedModel:
@@ -146,8 +147,11 @@ def load_policy(cfg: Config) -> Policy:
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
+    if cfg.torch_compile:
+        for layer in model.get_decoder().layers:
+            layer.compile(dynamic=True)
     model.set_attn_implementation("packed")
-    return Policy(lm, tokenizer, template, lora, attention)
+    return Policy(lm, tokenizer, template, lora, attention, Reference(lm) if lora else None)
 
 
 def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
@@ -425,26 +429,32 @@ def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
         return torch.no_grad()(lambda sequences: other(sequences).logps)
     if policy.lora is None:
         return torch.no_grad()(lambda sequences: policy.lm.eval()(sequences).logps)
-    start = Reference(policy.lm)
 
     @torch.no_grad()
     def reference(sequences: list[Sequence]) -> Tensor:
-        with start():
+        with policy.start():
             return policy.lm(sequences).logps
 
     return reference
 
 
-@torch.no_grad()
 def generate(
     policy: Policy,
     conversations: list[list[Message]],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> list[str]:
-    """One reply to each conversation; temperature 0 is greedy. transformers' own generate."""
+    """One reply to each conversation; temperature 0 is greedy."""
     pieces = [list(policy.template.prompt(messages)) for messages in conversations]
     prompts = [ids for ids, _ in encode(policy.tokenizer, pieces)]
+    return generate_ids(policy, prompts, max_new_tokens, temperature)
+
+
+@torch.no_grad()
+def generate_ids(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int = 256, temperature: float = 0.0
+) -> list[str]:
+    """One reply to each prompt in ids, which ends in a reply's header: transformers' generate."""
     longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
     rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

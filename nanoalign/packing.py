@@ -93,6 +93,7 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
     return Row(tokens[0], layout, *wanted, trained, lengths)
 
 
+@torch.compiler.disable  # its loops depend on the row: a compiled layer is compiled around it
 def packed_attention(
     module,
     query: Tensor,  # (1, H, T, D)

@@ -40,9 +40,11 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    seen = {name for lines in runs.values() for line in lines for name in line}
+    seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
     panels = {t: [n for n in names if n in seen] for t, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(

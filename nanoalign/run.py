@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.checkpoint import flag_differences, meant, write_text
+from nanoalign.advice import advice, afterthought
+from nanoalign.card import write_card
+from nanoalign.checkpoint import flag_differences, meant, saving, write_text
 from nanoalign.config import Config, parse
 from nanoalign.data import Example, Limits, describe, read_examples
 from nanoalign.model import Policy, load_policy
+from nanoalign.plot import draw, read_run
 
 
 @dataclass
@@ -74,11 +78,11 @@ def start(cfg: Config, layouts: dict) -> Run:
             sources, layouts, policy.tokenizer, policy.template, limits, split, cfg.input_as_system
         )
         print(f"{', '.join(sources)}: {describe(count)}")
-        return examples
+        return examples, count["completions cut"]
 
-    examples, held_out = read(cfg.dataset_name, cfg.dataset_train_split), []
+    (examples, cut), held_out = read(cfg.dataset_name, cfg.dataset_train_split), []
     if cfg.eval_dataset:
-        held_out = read(cfg.eval_dataset, cfg.dataset_test_split)
+        held_out, _ = read(cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
         size = max(1, round(len(examples) * cfg.eval_fraction))
         if size >= len(examples):
@@ -87,6 +91,8 @@ def start(cfg: Config, layouts: dict) -> Run:
         held_out = [e for e in examples if e.number in chosen]
         examples = [e for e in examples if e.number not in chosen]
         print(f"{len(held_out)} examples held out for evaluation")
+    for line in [] if builtin else advice(cfg, examples, cut):
+        print(f"advice: {line}")
     return Run(policy, examples, held_out, world.measure(policy) if builtin else None)
 
 
@@ -126,13 +132,39 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
 
 
 def finish(cfg: Config, run: Run) -> None:
-    """Write run.json and say where everything is; for the built-in world, what changed."""
+    """Beside the weights: run.json, the curves, a model card; and what there is to say."""
+    directory = Path(cfg.output_dir)
+    method = type(cfg).__name__.removesuffix("Config").lower()
+    lines = read_run(directory)
+    with saving(directory):
+        try:
+            draw({directory.name: lines}, directory / "curves.png")
+        except ImportError:
+            print("no curves.png: pip install 'nanoalign[plot]' for that")
+        if lines:
+            write_card(cfg, directory, method, len(run.examples), lines[-1])
     record = {
+        "method": method,
         "flags": vars(cfg),
         "examples": len(run.examples),
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
+        "git_commit": git_commit(),
     }
-    write_text(Path(cfg.output_dir) / "run.json", json.dumps(record, indent=2) + "\n")
+    write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
+    if line := afterthought(lines):
+        print(line)
     if run.before:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
+
+
+def git_commit() -> str | None:
+    """The commit of the code that ran, where it is a git checkout."""
+    where = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip()

@@ -28,7 +28,7 @@ from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, 
 from nanoalign.config import Config
 from nanoalign.data import Example, batches
 from nanoalign.metrics import Log, Sums, add, means
-from nanoalign.model import save_policy
+from nanoalign.model import Policy, generate_ids, save_policy
 from nanoalign.run import Run
 
 
@@ -87,6 +87,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
     state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
     state |= resume(cfg.resume_from_checkpoint, directory, named, optimizer, identity)
     claim(directory, fresh=cfg.resume_from_checkpoint is None)
+    prune(directory, cfg.save_total_limit, state["step"])
 
     def checkpoint() -> None:
         def write(beside):
@@ -95,7 +96,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
 
         state["time"] = log.seconds()
         write_whole(directory / f"checkpoint-{state['step']}", write)
-        prune(directory, cfg.save_total_limit)
+        prune(directory, cfg.save_total_limit, state["step"])
 
     lm.train()
     with Log(directory, total, state, cfg.report_to) as log, stop_signals() as stopped:
@@ -140,6 +141,8 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
                 evaluation = evaluate(cfg, lm, run.held_out, weight, prepare, loss)
                 named_so = {f"eval_{name}": value for name, value in evaluation.items()}
                 log.line({"step": done, "epoch": done / per_epoch, **named_so})
+                if cfg.generate_during_eval:
+                    log.say(replies(run.policy, run.held_out[:3]))
                 since = since[0] + time.monotonic() - started, since[1]  # training's clock
             if not at_end and (stop or (cfg.save_steps and done % cfg.save_steps == 0)):
                 checkpoint()
@@ -147,6 +150,21 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
                 log.say(f"stopped after step {done}; --resume_from_checkpoint goes on from there")
                 raise SystemExit(128 + stopped[0])
     write_whole(directory, lambda beside: save_policy(run.policy, beside), replace=True)
+
+
+def replies(policy: Policy, examples: list[Example]) -> str:
+    """The policy's greedy replies to held-out prompts, beside the reference's."""
+    prompts = [example.prompt for example in examples]
+    columns = {"policy": generate_ids(policy, prompts, max_new_tokens=64)}
+    if policy.start is not None:
+        with policy.start():
+            columns["reference"] = generate_ids(policy, prompts, max_new_tokens=64)
+    lines = []
+    for i, prompt in enumerate(prompts):
+        text = policy.tokenizer.decode(prompt[-64:], skip_special_tokens=True)
+        lines.append(f"  prompt     {text!r:.100}")
+        lines += [f"  {name:<10} {column[i]!r:.100}" for name, column in columns.items()]
+    return "\n".join(lines)
 
 
 @contextmanager

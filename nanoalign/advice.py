@@ -1,0 +1,81 @@
+"""Advice, once, at the start: settings that can't do what they are meant for, one line each.
+
+The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their code).
+"""
+
+from nanoalign.config import Config, KTOConfig, ReferenceConfig
+from nanoalign.data import Example
+
+
+def advice(cfg: Config, examples: list[Example], cut: int = 0) -> list[str]:
+    """What somebody who has done this before would say of a run. `cut`: completions cut short."""
+    lines = []
+    if cut > 0.2 * len(examples):
+        lines.append(
+            f"--max_length {cfg.max_length} cuts {cut} completions short; a longer one fits them"
+        )
+    if not cfg.use_peft and cfg.learning_rate > 1e-4:
+        lines.append(
+            f"--learning_rate {cfg.learning_rate:g} is high for training all weights; try 1e-5"
+        )
+    if isinstance(cfg, ReferenceConfig) and not 0.01 <= cfg.beta <= 1:
+        why = (
+            "little holds the policy to the reference" if cfg.beta < 0.01 else "it can hardly move"
+        )
+        lines.append(f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common")
+    if isinstance(cfg, KTOConfig):
+        lines += kto_advice(cfg, examples)
+    return lines
+
+
+def kto_advice(cfg: KTOConfig, examples: list[Example]) -> list[str]:
+    lines = []
+    step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    if step < 4:
+        lines.append(
+            f"a step of {step} examples is too small to estimate KTO's z0; take 4 at least"
+        )
+    elif not 16 <= step <= 128:
+        lines.append(f"a step of {step} examples: KTO works best with 16 to 128")
+    if not cfg.use_peft and not 5e-7 <= cfg.learning_rate <= 5e-6:
+        lines.append(
+            f"--learning_rate {cfg.learning_rate:g}: KTO of all weights wants 5e-7 to 5e-6"
+        )
+    up = sum(e.label for e in examples)
+    weights = suggested_weights(
+        up, len(examples) - up, cfg.desirable_weight, cfg.undesirable_weight
+    )
+    if weights:
+        lines.append(weights)
+    return lines
+
+
+def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:
+    """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not."""
+    if not up or not down:
+        only = "desirable" if up else "undesirable"
+        return f"all examples are {only}: KTO learns from the contrast of both"
+    ratio = w_up * up / (w_down * down) if w_down else float("inf")
+    if 1 <= ratio <= 4 / 3:
+        return None
+    if up < down:
+        name, low = "desirable_weight", down / up
+    else:
+        name, low = "undesirable_weight", up / down * 3 / 4
+    return (
+        f"thumbs up and down weigh {w_up * up:g} : {w_down * down:g}; --{name} {low:.2f} to "
+        f"{low * 4 / 3:.2f} brings them to between 1:1 and 4:3"
+    )
+
+
+def afterthought(lines: list[dict]) -> str | None:
+    """What the run's metrics ask to be explained."""
+    rewards = [ln for ln in lines if "rewards/chosen" in ln and "rewards/rejected" in ln]
+    if len(rewards) < 2 or rewards[-1]["rewards/chosen"] >= min(0, rewards[0]["rewards/chosen"]):
+        return None
+    if rewards[-1]["rewards/margins"] <= rewards[0]["rewards/margins"]:
+        return None
+    return (
+        "both rewards fell while the margin rose: that is normal, the loss sees their difference; "
+        "a higher --beta, a lower --learning_rate or DPO's --rpo_alpha holds the chosen reply up"
+    )

@@ -1,0 +1,73 @@
+"""The model card: README.md of an output directory, in the convention of the hub."""
+
+from pathlib import Path
+
+import nanoalign
+from nanoalign.config import Config
+
+CARD = """\
+---
+base_model: {base}
+library_name: {library}
+pipeline_tag: text-generation
+tags:
+- {method}
+- nanoalign{lora_tag}
+---
+
+# {title}
+
+{base}, trained with {method_name} by nanoalign {version}.
+
+| | |
+|---|---|
+| data | {data}: {examples} examples |
+| trained | {trained} |
+| steps | {steps}, learning rate {learning_rate:g}, seed {seed} |
+
+Last metrics: {metrics}
+{curve}
+## Use
+
+```python
+{use}
+```
+
+The prompt format is the tokenizer's chat template. `run.json` holds every setting.
+"""
+
+NAMES = {"sft": "supervised fine-tuning", "dpo": "DPO", "kto": "KTO"}
+USE_ADAPTER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")"""
+USE_MODEL = USE_ADAPTER.replace("peft import AutoPeft", "transformers import Auto").replace(
+    "AutoPeftModel", "AutoModel"
+)
+
+
+def write_card(cfg: Config, directory: Path, method: str, examples: int, last: dict) -> None:
+    """`last` is the last line of metrics.jsonl."""
+    shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
+    adapter = cfg.use_peft
+    text = CARD.format(
+        base=cfg.model_name_or_path or "unknown",
+        library="peft" if adapter else "transformers",
+        method=method,
+        lora_tag="\n- lora" if adapter else "",
+        title=directory.resolve().name,
+        method_name=NAMES[method],
+        version=nanoalign.__version__,
+        data=", ".join(Path(name).name for name in cfg.dataset_name),
+        examples=examples,
+        trained=f"LoRA, r={cfg.lora_r}, alpha={cfg.lora_alpha:g}" if adapter else "all weights",
+        steps=last.get("step", 0),
+        learning_rate=cfg.learning_rate,
+        seed=cfg.seed,
+        metrics=", ".join(f"{k} {v:.4g}" for k, v in shown.items()) or "none",
+        curve="\n![curves](curves.png)\n" if (directory / "curves.png").exists() else "",
+        use=USE_ADAPTER if adapter else USE_MODEL,
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")

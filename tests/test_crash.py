@@ -1,0 +1,707 @@
+"""Nothing is lost: runs that are killed, stopped, out of disk or out of numbers, and go on."""
+
+import ast
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait, write_data
+
+import nanoalign.train
+import train_dpo
+import train_kto
+import train_sft
+from nanoalign import InputError
+from nanoalign.config import SFTConfig, parse
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+ALL = pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+LAST = {"resume_from_checkpoint": "last"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """They take longer than the tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def flags(model_dir, data):
+    """flags(method, directory, **changes): 8 steps of 2 x 2 of 11 examples, into the third epoch,
+    with dropout, noise and evaluations; two metrics lines in three cover more than one step."""
+
+    def make(method, directory, **changes):
+        given = dict(
+            model_name_or_path=model_dir, dataset_name=data / f"{method}.jsonl", device="cpu",
+            output_dir=directory, learning_rate=1e-2, max_steps=8, logging_steps=3, lora_r=4,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_dropout="false",
+            lora_dropout=0.2, eval_dataset=data / f"{method}.jsonl", eval_steps=3, weight_decay=0.1,
+            warmup_steps=2, lr_scheduler_type="cosine",
+        )  # fmt: skip
+        if method == "sft":
+            given["neftune_noise_alpha"] = 5
+        if "use_peft" in changes:
+            del given["lora_r"], given["lora_dropout"]
+        return given | changes
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """whole(method, **changes) -> (metrics, tensors) of the run that nothing interrupts."""
+    known = {}
+
+    def result(method, **changes):
+        key = method, *changes.items()
+        if key not in known:
+            directory = tmp_path_factory.mktemp("whole")
+            call(method, flags(method, directory, **changes))
+            assert tops(directory) == []
+            known[key] = metrics(directory), tensors(directory)
+        return known[key]
+
+    return result
+
+
+def at_step(monkeypatch, step, action):
+    """action() in the midst of that step, counted from 1."""
+    real = nanoalign.train.learning_rate
+
+    def rate(cfg, now, total):
+        if now + 1 == step:
+            action()
+        return real(cfg, now, total)
+
+    monkeypatch.setattr(nanoalign.train, "learning_rate", rate)
+
+
+def stopped(monkeypatch, step, method, given, number=signal.SIGTERM):
+    """Run until a signal arrives in the midst of a step."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        call(method, given)
+    assert stop.value.code == 128 + number
+
+
+def change(path, **changes):
+    """Fields of a JSON file; ... removes one."""
+    text = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in text.items() if v is not ...}))
+
+
+# ------------------------------------------------------------------------------ stop and go on
+
+
+@ALL
+@pytest.mark.parametrize("full", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    method, full, flags, whole, tmp_path, monkeypatch, capsys
+):
+    """Stopped twice in mid-epoch and between metrics lines: the same losses, evaluations and final
+    weights, bit for bit, and each line of metrics.jsonl once."""
+    expected = whole(method, **full)
+    given = flags(method, tmp_path / "run", **full)
+    stopped(monkeypatch, 2, method, given, signal.SIGINT)
+    assert "stopped after step 2; --resume_from_checkpoint goes on" in capsys.readouterr().out
+    assert tops(tmp_path / "run") == ["checkpoint-2"]
+    stopped(monkeypatch, 7, method, given | LAST, signal.SIGTERM)
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in capsys.readouterr().out
+    call(method, given | LAST)
+    assert metrics(tmp_path / "run") == expected[0]
+    assert tensors(tmp_path / "run") == expected[1]
+    steps = [line["step"] for line in expected[0] if "loss" in line]
+    assert steps == [3, 6] and len(expected[0]) == 2 + 3  # and evaluations at 3, 6 and 8
+
+
+def test_what_a_resumed_run_depends_on(flags, whole, tmp_path, monkeypatch):
+    """The test above can fail: without the saved generators the losses differ."""
+    given = flags("sft", tmp_path)
+    stopped(monkeypatch, 2, "sft", given)
+    path = tmp_path / "checkpoint-2" / "state.safetensors"
+    state = load_file(path)
+    torch.manual_seed(99)
+    save_file(state | {"rng.cpu": torch.get_rng_state()}, path)
+    call("sft", given | LAST)
+    assert metrics(tmp_path) != whole("sft")[0]
+
+
+def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model_dir):
+    """The reference stays what it was at step 0, not at the checkpoint."""
+    call("sft", flags("sft", tmp_path / "sft"))
+    more = dict(adapter_name_or_path=tmp_path / "sft", lora_r=None, lora_dropout=None)
+    expected = whole("dpo", **more)
+    given = flags("dpo", tmp_path / "dpo", **more)
+    stopped(monkeypatch, 4, "dpo", given)
+    call("dpo", given | LAST)
+    assert (metrics(tmp_path / "dpo"), tensors(tmp_path / "dpo")) == expected
+
+
+def test_a_second_signal_stops_at_once(flags, whole, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    given = flags("sft", tmp_path, save_steps=3)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_step(patch, 5, twice)
+        call("sft", given)
+    assert stop.value.code == 128 + signal.SIGINT and tops(tmp_path) == ["checkpoint-3"]
+    call("sft", given | LAST)
+    assert (metrics(tmp_path), tensors(tmp_path)) == whole("sft")
+
+
+def test_a_signal_in_the_last_step_ends_the_run_as_usual(flags, whole, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    at_step(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call("sft", flags("sft", tmp_path))
+    assert tensors(tmp_path) == whole("sft")[1] and (tmp_path / "run.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_is_stopped_killed_and_goes_on(flags, whole, tmp_path):
+    """Three real processes: SIGTERM, then kill -9, then to the end; bit for bit the run that this
+    process did, so a seed is a run, whatever the process."""
+    given = flags("kto", tmp_path / "run", logging_steps=1, save_steps=1)
+
+    def run(until, number, **more):
+        words = [sys.executable, ROOT / "train_kto.py", *argv(given | more)]
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if until and line.startswith(until):
+                process.send_signal(number)
+                until = None
+        errors = process.stderr.read()
+        process.stderr.close()
+        process.stdout.close()
+        return process.wait(), "".join(said), errors
+
+    code, said, errors = run("step 2/8", signal.SIGTERM)
+    assert code == 143 and "--resume_from_checkpoint goes on from there" in said and not errors
+    code, said, errors = run("step 5/8", signal.SIGKILL, **LAST)
+    assert code == -9 and "going on from" in said
+    code, said, errors = run(None, None, **LAST)
+    assert code == 0 and "going on from" in said and "step 8/8" in said and not errors
+    expected = whole("kto", logging_steps=1)
+    assert (metrics(tmp_path / "run"), tensors(tmp_path / "run")) == expected
+
+
+# --------------------------------------------------------------------------------------- kill -9
+
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+def run_until(given, directory, moment):
+    """In a child: kill -9 right before the moment-th change of the output directory (None: count).
+
+    Python's audit hooks tell of every file that is opened, renamed and removed; os.fsync does of
+    those that safetensors and tokenizers write.
+    """
+    reader, writer = os.pipe()
+
+    def action():
+        count, fsync = 0, os.fsync
+
+        def tick():
+            nonlocal count
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+        def hook(event, args):
+            changes = event in CHANGES
+            if event == "open":
+                changes = isinstance(args[2], int) and bool(args[2] & WRITES)
+            if changes and str(directory) in str(args[0]):
+                tick()
+
+        def flush(handle):
+            tick()
+            fsync(handle)
+
+        os.fsync = flush
+        sys.addaudithook(hook)
+        call("sft", given)
+        os.write(writer, str(count).encode())
+
+    code = wait(child(action))
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    assert code == (-9 if moment is not None else 0)
+    return int(said) if said else None
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+def test_kill_at_any_moment(kind, flags, whole, tmp_path):
+    """A run that saves every step: killed anywhere, its newest checkpoint loads, everything
+    unfinished has tmp in its path, and the run goes on to the very same end."""
+    more = dict(save_steps=1, save_total_limit=2, max_steps=4, **kind)
+    expected = whole("sft", max_steps=4, **kind)
+    given = flags("sft", tmp_path / "count", **more)
+    moments = run_until(given, tmp_path / "count", None)
+    assert moments > 80
+    seen, rng = set(), random.Random(len(kind))
+    for moment in sorted(rng.sample(range(moments), 20)):
+        directory = tmp_path / f"at-{moment}"
+        given = flags("sft", directory, **more)
+        run_until(given, directory, moment)
+        names = sorted(p.name for p in directory.glob("checkpoint-*")) if directory.exists() else []
+        for name in names:  # whole
+            assert load_file(directory / name / "state.safetensors")
+            assert json.loads((directory / name / "state.json").read_text())
+            assert tensors(directory / name)
+            assert (directory / name / "tokenizer.json").exists()
+        assert len(names) <= 3
+        seen.update(names)
+        if (directory / "run.json").exists():
+            continue  # killed after the end
+        call("sft", given | LAST)
+        assert metrics(directory) == expected[0] and tensors(directory) == expected[1]
+        assert tops(directory) == ["checkpoint-2", "checkpoint-3"]  # nothing unfinished is left
+    assert {"checkpoint-1", "checkpoint-2", "checkpoint-3"} <= seen
+
+
+def test_kill_at_any_time(flags, whole, tmp_path):
+    """By the clock, which finds the moments inside safetensors' own writing too."""
+    rng = random.Random(5)
+    more = dict(save_steps=1, max_steps=8, dataset_name=flags("dpo", "")["dataset_name"])
+    for i in range(6):
+        given = flags("dpo", tmp_path / str(i), **more)
+        for _ in range(2):  # and the continuation, too
+            pid = child(lambda given=given: call("dpo", given | LAST))
+            time.sleep(0.1 + rng.random() * 0.5)
+            os.kill(pid, signal.SIGKILL)
+            wait(pid)
+        if not (tmp_path / str(i) / "run.json").exists():
+            call("dpo", given | LAST)
+        assert (metrics(tmp_path / str(i)), tensors(tmp_path / str(i))) == whole("dpo")
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+
+def test_save_total_limit(flags, tmp_path, monkeypatch):
+    call("sft", flags("sft", tmp_path / "run", save_steps=2, save_total_limit=2))
+    assert tops(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"]
+    call("sft", flags("sft", tmp_path / "all", save_steps=2))
+    assert tops(tmp_path / "all") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    given = flags("sft", tmp_path / "stop", save_steps=1, save_total_limit=1)
+    stopped(monkeypatch, 5, "sft", given | {"save_steps": 2})
+    assert tops(tmp_path / "stop") == ["checkpoint-5"]
+
+
+def test_the_limit_never_spares_a_damaged_checkpoint_for_a_good_one(
+    flags, halfway, tmp_path, monkeypatch
+):
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    cut("state.json", 5)(directory / "checkpoint-4")
+    given = flags("sft", directory, save_steps=1, save_total_limit=1, **LAST)
+    for step in (3, 4):
+        stopped(monkeypatch, step, "sft", given)
+        assert json.loads((directory / f"checkpoint-{step}" / "state.json").read_text())
+        assert tops(directory) == sorted({f"checkpoint-{step}", "checkpoint-4"})
+
+
+@pytest.mark.parametrize("where", ["missing", "empty", "explicit", "explicit, empty"])
+def test_no_checkpoint_yet(where, flags, whole, tmp_path, capsys):
+    named = tmp_path / ("other" if "explicit" in where else "run")
+    if "empty" in where:
+        named.mkdir()
+    which = named if "explicit" in where else "last"
+    call("sft", flags("sft", tmp_path / "run", resume_from_checkpoint=which))
+    assert f"{named}: no checkpoint yet; starting at step 0" in capsys.readouterr().out
+    assert (metrics(tmp_path / "run"), tensors(tmp_path / "run")) == whole("sft")
+
+
+def test_the_flag_without_a_value_means_the_newest(flags):
+    cfg = parse(SFTConfig, [*argv(flags("sft", "o")), "--resume_from_checkpoint"], {})
+    assert cfg.resume_from_checkpoint == "last"
+
+
+def test_from_a_given_checkpoint(flags, whole, tmp_path, monkeypatch, capsys):
+    """The one, or the newest of a directory, into another output directory or its own."""
+    first = tmp_path / "first"
+    stopped(monkeypatch, 7, "sft", flags("sft", first, save_steps=2))
+    for number, (which, said) in enumerate(
+        [(first / "checkpoint-4", "checkpoint-4"), (first, "checkpoint-7")]
+    ):
+        given = flags("sft", tmp_path / str(number), resume_from_checkpoint=which, save_steps=2)
+        call("sft", given)
+        assert f"going on from {first / said}" in capsys.readouterr().out
+        assert tensors(tmp_path / str(number)) == whole("sft")[1]
+    before = files(first / "checkpoint-2")
+    given = flags("sft", first, resume_from_checkpoint=first / "checkpoint-2", save_steps=2)
+    call("sft", given)
+    assert (metrics(first), tensors(first)) == whole("sft") and tops(first)[1:] == [
+        "checkpoint-4", "checkpoint-6", "checkpoint-7"
+    ]  # fmt: skip
+    assert files(first / "checkpoint-2") == before
+    with pytest.raises(InputError, match="checkpoint-5: damaged: .*No such file"):
+        call("sft", given | {"resume_from_checkpoint": first / "checkpoint-5"})
+    with pytest.raises(InputError, match="not empty"):  # a slip of the pen starts nothing anew
+        call("sft", given | {"resume_from_checkpoint": tmp_path / "frist"})
+
+
+def test_a_finished_run(flags, tmp_path, capsys):
+    given = flags("sft", tmp_path)
+    call("sft", given)
+    before = files(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        call("sft", given | LAST)
+    assert not stop.value.code and "this run is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="finished run with other flags: --max_steps was 8, is 9"):
+        call("sft", given | LAST | {"max_steps": 9})
+    assert files(tmp_path) == before
+    for broken in ("{", "[]", "{}", '{"flags": 3}'):
+        (tmp_path / "run.json").write_text(broken)
+        with pytest.raises(InputError, match="run.json: damaged"):
+            call("sft", given | LAST)
+
+
+@pytest.fixture(scope="module")
+def halfway(flags, tmp_path_factory):
+    """A run that has checkpoints 2 and 4, and was stopped."""
+    directory = tmp_path_factory.mktemp("halfway")
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(patch, 4, "sft", flags("sft", directory, save_steps=2))
+    assert tops(directory) == ["checkpoint-2", "checkpoint-4"]
+    return directory
+
+
+def other_base(model_dir, tmp_path):
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def test_another_run_is_refused(flags, halfway, data, model_dir, tmp_path):
+    """Each difference is named, and the directory is as it was."""
+    fewer = tmp_path / "sft.jsonl"
+    fewer.write_text("".join((data / "sft.jsonl").read_text().splitlines(True)[:-1]))
+    base = other_base(model_dir, tmp_path)
+    given, before = flags("sft", halfway, **LAST), files(halfway)
+    for changes, words in (
+        ({"learning_rate": 2e-2}, ["--learning_rate was 0.01, is 0.02"]),
+        ({"seed": 1, "lora_r": 5}, ["--lora_r was 4, is 5", "--seed was 42, is 1"]),
+        ({"max_steps": 9}, ["--max_steps was 8, is 9"]),
+        ({"dataset_name": fewer}, ["--dataset_name was", "other data"]),
+        ({"model_name_or_path": base}, ["--model_name_or_path was", "other base"]),
+        ({"neftune_noise_alpha": 6}, ["--neftune_noise_alpha was 5.0, is 6.0"]),
+    ):
+        with pytest.raises(InputError, match="checkpoint-4: a checkpoint of another run") as error:
+            call("sft", given | changes)
+        assert all(word in str(error.value) for word in words)
+    assert files(halfway) == before
+
+
+def test_data_and_base_are_known_by_what_they_hold(flags, halfway, data, model_dir, tmp_path):
+    """The same names with other contents: a row changed, a weight changed."""
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "sft.jsonl").read_text())
+    base = shutil.copytree(model_dir, tmp_path / "model")
+    given = flags("sft", directory, dataset_name=rows, model_name_or_path=base, **LAST)
+    for path in directory.glob("checkpoint-*/state.json"):
+        text = json.loads(path.read_text())
+        text["fingerprint"]["flags"] |= {
+            "dataset_name": [str(rows)], "model_name_or_path": str(base)
+        }  # fmt: skip
+        path.write_text(json.dumps(text))
+    rows.write_text(rows.read_text().replace("France", "Spain", 1))
+    with pytest.raises(InputError, match="another run: other data$"):
+        call("sft", given)
+    rows.write_text((data / "sft.jsonl").read_text())
+    shutil.rmtree(base)
+    shutil.move(other_base(model_dir, tmp_path), base)
+    with pytest.raises(InputError, match="another run: other base$"):
+        call("sft", given)
+    shutil.rmtree(base)
+    shutil.copytree(model_dir, base)
+    call("sft", given)
+
+
+def test_what_may_change(flags, halfway, whole, tmp_path):
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    call("sft", flags("sft", directory, save_steps=3, logging_first_step="true", **LAST))
+    assert tensors(directory) == whole("sft")[1]
+
+
+def cut(name, length):
+    def damage(path):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[: length if length >= 0 else len(whole) + length])
+
+    return damage
+
+
+DAMAGE = {
+    "empty tensors": cut("state.safetensors", 0),
+    "cut header": cut("state.safetensors", 100),
+    "cut tensors": cut("state.safetensors", -1),
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "noise": lambda path: (path / "state.safetensors").write_bytes(b"\x80" * 999),
+    "tensor gone": lambda path: save_file({"a": torch.zeros(1)}, path / "state.safetensors"),
+    "empty json": cut("state.json", 0),
+    "cut json": cut("state.json", -20),
+    "no json": lambda path: (path / "state.json").unlink(),
+    "bytes": lambda path: (path / "state.json").write_bytes(b"\xff\xfe"),
+    "a list": lambda path: (path / "state.json").write_text("[]"),
+    "no step": lambda path: change(path / "state.json", step=...),
+    "a word for a step": lambda path: change(path / "state.json", step="4"),
+    "no fingerprint": lambda path: change(path / "state.json", fingerprint=...),
+    "odd fingerprint": lambda path: change(path / "state.json", fingerprint={"flags": []}),
+    "nothing": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint(damage, flags, halfway, whole, tmp_path, capsys):
+    """It is named and the one before it taken; refused where there is none."""
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    damage(directory / "checkpoint-4")
+    given = flags("sft", directory, save_steps=2, **LAST)
+    with pytest.raises(InputError, match="checkpoint-4: damaged: .") as error:  # asked for
+        call("sft", given | {"resume_from_checkpoint": directory / "checkpoint-4"})
+    assert "\n" not in str(error.value)
+    alone = shutil.copytree(directory, tmp_path / "alone")
+    shutil.rmtree(alone / "checkpoint-2")
+    before = files(alone)
+    with pytest.raises(InputError, match="checkpoint-4: damaged: ."):
+        call("sft", given | {"output_dir": alone})
+    assert files(alone) == before
+    capsys.readouterr()
+    call("sft", given)
+    said = capsys.readouterr().out
+    assert f"{directory / 'checkpoint-4'}: damaged: " in said
+    assert "taking the checkpoint before it" in said
+    assert f"going on from {directory / 'checkpoint-2'}" in said
+    assert (metrics(directory), tensors(directory)) == whole("sft")
+
+
+def test_no_pickle(flags, halfway, tmp_path, monkeypatch):
+    """Not imported, not named, not called; nor is there one in a checkpoint."""
+    for path in [*(ROOT / "nanoalign").glob("*.py"), *ROOT.glob("train_*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & set(names), path
+            if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
+                assert ast.unparse(node) not in ("torch.load", "torch.save", "np.load"), path
+    suffixes = {p.suffix for p in halfway.rglob("*") if p.is_file()}
+    assert suffixes == {".safetensors", ".json", ".jsonl", ".jinja"}
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a pickle was read")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, forbidden)
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    call("sft", flags("sft", directory, **LAST))
+
+
+# ------------------------------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def room():
+    """room(bytes): from now on no file of this process may grow beyond that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit(hard)
+
+
+@pytest.mark.parametrize(
+    "size, step, more, words",
+    [
+        (1000, 4, {}, "checkpoint-4: not saved: .*File too large"),  # safetensors' own error
+        (8000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large"),  # tokenizers' own
+        (10000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large"),  # state.safetensors
+        (100, 3, {}, "metrics.jsonl: not saved: File too large"),
+        (1000, 8, {}, "run: not saved: .*File too large"),  # the adapter at the end
+        (1000, 4, {"use_peft": "false"}, "checkpoint-4: not saved: .*File too large"),
+    ],
+)
+def test_a_full_disk(size, step, more, words, flags, whole, tmp_path, room, monkeypatch, capsys):
+    """One clear error; older checkpoints stand; with room again the run goes on."""
+    directory = tmp_path / "run"
+    given = flags("sft", directory, save_steps=2, **more)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: room(size))
+        with pytest.raises(InputError, match=words) as error:
+            call("sft", given)
+    room(resource.RLIM_INFINITY)
+    assert "older checkpoints stand" in str(error.value) and "\n" not in str(error.value)
+    last = (step - 1) // 2 * 2
+    assert tops(directory) == [f"checkpoint-{i}" for i in range(2, last + 1, 2)]
+    assert not (directory / "run.json").exists()
+    capsys.readouterr()
+    call("sft", given | LAST)
+    assert f"going on from {directory / f'checkpoint-{last}'}" in capsys.readouterr().out
+    assert (metrics(directory), tensors(directory)) == whole("sft", **more)
+
+
+def test_what_can_not_be_written(flags, tmp_path, monkeypatch):
+    """No permission to rename, a file in the way, a run.json that can't be."""
+    real = os.rename
+
+    def denied(source, target):
+        if str(target).endswith("checkpoint-4"):
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", denied)
+        with pytest.raises(InputError, match="checkpoint-4: not saved: Permission denied"):
+            call("sft", flags("sft", tmp_path / "a", save_steps=2))
+    assert tops(tmp_path / "a") == ["checkpoint-2"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="metrics.jsonl: not saved: Is a directory"):
+        call("sft", flags("sft", tmp_path / "b", overwrite_output_dir="true"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "tmp-run.json").mkdir()
+    with pytest.raises(InputError, match="run.json: not saved: Is a directory"):
+        call("sft", flags("sft", tmp_path / "c", overwrite_output_dir="true"))
+
+
+def test_faults_of_ours_are_not_taken_for_a_full_disk(flags, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(nanoalign.train, "save_state", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        call("sft", flags("sft", tmp_path, save_steps=2))
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+LOSSES = {"sft": (train_sft, "sft_loss"), "dpo": (train_dpo, "dpo_loss")}
+LOSSES["kto"] = train_kto, "kto_loss"
+
+
+class BadGradient(torch.autograd.Function):
+    """A number that is fine, and a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
+BAD = {
+    "nan": lambda x: x * torch.nan,
+    "inf": lambda x: x + torch.inf,
+    "gradient": BadGradient.apply,
+}
+
+
+def poison(monkeypatch, method, calls, how="nan"):
+    """The calls-th losses, counted from 1, go bad; there are two a step, but for evaluations."""
+    module, name = LOSSES[method]
+    real, count = getattr(module, name), 0
+
+    def bad(*args):
+        nonlocal count
+        out = real(*args)
+        count += torch.is_grad_enabled()
+        if not torch.is_grad_enabled() or count not in calls:
+            return out
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        return (BAD[how](first), *rest) if rest else BAD[how](first)
+
+    monkeypatch.setattr(module, name, bad)
+
+
+@ALL
+@pytest.mark.parametrize("how", BAD)
+def test_what_is_not_finite_stops_the_run(method, how, flags, data, tmp_path, monkeypatch):
+    """At that step, naming its rows; the good checkpoints are as they were."""
+    given = flags(method, tmp_path / "run", save_steps=1, shuffle_dataset="false")
+    poison(monkeypatch, method, {6}, how)  # the second micro-batch of step 3: rows 9 to 11
+    seen = {}
+
+    def look():
+        seen.update(files(tmp_path / "run"))
+
+    at_step(monkeypatch, 3, look)
+    with pytest.raises(InputError) as error:
+        call(method, given)
+    rows = ", ".join(f"{data / method}.jsonl, line {i}" for i in (9, 10, 11))
+    assert str(error.value) == f"step 3: loss or gradient is not finite; its rows: {rows}"
+    assert tops(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+    now = files(tmp_path / "run")
+    assert all(now[name] == content for name, content in seen.items())
+    assert now.keys() == seen.keys() and "adapter_model.safetensors" not in now
+
+
+@ALL
+def test_skip_nonfinite(method, flags, tmp_path, monkeypatch, capsys):
+    """Two are tolerated, also when the run is resumed in between; each is reported. Nothing but
+    the step is lost: no weight, no moment, no line of metrics."""
+    given = flags(method, tmp_path / "run", save_steps=1, skip_nonfinite=2, logging_steps=1)
+    with monkeypatch.context() as patch:
+        poison(patch, method, {3})
+        stopped(patch, 4, method, given)
+    said = capsys.readouterr().out
+    assert "step 2: loss or gradient is not finite; its rows: " in said
+    assert "; skipped, 1 of 2" in said
+    for name in ("weight", "exp_avg"):
+        states = [
+            load_file(tmp_path / "run" / f"checkpoint-{i}" / "state.safetensors") for i in (1, 2, 3)
+        ]
+        keys = [key for key in states[0] if key.startswith(name)]
+        assert keys and all(torch.equal(states[0][key], states[1][key]) for key in keys)
+        assert not all(torch.equal(states[1][key], states[2][key]) for key in keys)
+    with monkeypatch.context() as patch:
+        poison(patch, method, {1})
+        stopped(patch, 6, method, given | LAST)
+        assert "; skipped, 2 of 2" in capsys.readouterr().out
+    lines = {line["step"]: line for line in metrics(tmp_path / "run") if "learning_rate" in line}
+    assert list(lines) == [1, 2, 3, 4, 5, 6] and "loss" in lines[1]
+    assert all("loss" not in lines[i] and "grad_norm" not in lines[i] for i in (2, 5))
+    poison(monkeypatch, method, {1})
+    with pytest.raises(InputError, match="step 7: loss or gradient is not finite; its rows: "):
+        call(method, given | LAST)
+    assert tops(tmp_path / "run")[-1] == "checkpoint-6"
+
+
+def test_a_run_of_skipped_steps_changes_nothing(flags, tmp_path, monkeypatch):
+    poison(monkeypatch, "sft", set(range(99)))
+    call("sft", flags("sft", tmp_path, skip_nonfinite=8))
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any(t.any() for name, t in adapter.items() if "lora_B" in name)
