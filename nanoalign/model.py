@@ -265,12 +265,12 @@ def _from_pretrained(kind, name: str, **more):
     try:
         return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        why = " ".join(str(error).split()) or type(error).__name__
         if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
             why = "pickled weights that are more than tensors; expected safetensors"
         if "trust_remote_code" in why:
             why = "comes with code of its own, which runs only with --trust_remote_code"
-        raise InputError(f"{name}: {why}") from None
+        raise InputError(f"{name}: {why[:300]}") from None
 
 
 def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str, list[int]]:

@@ -103,6 +103,21 @@ def questions(rng: random.Random) -> dict[str, list[list[tuple[str, str, str]]]]
     return out
 
 
+def train_tokenizer(texts: list[str], size: int = 600) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's two markers, trained on `texts`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=IM_END, pad_token=IM_END)
+
+
 def build(seed: int = 0) -> None:
     """Write the untrained model, its tokenizer and all data files under runs/world."""
     rng = random.Random(seed)
@@ -126,18 +141,7 @@ def build(seed: int = 0) -> None:
     for name, part in (("validation", validation), ("test", test)):
         write(name, [dict(question=q, terse=short, sentence=long) for q, short, long in part])
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=[IM_START, IM_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = [f"user\n{q}\nassistant\n{a}\nassistant\n{b}" for q, a, b in train]
-    bpe.train_from_iterator(text, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=IM_END, pad_token=IM_END)
+    tokenizer = train_tokenizer([f"user\n{q}\nassistant\n{a}\nassistant\n{b}" for q, a, b in train])
 
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -191,5 +195,5 @@ def report(before: dict, after: dict) -> str:
     lines += ["", f"{'sampled replies':<53}{'before':<32}after"]
     for i in range(0, len(after["replies"]), max(1, len(after["replies"]) // 8)):
         question, reply = after["replies"][i]
-        lines.append(f"  {question:<51}{before['replies'][i][1][:30]!r:<32}{reply[:40]!r}")
+        lines.append(f"  {question:<51}{before['replies'][i][1]!r:<32.30}{reply!r:.40}")
     return "\n".join(lines)

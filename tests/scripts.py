@@ -71,9 +71,9 @@ def command(folder: Path, script: str, *flags) -> tuple[int, str, str]:
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: path -> its bytes; None for a directory."""
+    """Everything below a folder: path -> its bytes; None for a directory or a dead link."""
     found = {str(p.relative_to(folder)): p for p in Path(folder).rglob("*")}
-    return {name: None if p.is_dir() else p.read_bytes() for name, p in found.items()}
+    return {name: p.read_bytes() if p.is_file() else None for name, p in found.items()}
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

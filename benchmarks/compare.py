@@ -1,0 +1,325 @@
+"""The same training here and in TRL + PEFT (+ bitsandbytes), side by side.
+
+    pip install -e ".[bench]"
+    python benchmarks/compare.py --model MODEL --dpo_data PAIRS.jsonl --methods dpo --pairs 3
+
+Both sides train the same examples in the same order from the same adapter, each in a process of its
+own, in turn. Printed for each method and base: real tokens per second (prompts and replies as TRL
+counts them, a DPO prompt in both its rows; padding and KL rows are not counted; the same number is
+used for both sides), peak memory (resident set; on CUDA what was allocated), the ratio of each pair
+of runs with its spread, and the first and last losses. The first step, which warms up, is left out.
+
+TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, and the
+faster of gradient checkpointing on and off (--peer_checkpointing turns it on). Ours can run with
+--torch_compile. Without a data flag rows of random words are used, without --model a --shape with
+random weights.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+METHODS = ("sft", "dpo", "kto")
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "tiny": (64, 128, 2, 4, 2, 1024, True),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+# ------------------------------------------------------------------ what both sides are given
+
+
+def random_model(shape: str, directory: Path) -> str:
+    """A Qwen2 of a real shape with random bf16 weights, and a ChatML tokenizer of 512 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    from nanoalign.world import train_tokenizer
+
+    h, i, layers, heads, kv, vocabulary, tied = SHAPES[shape]
+    tokenizer: PreTrainedTokenizerFast = train_tokenizer([" ".join(words(random.Random(0), 5000))])
+    config = Qwen2Config(
+        hidden_size=h, intermediate_size=i, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    syllables = "ba ce di fo gu ha je ki lo mu na pe qi ro su ta ve wi xo yu".split()
+    return ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(count)]
+
+
+def random_rows(method: str, count: int) -> list[dict]:
+    rng = random.Random(1)
+
+    def text(low, high):
+        return " ".join(words(rng, rng.randint(low, high)))
+
+    keys = {"sft": ["completion"], "dpo": ["chosen", "rejected"], "kto": ["completion"]}[method]
+    rows = [{"prompt": text(20, 150)} | {k: text(20, 150) for k in keys} for _ in range(count)]
+    return [row | {"label": i % 2 == 0} for i, row in enumerate(rows)] if method == "kto" else rows
+
+
+def prepare(args, method: str, directory: Path) -> int:
+    """Write ours.jsonl (messages), theirs.jsonl (rendered ChatML) and the starting adapter.
+
+    Rows that would not train here (a prompt that fills max_length) are left out for both sides.
+    Returns the tokens of the steps that are timed.
+    """
+    from nanoalign import layouts
+    from nanoalign.config import SFTConfig
+    from nanoalign.data import Limits, read_examples
+    from nanoalign.model import load_policy, save_policy
+
+    kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]
+    torch_seed()
+    policy = load_policy(SFTConfig(model_name_or_path=args.model, device="cpu"))
+    save_policy(policy, directory / "adapter")
+    source = getattr(args, f"{method}_data") or write_rows(
+        directory / "rows.jsonl", random_rows(method, args.batch * (args.steps + 1))
+    )
+    limits = Limits(args.max_length)
+    examples, _ = read_examples([source], kind, policy.tokenizer, policy.template, limits)
+    random.Random(0).shuffle(examples)
+    examples = examples[: args.batch * (args.steps + 1)]
+    decode = policy.tokenizer.decode
+    ours, theirs = [], []
+    for example in examples:  # ids -> text, so that both sides encode what was cut to fit
+        replies = [decode(ids) for ids, _ in example.completions]
+        keys = ("chosen", "rejected") if method == "dpo" else ("completion",)
+        label = {"label": example.label} if method == "kto" else {}
+        theirs.append({"prompt": decode(example.prompt), **dict(zip(keys, replies)), **label})
+        ours.append({"ids": [example.prompt, example.completions], **label})
+    write_rows(directory / "ours.jsonl", ours)
+    write_rows(directory / "theirs.jsonl", theirs)
+    return sum(len(example) for example in examples[args.batch :])
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def torch_seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------- the two sides
+
+
+def settings(args) -> dict:
+    return dict(
+        learning_rate=1e-4, max_steps=args.steps + 1, logging_steps=1,
+        per_device_train_batch_size=args.batch, output_dir=args.directory + "/" + args.worker,
+    )  # fmt: skip
+
+
+def run_ours(args) -> None:
+    """The scripts as they are, on examples that are encoded already."""
+    import nanoalign.run
+    from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
+    from nanoalign.data import Example
+    from train_dpo import run_dpo
+    from train_kto import run_kto
+    from train_sft import run_sft
+
+    kind, run = {
+        "sft": (SFTConfig, run_sft), "dpo": (DPOConfig, run_dpo), "kto": (KTOConfig, run_kto),
+    }[args.method]  # fmt: skip
+
+    def read(sources, *_):
+        from collections import Counter
+
+        rows = [json.loads(line) for line in Path(sources[0]).read_text().splitlines()]
+        examples = [
+            Example(row["ids"][0], [tuple(c) for c in row["ids"][1]], row.get("label"), str(i), i)
+            for i, row in enumerate(rows)
+        ]
+        return examples, Counter(rows=len(rows), examples=len(rows))
+
+    nanoalign.run.read_examples = read
+    nanoalign.run.quiet()
+    cfg = kind(
+        model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",
+        dataset_name=[args.directory + "/ours.jsonl"], shuffle_dataset=False,
+        overwrite_output_dir=True, dtype="bfloat16", load_in_4bit=args.qlora, device=args.device,
+        torch_compile=args.torch_compile, save_steps=None,
+        gradient_checkpointing=args.checkpointing, **settings(args),
+    )  # fmt: skip
+    run(cfg)
+    text = (Path(cfg.output_dir) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    report(args, [line["time"] for line in lines], [line["loss"] for line in lines])
+
+
+def run_theirs(args) -> None:
+    import datasets
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # a pad token of its own
+        tokenizer.pad_token = next(t for t in tokenizer.all_special_tokens if t != "<|im_end|>")
+    rows = [json.loads(ln) for ln in Path(args.directory, "theirs.jsonl").read_text().splitlines()]
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.bfloat16, device_map=args.device if args.qlora else None,
+        quantization_config=quantization if args.qlora else None,
+    )  # fmt: skip
+    name = args.method.upper()
+    more = {"max_length": None}
+    if args.method == "sft":
+        more |= {"padding_free": True}
+    config = getattr(trl, f"{name}Config")(
+        train_sampling_strategy="sequential", bf16=True, use_cpu=args.device == "cpu",
+        gradient_checkpointing=args.checkpointing, save_strategy="no", report_to="none",
+        disable_tqdm=True, **settings(args), **more,
+    )  # fmt: skip
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.monotonic())
+
+    model = peft.PeftModel.from_pretrained(base, args.directory + "/adapter", is_trainable=True)
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    report(args, times, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def report(args, times: list[float], losses: list[float]) -> None:
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if platform.system() == "Darwin" else 1024
+    )
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    out = {"seconds": times[-1] - times[0], "peak": peak, "first": losses[0], "last": losses[-1]}
+    Path(args.directory, f"{args.worker}.json").write_text(json.dumps(out))
+
+
+# -------------------------------------------------------------------------------- the comparison
+
+
+def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--worker", worker, "--method", method]
+    command += ["--directory", str(directory), "--model", args.model, "--device", args.device]
+    command += ["--steps", str(args.steps), "--batch", str(args.batch)]
+    command += ["--qlora"] if qlora else []
+    ours = worker == "ours"
+    command += ["--torch_compile"] if ours and args.torch_compile else []
+    command += ["--checkpointing"] if not ours and args.peer_checkpointing else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
+    return json.loads((directory / f"{worker}.json").read_text())
+
+
+def compare(args, method: str, qlora: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        tokens = prepare(args, method, Path(name))
+        speeds, memories = [], []
+        for pair in range(args.pairs):
+            order = ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours")
+            results = {worker: side(args, worker, method, qlora, Path(name)) for worker in order}
+            ours, theirs = results["ours"], results["theirs"]
+            speeds.append(theirs["seconds"] / ours["seconds"])
+            memories.append(ours["peak"] / theirs["peak"])
+            print(
+                f"{method.upper()} {'QLoRA' if qlora else 'LoRA':<5}  pair {pair + 1}:  "
+                f"ours {tokens / ours['seconds']:7.1f} tok/s {ours['peak'] / 2**30:5.2f} GiB  "
+                f"TRL {tokens / theirs['seconds']:7.1f} tok/s {theirs['peak'] / 2**30:5.2f} GiB  "
+                f"speed x{speeds[-1]:.2f}  memory x{memories[-1]:.2f}  "
+                f"loss {ours['first']:.4f} -> {ours['last']:.4f} / "
+                f"{theirs['first']:.4f} -> {theirs['last']:.4f}",
+                flush=True,
+            )
+    print(
+        f"{method.upper()} {'QLoRA' if qlora else 'LoRA':<5}  median speed x"
+        f"{statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f}), memory x"
+        f"{statistics.median(memories):.2f} ({min(memories):.2f} to {max(memories):.2f})",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a model directory with a ChatML tokenizer")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    for method in METHODS:
+        parser.add_argument(f"--{method}_data", help="a data file")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--bases", nargs="+", choices=["lora", "qlora"], default=["lora", "qlora"])
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--torch_compile", action="store_true", help="on our side")
+    parser.add_argument("--peer_checkpointing", action="store_true")
+    parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    parser.add_argument("--qlora", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.worker:
+        return {"ours": run_ours, "theirs": run_theirs}[args.worker](args)
+    import bitsandbytes
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    versions = (torch, transformers, trl, peft, bitsandbytes)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    print(f"{device}, {os.cpu_count()} cores; batch {args.batch}, max_length {args.max_length}; "
+          + ", ".join(f"{m.__name__} {m.__version__}" for m in versions))  # fmt: skip
+    with tempfile.TemporaryDirectory() as home:
+        if args.model is None:
+            args.model = random_model(args.shape or "tiny", Path(home))
+        for method in args.methods:
+            for base in args.bases:
+                compare(args, method, base == "qlora")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,875 @@
+"""Nothing bad is let in: flags, directories, data, models and adapters that are wrong end a script
+with exit code 2 and one line on standard error, and nothing is written or overwritten."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny
+from safetensors.torch import load_file, save_file
+from scripts import METHODS, ROOT, argv, command, files, metrics, write_data, write_rows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import dynamic_module_utils as remote
+
+from nanoalign import InputError, world
+from nanoalign.chat import printable
+from nanoalign.chatml import CHATML_JINJA
+from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.model import generate, load_policy, load_reference, save_policy
+from nanoalign.run import check_output_dir, main, one_line, start
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """They take longer than the tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def script(model_dir, data, tmp_path):
+    """script(method, **flags) -> (code, stdout, stderr) of train_METHOD.py in its own folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    def go(method, *words, **changes):
+        given = dict(
+            model_name_or_path=model_dir, dataset_name=data / f"{method}.jsonl", device="cpu",
+            output_dir="out", max_steps=2, logging_steps=1, per_device_train_batch_size=4,
+        )  # fmt: skip
+        return command(folder, f"train_{method}.py", *argv(given | changes), *words)
+
+    go.folder = folder
+    return go
+
+
+def refused(script, method, *words, expected=(), **changes):
+    """Exit code 2, one line, and everything as it was."""
+    before = files(script.folder)
+    code, _, errors = script(method, *words, **changes)
+    assert errors.startswith(f"train_{method}.py: error: ") and errors.count("\n") == 1, errors
+    assert errors[:-1].isprintable() and code == 2
+    for word in expected:
+        assert str(word) in errors
+    assert files(script.folder) == before
+    return errors
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", "o"]
+
+
+def parsed(method, *flags):
+    return parse(METHODS[method][0], [*NEEDED, *flags], {})
+
+
+BAD_FLAGS = [
+    ("sft", "--no_such_flag 3", "unrecognized arguments: --no_such_flag"),
+    ("sft", "--beta 0.1", "unrecognized arguments: --beta"),  # DPO's and KTO's
+    ("dpo", "--desirable_weight 2", "unrecognized arguments: --desirable_weight"),
+    ("dpo", "--neftune_noise_alpha 5", "unrecognized arguments"),
+    ("sft", "--learning_rat 1e-3", "unrecognized arguments: --learning_rat"),
+    ("sft", "--max_step=3", "unrecognized arguments: --max_step=3"),
+    ("kto", "--desirable 2", "unrecognized arguments: --desirable"),
+    ("sft", "stray", "unrecognized arguments: stray"),
+    ("sft", "--learning_rate", "expected one argument"),
+    ("sft", "--eval_dataset", "expected at least one argument"),
+    ("sft", "--seed 1 --seed 2", "--seed is given 2 times"),
+    ("sft", "--dataset_name other.jsonl", "--dataset_name is given 2 times"),
+    ("sft", "--use_peft false --no_use_peft", "--use_peft is given 2 times"),
+    # types
+    ("sft", "--lora_r x", "invalid int value: 'x'"),
+    ("sft", "--lora_r 2.5", "invalid int value: '2.5'"),
+    ("sft", "--learning_rate fast", "invalid float value: 'fast'"),
+    ("sft", "--use_peft maybe", "--use_peft"),
+    ("sft", "--dtype float8", "invalid choice: 'float8'"),
+    ("sft", "--lr_scheduler_type step", "invalid choice: 'step'"),
+    ("dpo", "--loss_type kto", "invalid choice: 'kto'"),
+    ("kto", "--loss_type sigmoid", "invalid choice: 'sigmoid'"),
+    ("sft", "--chat_template llama", "invalid choice: 'llama'"),
+    # values
+    ("sft", "--lora_r 0", "--lora_r 0: must be more than 0"),
+    ("sft", "--lora_r -4", "--lora_r -4: must be more than 0"),
+    ("sft", "--lora_alpha 0", "--lora_alpha 0"),
+    ("sft", "--lora_dropout 1", "--lora_dropout 1.0: must be at least 0 and below 1"),
+    ("sft", "--lora_dropout -0.1", "--lora_dropout -0.1"),
+    ("dpo", "--beta 0", "--beta 0.0: must be more than 0"),
+    ("dpo", "--beta -0.1", "--beta -0.1: must be more than 0"),
+    ("kto", "--beta 0", "--beta 0.0: must be more than 0"),
+    ("kto", "--beta nan", "--beta nan: must be a finite number"),
+    ("kto", "--beta inf", "--beta inf: must be a finite number"),
+    ("dpo", "--label_smoothing 0.5", "--label_smoothing 0.5: must be at least 0 and below 0.5"),
+    ("dpo", "--rpo_alpha -1", "--rpo_alpha -1.0: must not be negative"),
+    ("kto", "--desirable_weight -1", "--desirable_weight -1.0: must not be negative"),
+    ("kto", "--undesirable_weight nan", "--undesirable_weight nan: must be a finite number"),
+    ("sft", "--neftune_noise_alpha -5", "--neftune_noise_alpha -5.0: must not be negative"),
+    ("sft", "--learning_rate=-1e-3", "--learning_rate -0.001: must not be negative"),
+    ("sft", "--learning_rate nan", "--learning_rate nan: must be a finite number"),
+    ("sft", "--learning_rate inf", "--learning_rate inf: must be a finite number"),
+    ("sft", "--warmup_ratio 1.1", "--warmup_ratio 1.1: must be at least 0 and at most 1"),
+    ("sft", "--warmup_ratio -0.1", "--warmup_ratio -0.1"),
+    ("sft", "--warmup_steps -1", "--warmup_steps -1: must not be negative"),
+    ("sft", "--eval_fraction 1", "--eval_fraction 1.0: must be at least 0 and below 1"),
+    ("sft", "--eval_fraction -0.1", "--eval_fraction -0.1"),
+    ("sft", "--eval_fraction 5", "--eval_fraction 5.0"),
+    ("sft", "--num_train_epochs 0", "--num_train_epochs 0.0: must be more than 0"),
+    ("sft", "--num_train_epochs inf", "--num_train_epochs inf: must be a finite number"),
+    ("sft", "--max_steps 0", "--max_steps 0: must be more than 0, or -1"),
+    ("sft", "--max_steps -2", "--max_steps -2: must be more than 0, or -1"),
+    ("sft", "--max_length 0", "--max_length 0: must be more than 0"),
+    ("sft", "--max_prompt_length 0", "--max_prompt_length 0: must be more than 0"),
+    ("sft", "--per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
+    ("sft", "--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0"),
+    ("sft", "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0"),
+    ("sft", "--logging_steps 0", "--logging_steps 0"),
+    ("sft", "--eval_steps 0", "--eval_steps 0"),
+    ("sft", "--save_steps 0", "--save_steps 0"),
+    ("sft", "--save_total_limit 0", "--save_total_limit 0"),
+    ("sft", "--skip_nonfinite -1", "--skip_nonfinite -1: must not be negative"),
+    ("sft", "--max_grad_norm -1", "--max_grad_norm -1.0: must not be negative"),
+    ("sft", "--weight_decay -1", "--weight_decay -1.0: must not be negative"),
+    ("sft", "--adam_beta1 1", "--adam_beta1 1.0: must be at least 0 and below 1"),
+    ("sft", "--adam_beta2 -1", "--adam_beta2 -1.0"),
+    ("sft", "--seed -1", "--seed -1: must not be negative"),
+    ("sft", f"--seed {2**64}", f"--seed {2**64}: must be less than 2"),
+    # contradictions
+    ("sft", "--bf16 --dtype float16", "--bf16 and --dtype float16 contradict each other"),
+    ("sft", "--warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio and --warmup_steps contradict"),
+    ("sft", "--eval_dataset e --eval_fraction 0.1", "--eval_dataset and --eval_fraction contra"),
+    ("sft", "--use_peft false --lora_r 8", "--use_peft false and --lora_r contradict"),
+    ("sft", "--no_use_peft --use_rslora", "--use_peft false and --use_rslora contradict"),
+    ("sft", "--use_peft false --adapter_name_or_path a", "and --adapter_name_or_path contradict"),
+    ("sft", "--use_peft false --load_in_4bit", "--use_peft false and --load_in_4bit contradict"),
+]
+
+
+@pytest.mark.parametrize("method, flags, message", BAD_FLAGS, ids=[row[1] for row in BAD_FLAGS])
+def test_bad_flags(method, flags, message):
+    with pytest.raises(InputError) as error:
+        parsed(method, *flags.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_needed():
+    for words, message in (
+        (["--model_name_or_path", "m"], "--dataset_name: give the data"),
+        (["--adapter_name_or_path", "a"], "--dataset_name: give the data"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(SFTConfig, words, {})
+    with pytest.raises(InputError, match="--output_dir: say where"):
+        check_output_dir(parse(SFTConfig, NEEDED[:4], {}), False)
+
+
+A = "--adapter_name_or_path a"
+IDLE = [  # flags of a run, and which of them have nothing to do in it
+    ("sft", "--eval_steps 3 --per_device_eval_batch_size 3", "eval_steps per_device_eval_batch_size"),
+    ("sft", "--eval_steps 3 --per_device_eval_batch_size 3 --eval_fraction 0.5", ""),
+    ("sft", "--truncation_mode keep_start", "truncation_mode"),
+    ("sft", "--truncation_mode keep_start --max_prompt_length 9", ""),
+    ("sft", "--max_steps 3 --num_train_epochs 2", "num_train_epochs"),
+    ("sft", "--num_train_epochs 2", ""),
+    ("sft", "--disable_dropout --lora_dropout 0.1", "lora_dropout"),
+    ("sft", "--lora_dropout 0.1", ""),
+    ("dpo", "--lora_dropout 0.1", "lora_dropout"),  # DPO has no dropout unless asked to
+    ("dpo", "--lora_dropout 0.1 --no_disable_dropout", ""),
+    ("sft", f"{A} --lora_r 8 --lora_alpha 8 --lora_bias all", "lora_alpha lora_bias lora_r"),
+    ("sft", f"{A} --use_rslora --lora_modules_to_save lm_head", "lora_modules_to_save use_rslora"),
+    ("sft", f"{A} --lora_target_modules q_proj --lora_dropout 0.2",
+     "lora_dropout lora_target_modules"),
+    ("sft", "--lora_r 8 --lora_alpha 8 --lora_bias all --use_rslora", ""),
+    ("sft", "--use_bnb_nested_quant --bnb_4bit_quant_type nf4",
+     "bnb_4bit_quant_type use_bnb_nested_quant"),
+    ("sft", "--use_bnb_nested_quant --load_in_4bit", ""),
+    ("sft", "--logging_first_step --logging_steps 1", "logging_first_step"),
+    ("sft", "--logging_first_step", ""),
+    ("sft", "--overwrite_output_dir --resume_from_checkpoint", "overwrite_output_dir"),
+    ("sft", "--overwrite_output_dir", ""),
+    ("sft", "--dataset_train_split a --dataset_test_split b",
+     "dataset_test_split dataset_train_split"),
+    ("sft", "--eval_dataset owner/name --dataset_test_split b", ""),
+    ("sft", "--warmup_steps 3 --lr_scheduler_type constant", ""),  # it does warm up
+    ("dpo", "--loss_type ipo --label_smoothing 0.1", "label_smoothing"),
+    ("dpo", "--loss_type hinge --label_smoothing 0.1", "label_smoothing"),
+    ("dpo", "--loss_type robust --label_smoothing 0.1 --beta 0.2 --rpo_alpha 1", ""),
+    ("dpo", "--use_peft false --precompute_ref_log_probs", "precompute_ref_log_probs"),
+    ("dpo", "--use_peft false --precompute_ref_log_probs --ref_model_name_or_path r", ""),
+    ("dpo", "--precompute_ref_log_probs --per_device_eval_batch_size 3", ""),  # of the table
+    ("kto", "--use_peft false --per_device_eval_batch_size 3", ""),
+    ("kto", "--loss_type apo_zero_unpaired --beta 0.2 --desirable_weight 2", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, flags, idle", IDLE, ids=[row[1] for row in IDLE])
+def test_idle_flags_are_one_line_each(method, flags, idle, capsys):
+    parsed(method, *flags.split())
+    said = [f"--{name} has nothing to do in this run" for name in idle.split()]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help(method, tmp_path):
+    """Every flag with its line of help."""
+    code, said, errors = command(tmp_path, f"train_{method}.py", "--help")
+    assert code == 0 and not errors and said.startswith(f"usage: train_{method}.py")
+    text = " ".join(said.split())
+    for field in fields(METHODS[method][0]):
+        assert f"--{field.name} " in text
+        assert " ".join(field.metadata["help"].split()).split(":")[0].split("-")[0] in text
+    assert files(tmp_path) == {}
+
+
+def test_flags_through_the_command(script):
+    refused(script, "sft", "--no_such_flag", expected=["unrecognized arguments: --no_such_flag"])
+    refused(script, "dpo", "--bet=1", expected=["unrecognized arguments: --bet=1"])
+    refused(script, "kto", beta=0, expected=["--beta 0.0: must be more than 0"])
+    refused(script, "sft", "--use_peft=false", "--lora_r=4", expected=["contradict each other"])
+    code, said, errors = script("sft", "--eval_steps=3", "--truncation_mode=keep_start")
+    assert code == 0 and not errors
+    assert said.splitlines()[:2] == [
+        "--eval_steps has nothing to do in this run",
+        "--truncation_mode has nothing to do in this run",
+    ]
+
+
+def test_real_processes(model_dir, data, tmp_path):
+    """The forks elsewhere in this file stand for this: python, a script, flags, a terminal."""
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "completion": None}])
+    runs = {
+        "sft": (dict(dataset_name=bad), f"{bad}, line 1: completion: null; expected"),
+        "dpo": (dict(learning_rate="x"), "argument --learning_rate: invalid float value"),
+        "kto": (dict(model_name_or_path=tmp_path / "none"), f"{tmp_path / 'none'}: no such dir"),
+    }
+    processes = {}
+    for method, (changes, _) in runs.items():
+        given = dict(
+            model_name_or_path=model_dir, dataset_name=data / f"{method}.jsonl", device="cpu",
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
+        words = [sys.executable, ROOT / f"train_{method}.py", *argv(given | changes)]
+        processes[method] = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    for method, process in processes.items():
+        _, errors = process.communicate()
+        assert process.returncode == 2 and errors.count("\n") == 1
+        assert errors.startswith(f"train_{method}.py: error: {runs[method][1]}"), errors
+    assert list(files(tmp_path)) == ["bad.jsonl"]
+
+
+def test_interrupted_outside_the_loop(monkeypatch, capsys):
+    def run(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x/train_sft.py", *NEEDED])
+    with pytest.raises(SystemExit) as stop:
+        main("sft", SFTConfig, run)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.startswith("train_sft.py: interrupted")
+
+
+def test_one_line():
+    assert one_line(InputError("a\nb\x1b[31m\u2028\u202e é 漢")) == (
+        r"a\nb\x1b[31m\u2028\u202e é 漢"
+    )
+
+
+# ------------------------------------------------------------------------------------ output_dir
+
+
+def test_output_dir(script, tmp_path):
+    """Not empty, a file, below a file, a name too long, a link to nowhere."""
+    for name in ("out", "taken"):
+        (script.folder / name).mkdir()
+        (script.folder / name / "thesis.txt").write_text("years of work")
+    (script.folder / "file").write_text("x")
+    (script.folder / "link").symlink_to("nowhere")
+    refused(script, "sft", expected=["--output_dir out: not empty; --overwrite_output_dir or"])
+    for place, words in (
+        ("taken", "not empty"),
+        (tmp_path / "work" / "taken", "not empty"),
+        (".", "not empty"),
+        ("runs/../taken", "not empty"),
+        ("file", "file is a file"),
+        ("file/deep/er", "file is a file"),
+        ("link", "link is a file"),
+        ("x" * 300, "File name too long"),
+        ("", "--output_dir: say where"),
+    ):
+        refused(script, "sft", output_dir=place, expected=[words])
+    code, _, errors = script("sft", "--overwrite_output_dir")
+    assert code == 0 and not errors
+    assert (script.folder / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_dir_that_can_not_be_written(script):
+    if os.geteuid() == 0:  # nothing is forbidden to root but what the system can't do
+        place = "/proc/nanoalign/out"
+    else:
+        place = script.folder / "locked"
+        place.mkdir(mode=0o555)
+    errors = refused(script, "sft", output_dir=place)
+    assert "not writable" in errors or "not saved" in errors
+
+
+def test_a_start_never_overwrites_what_it_starts_from(script, model_dir, tmp_path):
+    model = shutil.copytree(model_dir, script.folder / "model")
+    for more in (["--overwrite_output_dir"], ["--resume_from_checkpoint"]):
+        refused(
+            script, "sft", *more, model_name_or_path=model, output_dir="model",
+            expected=["would overwrite what training starts from"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_late_in_the_start_leaves_an_earlier_run_alone(method, script):
+    """--overwrite_output_dir permits to overwrite, once there is something to overwrite it with."""
+    assert script(method, save_steps=1)[0] == 0
+    assert (script.folder / "out" / "checkpoint-1").is_dir()
+    rows = [json.loads(line) for line in open(script.folder.parent / "work" / "out/metrics.jsonl")]
+    assert len(rows) == 2
+    broken = write_rows(script.folder / "broken.jsonl", [{"prompt": "p"}])
+    refused(script, method, "--overwrite_output_dir", dataset_name=broken)
+    refused(script, method, "--overwrite_output_dir", eval_dataset=broken)
+    refused(script, method, "--overwrite_output_dir", model_name_or_path=script.folder)
+    if method != "sft":
+        refused(script, method, "--overwrite_output_dir", ref_model_name_or_path=script.folder)
+    refused(script, method, "--overwrite_output_dir", "--eval_fraction=0.99")
+    code, said, _ = script(method, "--overwrite_output_dir", max_steps=1, save_steps=5)
+    assert code == 0 and not (script.folder / "out" / "checkpoint-1").exists()
+
+
+class Reached(Exception):
+    pass
+
+
+def test_built_in_runs_may_overwrite_their_own_directory_only(tmp_path, monkeypatch):
+    def built():
+        raise Reached
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(world, "build", built)
+    for place in ("runs/sft", "runs/mine", "mine"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "thesis.txt").write_text("years of work")
+    before = files(tmp_path)
+    with pytest.raises(Reached):
+        start(parse(SFTConfig, [], world.SETTINGS["sft"]), {})
+    for place in ("runs/mine", "mine", "runs/../mine"):
+        with pytest.raises(InputError, match="not empty"):
+            start(parse(SFTConfig, ["--output_dir", place], world.SETTINGS["sft"]), {})
+    with pytest.raises(InputError, match="run train_sft.py"):  # first
+        start(parse(DPOConfig, [], world.SETTINGS["dpo"]), {})
+    assert files(tmp_path) == before
+
+
+# ------------------------------------------------------------------------- data, through the scripts
+
+BAD_DATA = [
+    ("sft", "a.jsonl", b'{"prompt": "p", "completion": "c"}\n\n{"prompt": NaN}', ", line 3: "),
+    ("sft", "a.jsonl", b'{"prompt": "p", "completion": "c"}\n{"prompt": "p", "co', ", line 2: "),
+    ("sft", "a.json", b'[{"prompt": "p", "completion": "c"}, {"prompt": 3}]', ", row 2: "),
+    ("sft", "a.csv", b'prompt,completion\n"a\nb",c\nd\n', ", line 4: a row of 1"),
+    ("sft", "a.jsonl", b"", ": the file is empty"),
+    ("sft", "a.jsonl", b"\x80\x04", ": the file is binary, perhaps a pickle"),
+    ("sft", "a.jsonl", b'{"text": "p"}', ", line 1: columns text make no known layout"),
+    ("sft", "a.jsonl", b'{"prompt": "p", "completion": " "}', "1 skipped: empty completion"),
+    ("sft", "a\x1b[31m\n.jsonl", b"{", r"a\x1b[31m\n.jsonl"),
+    ("dpo", "a.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": "c"}', "chosen equal"),
+    ("dpo", "a.jsonl", b'{"messages": {"role": "user"}}', ", line 1: columns messages"),
+    ("kto", "a.jsonl", b'{"prompt": "p", "completion": "c", "label": "no"}', "label is 'no'"),
+    ("kto", "a.jsonl", b'{"prompt": "p", "completion": "c", "label": 2}', "label is 2"),
+]
+
+
+@pytest.mark.parametrize("method, name, content, words", BAD_DATA, ids=range(len(BAD_DATA)))
+def test_bad_data(method, name, content, words, script):
+    """tests/test_files.py and tests/test_data.py hold the others; this is what scripts make of an
+    InputError."""
+    (script.folder / name).write_bytes(content)
+    errors = refused(script, method, dataset_name=name, expected=[words, "expected"])
+    assert "\x1b" in name or errors.startswith(f"train_{method}.py: error: {name}")
+
+
+def test_missing_data(script):
+    refused(script, "sft", dataset_name="none.jsonl", expected=["none.jsonl: No such file"])
+    refused(script, "sft", dataset_name=None, expected=["--dataset_name: give the data"])
+
+
+def test_what_is_harmless_is_counted(script):
+    rows = [{"prompt": f"p {i}", "completion": "c" * (i % 3)} for i in range(9)]
+    write_rows(script.folder / "a.jsonl", rows)
+    code, said, errors = script("sft", dataset_name="a.jsonl")
+    assert code == 0 and not errors
+    assert "a.jsonl: 9 rows, 6 examples; 3 skipped: empty completion" in said
+
+
+def thumbs(script, labels, prompts="abcdef"):
+    rows = [
+        {"prompt": prompt, "completion": f"c {i}", "label": label}
+        for i, (prompt, label) in enumerate(zip(prompts, labels))
+    ]
+    return write_rows(script.folder / "thumbs.jsonl", rows)
+
+
+def test_kto_says_its_balance(script):
+    code, said, errors = script("kto", dataset_name=thumbs(script, [1 == 1] * 4 + [False] * 2))
+    assert code == 0 and not errors and "4 desirable, 2 undesirable" in said.splitlines()
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_with_one_label_is_warned(label, script):
+    code, said, errors = script("kto", dataset_name=thumbs(script, [label] * 6))
+    assert code == 0 and errors.startswith("warning: one label only") and errors.count("\n") == 1
+    assert ("6 desirable, 0 undesirable" if label else "0 desirable, 6 undesirable") in said
+
+
+@pytest.mark.parametrize("full", [[], ["--use_peft=false"]], ids=["lora", "full"])
+def test_kto_with_one_prompt_is_refused(full, script):
+    same = thumbs(script, [True, False] * 3, prompts="aaaaaa")
+    refused(script, "kto", *full, dataset_name=same, expected=["two different prompts"])
+    (script.folder / "out").mkdir()
+    (script.folder / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused(script, "kto", *full, "--overwrite_output_dir", dataset_name=same)
+    words = ["the examples to evaluate on: ", "two different prompts"]
+    refused(script, "kto", *full, "--overwrite_output_dir", eval_dataset=same, expected=words)
+
+
+def test_numbers_that_run_away(script):
+    """AdamW at a learning rate of 1e30: the second step's loss is not finite."""
+    code, said, errors = script("dpo", learning_rate=1e30, max_steps=3, save_steps=1)
+    assert code == 2 and errors.count("\n") == 1 and "step 1/3" in said
+    assert errors.startswith("train_dpo.py: error: step 2: loss or gradient is not finite; its row")
+    assert "dpo.jsonl, line " in errors and len(metrics(script.folder / "out")) == 1
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+def config(directory, *flags, kind=SFTConfig):
+    flags = ["--model_name_or_path", str(directory), "--dataset_name", "any.jsonl", *flags]
+    return parse(kind, [*flags, "--device", "cpu", "--output_dir", "out"], {})
+
+
+def json_file(name, **changes):
+    """Change fields of a JSON file; ... removes one."""
+
+    def edit(directory):
+        text = json.loads((directory / name).read_text()) | changes
+        text = {key: value for key, value in text.items() if value is not ...}
+        (directory / name).write_text(json.dumps(text))
+
+    return edit
+
+
+def tensor_file(name="model.safetensors", **changes):
+    def edit(directory):
+        tensors = load_file(directory / name)
+        for key, change in changes.items():
+            key = next(k for k in tensors if k.replace(".", "_").endswith(key))
+            tensors[key] = None if change is None else change(tensors[key])
+        tensors = {key: t for key, t in tensors.items() if t is not None}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+
+    return edit
+
+
+def content(name, text):
+    return lambda directory: (directory / name).write_bytes(text)
+
+
+def shortened(name, length):
+    def edit(directory):
+        (directory / name).write_bytes((directory / name).read_bytes()[:length])
+
+    return edit
+
+
+def removed(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def index(place, kind="safetensors"):
+    """All tensors lie in a file beside the directory, and an index says so."""
+
+    def edit(directory):
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").rename(directory.parent / "x.safetensors")
+        torch.save(tensors, directory.parent / "x.bin")
+        where = place.replace("HERE", str(directory.parent))
+        text = {"metadata": {}, "weight_map": dict.fromkeys(tensors, where)}
+        name = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
+        (directory / f"{name}.index.json").write_text(json.dumps(text))
+
+    return edit
+
+
+def broken_index(text):
+    def edit(directory):
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return edit
+
+
+BAD_MODELS = {
+    "no config": (removed("config.json"), None),
+    "config cut": (shortened("config.json", 50), None),
+    "config a list": (content("config.json", b"[]"), None),
+    "config UTF-16": (content("config.json", "{}".encode("utf-16")), None),
+    "unknown kind": (json_file("config.json", model_type="nonesuch"), "nonesuch"),
+    "vocab_size a word": (json_file("config.json", vocab_size="x"), "'vocab_size' expected int"),
+    "heads": (json_file("config.json", num_attention_heads=7), "attention heads"),
+    "no layers": (json_file("config.json", num_hidden_layers=0), None),
+    "negative layers": (json_file("config.json", num_hidden_layers=-1), None),
+    "more layers": (json_file("config.json", num_hidden_layers=3), "missing keys .*layers.2"),
+    "no weights": (removed("model.safetensors"), "model.safetensors"),
+    "empty weights": (shortened("model.safetensors", 0), None),
+    "cut header": (shortened("model.safetensors", 99), None),
+    "cut weights": (shortened("model.safetensors", -1), None),
+    "noise": (content("model.safetensors", b"\x80" * 999), None),
+    "pickle in safetensors": (content("model.safetensors", pickle.dumps({})), None),
+    "nan": (tensor_file(layers_1_mlp_up_proj_weight=lambda t: t * torch.nan), "up_proj.* NaN"),
+    "inf": (tensor_file(model_norm_weight=lambda t: t + torch.inf), "norm.weight holds NaN or inf"),
+    "-inf": (tensor_file(lm_head_weight=lambda t: t - torch.inf), "lm_head.weight holds NaN or"),
+    "missing": (tensor_file(model_norm_weight=None), "missing keys in the weights: model.norm"),
+    "misshapen": (tensor_file(model_norm_weight=lambda t: t[:3].clone()),
+                  r"model.norm.weight: shape \(3,\), expected \(32,\)"),
+    "turned": (tensor_file(layers_0_mlp_up_proj_weight=lambda t: t.T.contiguous()),
+               r"up_proj.weight: shape \(32, 64\), expected \(64, 32\)"),
+    "fewer rows": (json_file("config.json", vocab_size=290), r"shape \(320, 32\)"),
+    "index: ..": (index("../x.safetensors"), "index.json: ../x.safetensors leads out of the dir"),
+    "index: a/../..": (index("a/../../x.safetensors"), "leads out of the directory"),
+    "index: absolute": (index("HERE/x.safetensors"), "x.safetensors leads out of the directory"),
+    "index: bin": (index("../x.bin", "bin"), "bin.index.json: ../x.bin leads out of the directory"),
+    "index: gone": (index("gone.safetensors"), "gone.safetensors is not there"),
+    "index cut": (broken_index('{"weight_map": {"a'), "index.json: no index"),
+    "index a list": (broken_index("[]"), "index.json: no index"),
+    "index of numbers": (broken_index('{"weight_map": {"a": 3}}'), "index.json: no index"),
+    "empty index": (broken_index('{"metadata": {}, "weight_map": {}}'), None),
+    "no tokenizer": (removed("tokenizer.json"), None),
+    "tokenizer cut": (shortened("tokenizer.json", 99), None),
+    "tokenizer a list": (content("tokenizer.json", b"[]"), None),
+    "tokenizer config cut": (shortened("tokenizer_config.json", 20), None),
+    "tokenizer config a list": (content("tokenizer_config.json", b"[]"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, words", BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models(edit, words, model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    edit(directory)
+    with pytest.raises(InputError, match=words) as error:
+        load_policy(config(directory))
+    assert "\n" not in str(error.value) and str(directory) in str(error.value)
+    assert len(str(error.value)) - len(str(directory)) < 500
+
+
+def test_bad_models_through_the_command(script, model_dir, tmp_path):
+    (script.folder / "empty").mkdir()
+    refused(script, "sft", model_name_or_path="./none", expected=["./none: no such directory"])
+    refused(script, "dpo", model_name_or_path="empty", expected=["empty: "])
+    bad = shutil.copytree(model_dir, tmp_path / "bad")
+    index("../x.safetensors")(bad)
+    refused(script, "kto", model_name_or_path=bad, expected=["leads out of the directory"])
+    refused(script, "sft", "--load_in_4bit", model_name_or_path=bad, expected=["leads out of"])
+
+
+def test_more_tensors_than_the_model_has_are_said(model_dir, tmp_path, capsys):
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    json_file("config.json", num_hidden_layers=1)(directory)
+    load_policy(config(directory))
+    assert "9 tensors are not the model's and left out, e.g. model.layers.1." in (
+        capsys.readouterr().out
+    )
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")  # a file appears when it is unpickled
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickled_weights_that_run_code_are_refused(zipped, model_dir, tmp_path):
+    directory, trace = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "trace"
+    (directory / "model.safetensors").unlink()
+    bad = {"model.norm.weight": Evil(str(trace))}
+    if zipped:
+        torch.save(bad, directory / "pytorch_model.bin")
+    else:
+        (directory / "pytorch_model.bin").write_bytes(pickle.dumps(bad, 2))
+    for flags in ([], ["--load_in_4bit"], ["--trust_remote_code"]):
+        with pytest.raises(InputError, match="pickled weights that are more than tensors"):
+            load_policy(config(directory, *flags))
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(bad))  # it would have
+    assert trace.exists()
+
+
+def test_pickled_tensors_are_taken(model_dir, tmp_path):
+    """As torch's weights_only reader takes them."""
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+    weights = dict(load_policy(config(directory, "--use_peft", "false")).model.named_parameters())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
+    (directory / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError):
+        load_policy(config(directory))
+
+
+CODE = """
+open({trace!r}, "w").close()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig): model_type = "mine"
+class Model(LlamaForCausalLM): config_class = Config
+class Words(PreTrainedTokenizerFast): pass
+def generate(*args, **kwargs): pass
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "known model", "tokenizer", "generation"])
+def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    directory = shutil.copytree(model_dir, tmp_path / f"m{what.replace(' ', '')}")
+    trace = tmp_path / "trace"
+    (directory / "mine.py").write_text(CODE.format(trace=str(trace)))
+    names = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    if "model" in what:
+        kind = {"model_type": "mine"} if what == "model" else {}
+        json_file("config.json", auto_map=names, **kind)(directory)
+    elif what == "tokenizer":
+        names = {"AutoTokenizer": [None, "mine.Words"]}
+        json_file("tokenizer_config.json", auto_map=names, tokenizer_class="Words")(directory)
+    else:
+        (directory / "custom_generate").mkdir()
+        (directory / "mine.py").rename(directory / "custom_generate" / "generate.py")
+    if what in ("model", "tokenizer"):  # there is no other code for these
+        with pytest.raises(InputError, match="runs only with --trust_remote_code$"):
+            load_policy(config(directory))
+    else:
+        policy = load_policy(config(directory))
+        generate(policy, [[{"role": "user", "content": "Hello!"}]], max_new_tokens=2)
+    assert not trace.exists()
+    if what in ("model", "tokenizer"):
+        load_policy(config(directory, "--trust_remote_code"))
+        assert trace.exists()
+    if what == "model":  # of the reference too
+        trace.unlink()
+        cfg = config(model_dir, "--ref_model_name_or_path", str(directory), kind=DPOConfig)
+        with pytest.raises(InputError, match="runs only with --trust_remote_code$"):
+            load_reference(cfg, load_policy(cfg), list)
+        cfg.trust_remote_code = True
+        load_reference(cfg, load_policy(cfg), list)
+
+
+def test_a_tokenizer_that_skips_ids(tmp_path):
+    """3 tokens, but one of them has the id 999."""
+    vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "a": 999}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny(LlamaConfig)).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>").save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(InputError, match="the tokenizer has 1000 ids, the embeddings 320 rows"):
+        load_policy(config(tmp_path))
+
+
+@pytest.mark.parametrize("template", ["chatml", "native"])
+def test_a_tokenizer_without_end_and_padding(template, model_dir, script, tmp_path):
+    """Neither is needed: batches have no padding, and a reply ends with the template's marker."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.chat_template = CHATML_JINJA if template == "native" else None
+    tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    json_file("tokenizer_config.json", chat_template=tokenizer.chat_template or ...)(model)
+    assert '"eos_token": null' in (model / "tokenizer_config.json").read_text()
+    flags = f"--chat_template={template}"
+    code, _, errors = script("sft", flags, model_name_or_path=model)
+    assert code == 0 and not errors
+    policy = load_policy(config(model, flags))
+    talks = [[{"role": "user", "content": text}] for text in ("a", "a much longer one")]
+    assert len(generate(policy, talks, max_new_tokens=3)) == 2
+    assert policy.tokenizer.pad_token == "<|im_end|>"
+
+
+def test_a_tokenizer_without_a_template(model_dir, script):
+    words = ["--chat_template native: the tokenizer has no template; use chatml"]
+    refused(script, "sft", "--chat_template=native", expected=words)
+    assert script("sft")[0] == 0
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapter")
+    save_policy(load_policy(config(model_dir, "--lora_r", "4")), directory)
+    return directory
+
+
+def field(**changes):
+    return json_file("adapter_config.json", **changes)
+
+
+WEIGHTS = "adapter_model.safetensors"
+BAD_ADAPTERS = {
+    "r a word": (field(r="x"), "r is 'x'; expected a whole number"),
+    "r 0": (field(r=0), "r is 0; expected a whole number"),
+    "r negative": (field(r=-4), "r is -4"),
+    "r true": (field(r=True), "r is True"),
+    "r a fraction": (field(r=2.5), "r is 2.5"),
+    "r huge": (field(r=10**12), "r is 1000000000000"),
+    "r other": (field(r=8), r"has shape \(4, 32\), here it is \(8, 32\)"),
+    "alpha a word": (field(lora_alpha="x"), "lora_alpha is 'x'"),
+    "alpha 0": (field(lora_alpha=0), "lora_alpha is 0"),
+    "alpha infinite": (field(lora_alpha=float("inf")), "lora_alpha is inf"),
+    "alpha nan": (field(lora_alpha=float("nan")), "lora_alpha is nan"),
+    "dropout 1": (field(lora_dropout=1), "lora_dropout is 1"),
+    "dropout a list": (field(lora_dropout=[0.1]), r"lora_dropout is \[0.1\]"),
+    "targets 3": (field(target_modules=3), "target_modules is 3; expected names"),
+    "targets numbers": (field(target_modules=[3]), r"target_modules is \[3\]; expected names"),
+    "targets a dict": (field(target_modules={"q_proj": 1}), "target_modules is "),
+    "targets none": (field(target_modules=[]), "nothing that trains"),
+    "targets no regex": (field(target_modules="("), "no regex"),
+    "targets strange": (field(target_modules=["c_attn"]), "c_attn: no linear layer"),
+    "bias a number": (field(bias=3), "bias is 3"),
+    "bias a word": (field(bias="some"), "bias is 'some'; expected none, lora_only or all"),
+    "rslora": (field(use_rslora="yes"), "use_rslora is 'yes'; expected true or false"),
+    "modules 3": (field(modules_to_save=3), "modules_to_save is 3; expected a list of names"),
+    "modules strange": (field(modules_to_save=["none_such"]), "none_such"),
+    "rows 3": (field(trainable_token_indices=3), "trainable_token_indices is 3"),
+    "rows words": (field(trainable_token_indices=["x"]), "trainable_token_indices is"),
+    "rows negative": (field(trainable_token_indices=[-1]), "trainable_token_indices is"),
+    "rows far": (field(trainable_token_indices=[9999]), "embed_tokens has no row 9999"),
+    "rows nowhere": (field(trainable_token_indices={"x": [1]}), "x is no embedding"),
+    "base a number": (field(base_model_name_or_path=3), "base_model_name_or_path is 3"),
+    "another method": (field(peft_type="LOHA"), "peft_type LOHA; only LORA"),
+    "no method": (field(peft_type=...), "peft_type None; only LORA"),
+    "unknown": (field(use_magic=True), "use_magic is not known here"),
+    "a list": (content("adapter_config.json", b"[]"), "no JSON object"),
+    "a number": (content("adapter_config.json", b"3"), "no JSON object"),
+    "cut": (shortened("adapter_config.json", 30), "not JSON"),
+    "deep": (content("adapter_config.json", b'{"r": ' + b"[" * 100_000), "not JSON"),
+    "UTF-16": (content("adapter_config.json", "{}".encode("utf-16")), "not JSON"),
+    "no config": (removed("adapter_config.json"), "no adapter_config.json"),
+    "no weights": (removed(WEIGHTS), f"{WEIGHTS}: not there"),
+    "weights cut": (shortened(WEIGHTS, -9), f"{WEIGHTS}: damaged"),
+    "weights empty": (shortened(WEIGHTS, 0), f"{WEIGHTS}: damaged"),
+    "missing": (tensor_file(WEIGHTS, layers_1_mlp_up_proj_lora_B_weight=None), "lacks 1 tensors"),
+    "nan": (tensor_file(WEIGHTS, layers_1_mlp_up_proj_lora_B_weight=lambda t: t * torch.nan),
+            "layers.1.mlp.up_proj.lora_B.weight holds what is no finite number"),
+    "whole numbers": (tensor_file(WEIGHTS, layers_1_mlp_up_proj_lora_B_weight=lambda t: t.int()),
+                      "holds what is no finite number"),
+    "another base": (lambda directory: None, "an adapter of another base"),
+    "pickle": (lambda d: (removed(WEIGHTS)(d), torch.save({}, d / "adapter_model.bin")),
+               f"{WEIGHTS}: not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ADAPTERS)
+def test_bad_adapters(name, adapter, model_dir, tmp_path):
+    edit, words = BAD_ADAPTERS[name]
+    directory = shutil.copytree(adapter, tmp_path / "adapter")
+    edit(directory)
+    if name == "another base":
+        model_dir = tmp_path / "wide"
+        LlamaForCausalLM(tiny(LlamaConfig, intermediate_size=96)).save_pretrained(model_dir)
+        make_tokenizer().save_pretrained(model_dir)
+    if name == "missing":
+        load_policy(config(model_dir, "--adapter_name_or_path", str(adapter)))  # the good one
+    with pytest.raises(InputError, match=words) as error:
+        load_policy(config(model_dir, "--adapter_name_or_path", str(directory)))
+    assert "\n" not in str(error.value)
+
+
+def test_extra_tensors_and_no_base(adapter, tmp_path, script):
+    directory = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(directory / WEIGHTS)
+    save_file(tensors | {"more": torch.ones(1)}, directory / WEIGHTS)
+    words = ["also has 1 tensors, e.g. more"]
+    refused(script, "sft", adapter_name_or_path=directory, model_name_or_path=None, expected=words)
+    field(base_model_name_or_path=None)(directory)
+    words = ["names no base model; give --model_name_or_path"]
+    refused(script, "dpo", adapter_name_or_path=directory, model_name_or_path=None, expected=words)
+    refused(script, "kto", adapter_name_or_path="none", expected=["none: no adapter_config.json"])
+
+
+def test_pefts_own_defaults_where_the_config_is_silent(adapter, model_dir, tmp_path):
+    directory = shutil.copytree(adapter, tmp_path / "adapter")
+    field(lora_alpha=..., lora_dropout=...)(directory)
+    policy = load_policy(config(model_dir, "--adapter_name_or_path", str(directory)))
+    assert (policy.lora.lora_alpha, policy.lora.lora_dropout) == (8, 0)
+
+
+# --------------------------------------------------------------------------------------------- chat
+
+
+def test_control_characters_are_shown_escaped():
+    assert printable("a\x1b[2J\x07\x9b1m\u202e\u2028\x00\x7f\ufeff\ud800") == (
+        r"a\x1b[2J\x07\x9b1m\u202e\u2028\x00\x7f\ufeff\ud800"
+    )
+    fine = "Zeilen\nund\tTabs, é, 漢字, \U0001f469\u200d\U0001f680"
+    assert printable(fine) == fine
+
+
+def test_chat_prints_a_hostile_model_escaped(model_dir, tmp_path):
+    """A model that says nothing but the escape character (byte 0x1b), and a line that rings."""
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    token = make_tokenizer()("\x1b", add_special_tokens=False)["input_ids"]
+    assert len(token) == 1
+
+    def only(head):
+        return torch.zeros_like(head).index_fill_(0, torch.tensor(token), 1.0)
+
+    tensor_file(
+        lm_head_weight=only, embed_tokens_weight=torch.ones_like, model_norm_weight=torch.ones_like,
+        **{f"layers_{i}_{name}_weight": torch.zeros_like
+           for i in (0, 1) for name in ("mlp_down_proj", "self_attn_o_proj")},
+    )(directory)  # fmt: skip
+    flags = ["--prompt", "Hello", "--max_new_tokens", "3", "--device", "cpu", "--temperature", "0"]
+    code, said, _ = command(tmp_path, "-m nanoalign.chat", directory, *flags)
+    assert code == 0 and said.strip() == r"\x1b\x1b\x1b"
+
+
+@pytest.mark.parametrize("name", ["none", "empty", "file"])
+def test_chat_with_what_is_no_model(name, tmp_path):
+    folder = tmp_path / "work"
+    (folder / "empty").mkdir(parents=True)
+    (folder / "file").write_text("x")
+    code, said, errors = command(folder, "-m nanoalign.chat", f"./{name}", "--prompt", "Hello")
+    assert code == 2 and not said
+    assert errors.startswith("chat: error: ") and errors.count("\n") == 1
+
+
+def test_the_checks_look_at_both_kinds_of_reference(model_dir, tmp_path):
+    LlamaForCausalLM(tiny(LlamaConfig, vocab_size=290)).save_pretrained(tmp_path)
+    cfg = config(model_dir, "--ref_model_name_or_path", str(tmp_path), kind=KTOConfig)
+    with pytest.raises(InputError, match="has fewer tokens than the policy"):
+        load_reference(cfg, load_policy(cfg), list)

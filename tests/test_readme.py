@@ -1,0 +1,123 @@
+"""README says what is true: its commands run, its file tree is the real one."""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoalign import world
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """The `python ...` commands of README's code blocks, in order, as words."""
+    text = "\n".join(BLOCKS).replace("\\\n", " ")
+    parts = [part.strip() for line in text.splitlines() for part in line.split("&&")]
+    return [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("python ")]
+
+
+def rows(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, model_dir):
+    """A directory to stand in, with small data for README's placeholders."""
+    home = tmp_path_factory.mktemp("readme")
+    asked = [f"What is {i}?" for i in range(8)]
+    pairs = [dict(prompt=q, chosen="Good.", rejected="Bad!") for q in asked]
+    thumbs = [dict(prompt=q, completion="Yes.", label=i % 2 == 0) for i, q in enumerate(asked)]
+    names = {
+        "MODEL": model_dir,
+        "DATA": rows(home / "d.jsonl", *(dict(prompt=q, completion="Yes, it is.") for q in asked)),
+        "PAIRS": rows(home / "p.jsonl", *pairs),
+        "THUMBS": rows(home / "t.jsonl", *thumbs),
+    }
+    return home, names
+
+
+def run(words: list[str], home, monkeypatch) -> None:
+    """`python WORDS` in this process, standing in `home`; built-in runs are cut to two steps."""
+    directory, names = home
+    words = [re.sub(r"\b(MODEL|DATA|PAIRS|THUMBS)\b", lambda m: names[m[0]], w) for w in words]
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(world, "EACH", 40)
+    monkeypatch.setattr(world, "HELD_OUT", 2)
+    for settings in world.SETTINGS.values():
+        monkeypatch.setitem(settings, "max_steps", 2)
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    before = torch.random.get_rng_state()
+    try:
+        if words[0] == "-m":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            monkeypatch.setattr(sys, "argv", words)
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    finally:
+        torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:40])
+def test_commands_run(words, home, monkeypatch, capsys):
+    if "nanoalign.chat" in words:  # a person talks to it; here one prompt does
+        words = [*words, "--prompt", "Hello", "--max_new_tokens", "4"]
+    run(words, home, monkeypatch)
+    assert "error" not in capsys.readouterr().err
+
+
+def test_there_are_commands_for_everything():
+    spoken = " ".join(" ".join(words) for words in commands())
+    for name in ("train_sft.py", "train_dpo.py", "train_kto.py", "chat", "merge", "plot", "data"):
+        assert name in spoken
+
+
+def test_the_two_commands_stand_as_they_are():
+    lines = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+    assert "pip install -e . && python train_sft.py" in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
+
+
+def test_the_file_tree_is_the_real_one():
+    tree = next(block for block in BLOCKS if "nanoalign/\n" in block)
+    told, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith("  "):
+            told.add(folder + name)
+        else:
+            folder = name if name.endswith("/") else ""
+            told.add(name)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [f for f in listed.stdout.splitlines() if (ROOT / f).exists()]
+    real = {f for f in files if f.endswith(".py") and f.count("/") <= 1}
+    real = {f for f in real if not f.startswith(("tests/", "benchmarks/"))} - {
+        "nanoalign/__init__.py"
+    }
+    folders = {f.split("/")[0] + "/" for f in files if "/" in f and not f.startswith(".")}
+    assert told == real | folders
+
+
+def test_the_losses_example_works():
+    """The five lines of "A loss of your own" are a loss."""
+    code = re.search(r"```python\n(def simpo.*?)```", README, flags=re.S)[1]
+    from nanoalign import losses
+
+    scope = dict(vars(losses))
+    exec(code, scope)
+    pair = losses.Pair(torch.tensor([-4.0]), torch.tensor([-9.0]))
+    lengths = losses.Pair(torch.tensor([2.0]), torch.tensor([3.0]))
+    # per token: -2 and -3, so margin 1; beta 2: z = 2 - 1; -log sigmoid(1) = 0.3133
+    assert scope["simpo"](pair, pair, lengths, 2.0, 0.0).item() == pytest.approx(0.31326, abs=1e-5)
