@@ -70,4 +70,5 @@ def write_card(cfg: Config, directory: Path, method: str, examples: int, last: d
         curve="\n![curves](curves.png)\n" if (directory / "curves.png").exists() else "",
         use=USE_ADAPTER if adapter else USE_MODEL,
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    path = directory / "README.md"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -86,6 +86,9 @@ class Config:
     per_device_train_batch_size: int = flag(8, "examples a micro-batch")
     per_device_eval_batch_size: int = flag(8, "examples an evaluation batch")
     gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step")
+    max_row_tokens: int | None = flag(
+        None, "a micro-batch with more is cut in rows of this many: less memory; none: by device"
+    )
     num_train_epochs: float = flag(3.0, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps; overrides num_train_epochs")
     learning_rate: float = flag(1e-6, "the highest learning rate")
@@ -158,8 +161,8 @@ def parse(kind: type[Config], argv: list[str], builtin: dict) -> Config:
     """
     parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     cfg = kind(**vars(parser.parse_args(argv)))
-    words = [word.split("=")[0] for word in argv if word.startswith("--")]
-    counts = Counter(word.removeprefix("--").removeprefix("no_") for word in words)
+    names = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    counts = Counter(name.removeprefix("no_") for name in names)  # --learning-rate is a flag too
     for name, times in counts.items():
         if times > 1:  # argparse would take the last one
             raise InputError(f"--{name} is given {times} times; expected once")
@@ -177,7 +180,7 @@ def check(cfg: Config, given: set[str]) -> None:
     positive = ("lora_r", "lora_alpha", "max_length", "per_device_train_batch_size",
                 "logging_steps", "per_device_eval_batch_size", "gradient_accumulation_steps",
                 "num_train_epochs", "max_prompt_length", "eval_steps", "save_steps",
-                "save_total_limit", "beta")  # fmt: skip
+                "save_total_limit", "beta", "max_row_tokens")  # fmt: skip
     zero_up = ("skip_nonfinite", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate",
                "rpo_alpha", "neftune_noise_alpha", "desirable_weight", "undesirable_weight",
                "seed")  # fmt: skip
@@ -225,6 +228,7 @@ def check(cfg: Config, given: set[str]) -> None:
     goes_on = cfg.adapter_name_or_path is not None  # with the adapter's own r, alpha, targets ...
     idle = {
         "eval_steps": not evaluates,
+        "generate_during_eval": cfg.generate_during_eval and not evaluates,
         "per_device_eval_batch_size": not evaluates,
         "dataset_train_split": files(cfg.dataset_name),
         "dataset_test_split": files(cfg.eval_dataset),

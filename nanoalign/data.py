@@ -212,6 +212,24 @@ def batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def rows(batch: list[Example], tokens: int) -> list[list[Example]]:
+    """A batch as parts of which each packs into a row of at most `tokens`, or is one example.
+
+    Losses are sums over examples, so the parts' gradients add up to the batch's, and memory is
+    that of one part.
+    """
+    parts: list[list[Example]] = []
+    room = 0
+    for example in batch:
+        length = len(example.prompt) + sum(len(ids) for ids, _ in example.completions)
+        if not parts or length > room:
+            parts.append([])
+            room = tokens
+        parts[-1].append(example)
+        room -= length
+    return parts
+
+
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on
     from nanoalign.show import run
 

@@ -144,27 +144,35 @@ def _by_example(query, key, value, layout, scaling, dropout, window, softcap) ->
     return torch.cat(outputs, dim=2)  # (1, H, T, D)
 
 
+DENSE = 320  # keys up to which plain products beat scaled_dot_product_attention on a CPU, 1.2 to 3x
+
+
 def _attend(q, k, v, scaling, dropout, window, softcap) -> Tensor:
     """Causal attention of the last q.shape[2] tokens of a sequence of k.shape[2]."""
-    queries, keys = q.shape[2], k.shape[2]
+    heads, queries, kv_heads, keys = *q.shape[1:3], *k.shape[1:3]
     if window is not None and window >= keys:
         window = None
-    gqa = q.shape[1] != k.shape[1]
-    if softcap is None and window is None and queries == keys:
+    if softcap is None and keys > DENSE:
+        causal = window is None and queries == keys
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+            q,
+            k,
+            v,
+            attn_mask=None if causal else _band(queries, keys, window, q.device),
+            is_causal=causal,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=heads != kv_heads,
         )
-    mask = _band(queries, keys, window, q.device)
+    groups = heads // kv_heads  # query heads that share a key-value head stand one after the other
+    bias = _bias(queries, keys, window, groups, q.dtype, q.device)
+    q = q.reshape(kv_heads, groups * queries, -1)
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=gqa
-        )
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(2, 3)) * scaling  # (1, H, queries, keys)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+        scores = torch.baddbmm(bias, q, k[0].transpose(1, 2), alpha=scaling)
+    else:
+        scores = torch.tanh(q @ k[0].transpose(1, 2) * (scaling / softcap)) * softcap + bias
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # (H_kv, groups * queries, keys)
+    return (weights @ v[0]).view(1, heads, queries, -1)
 
 
 @lru_cache(maxsize=64)
@@ -172,6 +180,13 @@ def _band(queries: int, keys: int, window: int | None, device: torch.device) -> 
     """(queries, keys) bool: causal from the lower right corner, at most `window` wide."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return mask if window is None else mask.triu(keys - queries - window + 1)
+
+
+@lru_cache(maxsize=64)
+def _bias(queries, keys, window, groups, dtype, device) -> Tensor:
+    """(1, groups * queries, keys): 0 where the band is, -inf elsewhere, for each group."""
+    band = _band(queries, keys, window, device).repeat(groups, 1)
+    return torch.zeros(band.shape, dtype=dtype, device=device).masked_fill_(~band, -torch.inf)[None]
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def one_line(error: InputError) -> str:
 
 
 def quiet() -> None:
-    """The libraries' chatter: loading bars, notes on configs, retries of the hub."""
+    """The libraries' chatter: loading bars, notes on configs, retries of the hub, warnings."""
+    warnings.simplefilter("ignore")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name or reply that it can't show
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
@@ -102,16 +105,17 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         raise InputError("--output_dir: say where everything is to go")
     directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
     try:
-        existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        real = Path(os.path.realpath(directory))  # without links and ".."
+        existing = next(path for path in (real, *real.parents) if path.exists())
         if not existing.is_dir():
             raise InputError(f"--output_dir {directory}: {existing} is a file, not a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"--output_dir {directory}: {existing} is not writable")
-        filled = existing == directory and any(directory.iterdir())
+        filled = existing == real and any(real.iterdir())
     except OSError as error:  # a name that is too long, a directory that can't be listed
         raise InputError(f"--output_dir {directory}: {error.strerror}") from None
     for source in filter(None, (cfg.model_name_or_path, cfg.adapter_name_or_path)):
-        if filled and os.path.exists(source) and os.path.samefile(source, directory):
+        if filled and os.path.exists(source) and os.path.samefile(source, real):
             raise InputError(f"--output_dir {directory}: would overwrite what training starts from")
     resumes = which == "last" or (which and meant(which, directory))
     if filled and not (may_overwrite or cfg.overwrite_output_dir or resumes):

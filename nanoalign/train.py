@@ -26,7 +26,7 @@ import torch
 from nanoalign import InputError
 from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
-from nanoalign.data import Example, batches
+from nanoalign.data import Example, batches, rows
 from nanoalign.metrics import Log, Sums, add, means
 from nanoalign.model import Policy, generate_ids, save_policy
 from nanoalign.run import Run
@@ -58,11 +58,18 @@ def epochs(cfg: Config, examples: int) -> int:
     return math.ceil(total_steps(cfg, examples) / steps_per_epoch(cfg, examples))
 
 
-def step_batches(cfg: Config, order: list[Example], step: int) -> list[list[Example]]:
-    """The micro-batches of step 0, 1, ... of an epoch; its last step takes what is left."""
+def step_batches(cfg: Config, order: list[Example], step: int, tokens: int) -> list[list[Example]]:
+    """What step 0, 1, ... of an epoch sends through backward, part by part: its micro-batches, cut
+    into rows of at most `tokens`. An epoch's last step takes what is left."""
     size = cfg.per_device_train_batch_size
     per_step = size * cfg.gradient_accumulation_steps
-    return batches(order[step * per_step : (step + 1) * per_step], size)
+    micro_batches = batches(order[step * per_step : (step + 1) * per_step], size)
+    return [part for batch in micro_batches for part in rows(batch, tokens)]
+
+
+def row_tokens(cfg: Config, device: torch.device) -> int:
+    """A CPU is as fast on short rows and a GPU is not."""
+    return cfg.max_row_tokens or (1024 if device.type == "cpu" else 16384)
 
 
 def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
@@ -98,6 +105,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
         write_whole(directory / f"checkpoint-{state['step']}", write)
         prune(directory, cfg.save_total_limit, state["step"])
 
+    longest = row_tokens(cfg, lm.device)
     lm.train()
     with Log(directory, total, state, cfg.report_to) as log, stop_signals() as stopped:
         since = time.monotonic(), state["num_tokens"]
@@ -105,7 +113,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
             epoch, place = divmod(step, per_epoch)
             if place == 0 or step == state["step"]:
                 examples = order(epoch)
-            micro_batches = step_batches(cfg, examples, place)
+            micro_batches = step_batches(cfg, examples, place, longest)
             rate = learning_rate(cfg, step, total)
             numbers, sums = optimizer_step(
                 optimizer, rate, cfg.max_grad_norm, micro_batches, weight, prepare, loss
@@ -224,7 +232,9 @@ def optimizer_step(
 def evaluate(cfg, lm, held_out, weight, prepare, loss) -> dict[str, float]:
     """Means over all held-out examples (SFT: tokens), whatever the batch size."""
     lm.eval()
-    groups, sums = batches(held_out, cfg.per_device_eval_batch_size), {}
+    tokens, sums = row_tokens(cfg, lm.device), {}
+    whole = batches(held_out, cfg.per_device_eval_batch_size)
+    groups = [part for batch in whole for part in rows(batch, tokens)]
     for batch, known in zip(groups, prepare(groups)):
         value, metrics = loss(batch, known)
         add(sums, {"loss": (float(value), sum(map(weight, batch)))})
