@@ -52,9 +52,8 @@ def kto_advice(cfg: KTOConfig, examples: list[Example]) -> list[str]:
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:
     """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not."""
-    if not up or not down:
-        only = "desirable" if up else "undesirable"
-        return f"all examples are {only}: KTO learns from the contrast of both"
+    if not up or not down:  # said elsewhere: KTO learns from the contrast of both
+        return None
     ratio = w_up * up / (w_down * down) if w_down else float("inf")
     if 1 <= ratio <= 4 / 3:
         return None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nanoalign
 from nanoalign.config import Config
+from nanoalign.lora import LoRAConfig
 
 CARD = """\
 ---
@@ -48,27 +49,28 @@ USE_MODEL = USE_ADAPTER.replace("peft import AutoPeft", "transformers import Aut
 )
 
 
-def write_card(cfg: Config, directory: Path, method: str, examples: int, last: dict) -> None:
-    """`last` is the last line of metrics.jsonl."""
+def write_card(
+    cfg: Config, lora: LoRAConfig | None, directory: Path, method: str, examples: int, last: dict
+) -> None:
+    """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl."""
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
-    adapter = cfg.use_peft
     text = CARD.format(
-        base=cfg.model_name_or_path or "unknown",
-        library="peft" if adapter else "transformers",
+        base=lora.base_model_name_or_path if lora else cfg.model_name_or_path,
+        library="peft" if lora else "transformers",
         method=method,
-        lora_tag="\n- lora" if adapter else "",
+        lora_tag="\n- lora" if lora else "",
         title=directory.resolve().name,
         method_name=NAMES[method],
         version=nanoalign.__version__,
         data=", ".join(Path(name).name for name in cfg.dataset_name),
         examples=examples,
-        trained=f"LoRA, r={cfg.lora_r}, alpha={cfg.lora_alpha:g}" if adapter else "all weights",
+        trained=f"LoRA, r={lora.r}, alpha={lora.lora_alpha:g}" if lora else "all weights",
         steps=last.get("step", 0),
         learning_rate=cfg.learning_rate,
         seed=cfg.seed,
         metrics=", ".join(f"{k} {v:.4g}" for k, v in shown.items()) or "none",
         curve="\n![curves](curves.png)\n" if (directory / "curves.png").exists() else "",
-        use=USE_ADAPTER if adapter else USE_MODEL,
+        use=USE_ADAPTER if lora else USE_MODEL,
     )
     path = directory / "README.md"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")

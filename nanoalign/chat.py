@@ -13,7 +13,6 @@ in it are shown escaped: a model's words must not move the cursor or set the ter
 import argparse
 import contextlib
 import sys
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -25,16 +24,7 @@ from nanoalign.config import Config
 from nanoalign.lora import without_adapter
 from nanoalign.model import Policy, generation, load_policy
 from nanoalign.run import quiet
-
-
-def printable(text: str) -> str:
-    """Text with its control and format characters escaped, but for newline, tab and joiner."""
-
-    def shown(c: str) -> str:
-        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        return c.encode("unicode_escape").decode() if hidden and c not in "\n\t\u200d" else c
-
-    return "".join(map(shown, text))
+from nanoalign.show import printable
 
 
 class Printer(TextStreamer):

@@ -267,5 +267,6 @@ def claim(directory: Path, fresh: bool) -> None:
         for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
             shutil.rmtree(path, ignore_errors=True)
         if fresh:
-            (directory / "run.json").unlink(missing_ok=True)
+            for name in ("run.json", "adapter_config.json"):  # would say what this run is not
+                (directory / name).unlink(missing_ok=True)
             prune(directory, keep=0)

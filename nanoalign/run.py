@@ -146,7 +146,7 @@ def finish(cfg: Config, run: Run) -> None:
         except ImportError:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
-            write_card(cfg, directory, method, len(run.examples), lines[-1])
+            write_card(cfg, run.policy.lora, directory, method, len(run.examples), lines[-1])
     record = {
         "method": method,
         "flags": vars(cfg),

@@ -9,6 +9,7 @@ stands between [[ and ]].
 import argparse
 import os
 import sys
+import unicodedata
 
 from nanoalign import InputError, layouts
 from nanoalign.advice import suggested_weights
@@ -18,9 +19,19 @@ from nanoalign.files import read_rows
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, but for newline, tab and joiner."""
+
+    def shown(c: str) -> str:
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        return c.encode("unicode_escape").decode() if hidden and c not in "\n\t\u200d" else c
+
+    return "".join(map(shown, text))
+
+
 def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
     """Text of ids, with the trained stretches marked."""
-    special = set(tokenizer.all_special_ids)
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     stretches = []  # (kind, ids): trained, marker or context
     for token, trained in zip(ids, mask):
         marker = token in special
@@ -30,7 +41,7 @@ def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
         stretches[-1][1].append(token)
     text, open_mark = "", False
     for (trained, marker), part in stretches:
-        piece = tokenizer.decode(part, skip_special_tokens=False)
+        piece = printable(tokenizer.decode(part, skip_special_tokens=False))
         if colour:
             text += (GREEN if trained else BLUE if marker else GREY) + piece + PLAIN
             continue

@@ -1,0 +1,121 @@
+"""The tools beside training: the mask shown, advice, curves, the model card."""
+
+import json
+import re
+
+import pytest
+
+from nanoalign import InputError, plot, show
+from nanoalign.advice import advice, afterthought, suggested_weights
+from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.data import Example
+
+# ---------------------------------------------------------------------------------- the mask, shown
+
+
+def test_the_mask_is_readable_without_colour(tokenizer):
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    hi, yes = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("user\nHi", "Yes."))
+    ids = [start, *hi, end, *yes, end]
+    mask = [False] * (len(hi) + 2) + [True] * (len(yes) + 1)
+    text = show.render(tokenizer, ids, mask, colour=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>[[Yes.<|im_end|>]]"
+    coloured = show.render(tokenizer, ids, mask, colour=True)
+    assert f"{show.GREEN}Yes.{show.PLAIN}" in coloured
+    assert re.sub("\033\\[[0-9]+m", "", coloured) == text.replace("[[", "").replace("]]", "")
+
+
+def test_control_characters_in_data_do_not_reach_the_terminal(tokenizer):
+    ids = tokenizer("a\x1b[31mb", add_special_tokens=False)["input_ids"]
+    text = show.render(tokenizer, ids, [False] * len(ids), colour=False)
+    assert "\x1b" not in text and "\\x1b" in text
+
+
+def test_histogram_counts_every_example():
+    text = show.histogram([1, 2, 3, 40, 80, 80])
+    counts = [int(line.split()[3]) for line in text.splitlines()]
+    assert sum(counts) == 6 and len(counts) <= 9
+
+
+def test_the_command(model_dir, tmp_path, capsys):
+    rows = [dict(prompt=f"Why {i}?", completion="So.", label=i < 1) for i in range(4)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    show.run([str(path), "--model_name_or_path", model_dir, "--show", "1"])
+    out = capsys.readouterr().out
+    assert "as KTO data" in out and "4 rows, 4 examples" in out and "[[So.<|im_end|>]]" in out
+    assert "1 desirable, 3 undesirable" in out and "--desirable_weight 3.00 to 4.00" in out
+    with pytest.raises(SystemExit) as stop:
+        show.run([str(tmp_path / "nix.jsonl"), "--model_name_or_path", model_dir])
+    assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------- advice
+
+
+def examples(up, down):
+    return [Example([1], [([2], [True])], i < up) for i in range(up + down)]
+
+
+@pytest.mark.parametrize(
+    "up, down, weights, expected",
+    [
+        (10, 10, (1, 1), None),
+        (12, 10, (1, 1), None),
+        (10, 20, (1, 1), "desirable_weight 2.00 to 2.67"),
+        (20, 10, (1, 1), "undesirable_weight 1.50 to 2.00"),
+        (10, 20, (2, 1), None),
+        (10, 20, (1, 0.5), None),
+    ],
+)
+def test_class_weights(up, down, weights, expected):
+    said = suggested_weights(up, down, *weights)
+    assert said is expected or expected in said
+
+
+def test_kto_advice():
+    def said(**flags):
+        return "\n".join(advice(KTOConfig(**flags), examples(10, 10)))
+
+    assert said(per_device_train_batch_size=16) == ""
+    assert "16 to 128" in said(per_device_train_batch_size=8)
+    assert "4 at least" in said(per_device_train_batch_size=2)
+    assert "16 to 128" in said(per_device_train_batch_size=64, gradient_accumulation_steps=4)
+    full = dict(per_device_train_batch_size=16, use_peft=False)
+    assert "5e-7 to 5e-6" in said(**full, learning_rate=1e-4)
+    assert said(**full, learning_rate=1e-6) == ""
+
+
+def test_other_advice():
+    data = examples(5, 5)
+    assert advice(SFTConfig(), data, cut=0) == []
+    assert "max_length" in advice(SFTConfig(), data, cut=3)[0]
+    assert "beta" in advice(DPOConfig(beta=5.0), data)[0]
+    assert "beta" in advice(DPOConfig(beta=0.001), data)[0]
+
+
+def test_both_rewards_falling_is_explained():
+    def line(chosen, rejected):
+        rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+        return {**rewards, "rewards/margins": chosen - rejected}
+
+    assert "normal" in afterthought([line(0, 0), line(-1, -3)])
+    assert afterthought([line(0, 0), line(0.5, -3)]) is None
+    assert afterthought([line(0, 0), line(-3, -1)]) is None
+    assert afterthought([{"loss": 1.0}]) is None
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+
+def test_curves(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": i, "loss": 1 / i, "kl": 0.1 * i} for i in range(1, 5)]
+    lines.append({"step": 4, "eval_loss": 0.3})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot.main([str(run), str(run)])
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="expected a directory of a run"):
+        plot.main([str(tmp_path / "nix")])
