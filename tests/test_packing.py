@@ -113,7 +113,11 @@ def test_flex_attention_and_the_dense_calls_agree(window, softcap, monkeypatch):
         warnings.simplefilter("ignore")  # "called without torch.compile"
         flex = packing._flex(q, k, v, layout, 0.3, window, softcap)
         again = packing._flex(q, k, v, layout, 0.3, window, softcap)
-    dense = packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap)
+    dense = [packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap)]
+    monkeypatch.setattr(packing, "BLOCK", 3)
+    dense.append(packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap))
+    monkeypatch.setattr(packing, "SHORT", 2)  # torch's own attention from three keys on
+    dense.append(packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap))
 
     index = torch.arange(tokens)
     scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
@@ -121,7 +125,8 @@ def test_flex_attention_and_the_dense_calls_agree(window, softcap, monkeypatch):
         scores = softcap * (scores / softcap).tanh()
     scores.masked_fill_(~layout.allowed(index[:, None], index[None], window), float("-inf"))
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
-    assert torch.allclose(dense, expected, atol=1e-5)
+    for way in dense:
+        assert torch.allclose(way, expected, atol=1e-5)
     assert torch.allclose(flex, expected, atol=1e-5) and torch.equal(flex, again)
     assert list(layout.block_masks) == [window]  # made once a row
 
@@ -207,9 +212,12 @@ def deviation(got, expected):
     )
 
 
+@pytest.mark.parametrize("way", [(128, 1024), (3, 1024), (3, 2)], ids=["whole", "blocks", "sdpa"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_packed_equals_padded(kind, lora):
+def test_packed_equals_padded(kind, lora, way, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK", way[0])  # three ways to compute attention on a CPU
+    monkeypatch.setattr(packing, "SHORT", way[1])
     lm, sequences = a_model(kind, lora), random_sequences()
     expected = padded_logps(lm.model, sequences)
     expected_gradients = gradients(lm.model, expected)
