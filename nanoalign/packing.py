@@ -93,7 +93,6 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
     return Row(tokens[0], layout, *wanted, trained, lengths)
 
 
-@torch.compiler.disable  # its loops depend on the row: a compiled layer is compiled around it
 def packed_attention(
     module,
     query: Tensor,  # (1, H, T, D)
@@ -125,6 +124,7 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
+@torch.compiler.disable  # its loops depend on the row: a compiled layer is compiled around it
 def _by_example(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
     """The predicate as a few dense calls: an example's prompt and first branch are one causal
     sequence; each further branch attends to the prompt and to itself."""
@@ -188,14 +188,14 @@ def _dense(q, k, v, scaling, dropout, window, softcap) -> Tensor:
     return (weights @ v[0]).view(1, heads, queries, -1)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """(queries, keys) bool: causal from the lower right corner, at most `window` wide."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _bias(queries, keys, window, groups, dtype, device) -> Tensor:
     """(1, groups * queries, keys): 0 where the band is, -inf elsewhere, for each group."""
     band = _band(queries, keys, window, device).repeat(groups, 1)
@@ -209,21 +209,26 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
-    """The predicate compiled into one kernel. (Attention dropout does not exist there.)"""
+@torch.compiler.disable  # made once a row and window, outside of any compiled layer
+def _block_mask(layout: Layout, window: int | None):
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.block_masks:
+        tokens, device = len(layout.position), layout.position.device
         layout.block_masks[window] = create_block_mask(
-            lambda b, h, q, k: layout.allowed(q, k, window),
-            None, None, query.shape[2], key.shape[2], device=query.device,
-        )  # fmt: skip
+            lambda b, h, q, k: layout.allowed(q, k, window), None, None, tokens, tokens, device
+        )
+    return layout.block_masks[window]
+
+
+def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
+    """The predicate compiled into one kernel. (Attention dropout does not exist there.)"""
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
 
     return _compiled_flex()(
         query, key, value, score_mod=cap if softcap else None,
-        block_mask=layout.block_masks[window], scale=scaling,
+        block_mask=_block_mask(layout, window), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
