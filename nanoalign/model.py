@@ -148,8 +148,10 @@ def load_policy(cfg: Config) -> Policy:
         )
         enable({"use_reentrant": False})
     if cfg.torch_compile:
+        # rounding as without it: policy and reference are compiled apart, and must agree at the start
+        exact = {"emulate_precision_casts": True}
         for layer in model.get_decoder().layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, options=exact)
     model.set_attn_implementation("packed")
     return Policy(lm, tokenizer, template, lora, attention, Reference(lm) if lora else None)
 
