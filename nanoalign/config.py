@@ -41,6 +41,7 @@ class Config:
         "auto", "of the frozen weights and of computing; auto: the checkpoint's"
     )
     bf16: bool = flag(False, "the same as --dtype bfloat16")
+    fp16: bool = flag(False, "float16 with dynamic loss scaling, for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
     chat_template: Literal["chatml", "native"] = flag(
         "chatml", "native: the tokenizer's own template"
@@ -200,8 +201,11 @@ def check(cfg: Config, given: set[str]) -> None:
     def contradiction(first: str, second: str):
         raise InputError(f"--{first} and --{second} contradict each other; give one of them")
 
-    if cfg.bf16 and cfg.dtype not in ("auto", "bfloat16"):
-        contradiction("bf16", f"dtype {cfg.dtype}")
+    if cfg.bf16 and cfg.fp16:
+        contradiction("bf16", "fp16")
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(cfg, name) and cfg.dtype not in ("auto", dtype):
+            contradiction(name, f"dtype {cfg.dtype}")
     if cfg.warmup_ratio and cfg.warmup_steps:
         contradiction("warmup_ratio", "warmup_steps")
     if cfg.eval_dataset and cfg.eval_fraction:
@@ -212,8 +216,7 @@ def check(cfg: Config, given: set[str]) -> None:
                 contradiction("use_peft false", name)
         if cfg.load_in_4bit:  # 4-bit weights can't train
             contradiction("use_peft false", "load_in_4bit")
-    if cfg.bf16:
-        cfg.dtype = "bfloat16"
+    cfg.dtype = "bfloat16" if cfg.bf16 else "float16" if cfg.fp16 else cfg.dtype
     if not cfg.dataset_name:
         raise InputError("--dataset_name: give the data to train on")
     if cfg.max_steps < 1 and cfg.max_steps != -1:

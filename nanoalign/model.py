@@ -148,7 +148,7 @@ def load_policy(cfg: Config) -> Policy:
         )
         enable({"use_reentrant": False})
     if cfg.torch_compile:
-        # rounding as without it: policy and reference are compiled apart, and must agree at the start
+        # policy and reference are compiled apart: only with eager's rounding do they start equal
         exact = {"emulate_precision_casts": True}
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True, options=exact)

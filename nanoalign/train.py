@@ -31,6 +31,8 @@ from nanoalign.metrics import Log, Sums, add, means
 from nanoalign.model import Policy, generate_ids, save_policy
 from nanoalign.run import Run
 
+INITIAL_SCALE = 2.0**16  # of the loss, in float16
+
 
 def learning_rate(cfg: Config, step: int, total: int) -> float:
     """At step 0, 1, ... of `total`: linear warm-up from 0, then linear, cosine or constant."""
@@ -92,6 +94,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
     total = total_steps(cfg, len(run.examples))
     identity = fingerprint(vars(cfg), run.examples, lm)
     state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
+    state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
     state |= resume(cfg.resume_from_checkpoint, directory, named, optimizer, identity)
     claim(directory, fresh=cfg.resume_from_checkpoint is None)
     prune(directory, cfg.save_total_limit, state["step"])
@@ -116,11 +119,21 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
             micro_batches = step_batches(cfg, examples, place, longest)
             rate = learning_rate(cfg, step, total)
             numbers, sums = optimizer_step(
-                optimizer, rate, cfg.max_grad_norm, micro_batches, weight, prepare, loss
+                optimizer,
+                rate,
+                cfg.max_grad_norm,
+                micro_batches,
+                weight,
+                prepare,
+                loss,
+                state["scale"],
             )
             if sums is None:
-                state["skipped"] += 1
                 del numbers["grad_norm"]  # JSON knows no NaN
+            if cfg.fp16 and (sums is not None or state["scale"] > 1):
+                rescale(state, overflow=sums is None)
+            elif sums is None:
+                state["skipped"] += 1
                 where = ", ".join(e.where for batch in micro_batches for e in batch)
                 what = f"step {step + 1}: loss or gradient is not finite; its rows: {where}"
                 if state["skipped"] > cfg.skip_nonfinite:
@@ -160,6 +173,17 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
     write_whole(directory, lambda beside: save_policy(run.policy, beside), replace=True)
 
 
+def rescale(state: dict, overflow: bool) -> None:
+    """Dynamic loss scaling for float16, whose smallest numbers gradients fall below (Micikevicius
+    et al. 2017, arXiv 1710.03740): half the scale after a step that overflowed and so was left out,
+    twice the scale after 2,000 that did not."""
+    state["since_overflow"] = 0 if overflow else state["since_overflow"] + 1
+    if overflow:
+        state["scale"] /= 2
+    elif state["since_overflow"] % 2000 == 0:
+        state["scale"] *= 2
+
+
 def replies(policy: Policy, examples: list[Example]) -> str:
     """The policy's greedy replies to held-out prompts, beside the reference's."""
     prompts = [example.prompt for example in examples]
@@ -194,10 +218,11 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def optimizer_step(
-    optimizer, rate, max_grad_norm, micro_batches, weight, prepare, loss
+    optimizer, rate, max_grad_norm, micro_batches, weight, prepare, loss, scale=1.0
 ) -> tuple[dict[str, float], Sums | None]:
     """One step on the mean over all its micro-batches.
 
+    `scale` multiplies the loss on its way through backward, and is taken out of the gradient.
     -> learning rate and gradient norm; sums of loss and metrics, or None when loss or gradient are
     not finite: then nothing has changed.
     """
@@ -205,14 +230,14 @@ def optimizer_step(
     tensors, counts = {}, {}
     for batch, known in zip(micro_batches, prepare(micro_batches)):
         value, metrics = loss(batch, known)
-        value.backward()
+        (value * scale).backward()
         metrics = {"loss": (value.detach(), sum(map(weight, batch))), **metrics}
         for name, (summed, count) in metrics.items():
             tensors[name] = tensors.get(name, 0.0) + summed
             counts[name] = counts.get(name, 0) + count
 
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, counts["loss"])
+    torch._foreach_div_(gradients, counts["loss"] * scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
     host = torch.stack([norm, *(torch.as_tensor(t, device=norm.device) for t in tensors.values())])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
 from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
-from nanoalign.train import epochs, learning_rate, total_steps
+from nanoalign.train import epochs, learning_rate, optimizer_step, rescale, total_steps
 from train_dpo import run_dpo
 from train_kto import run_kto
 from train_sft import run_sft
@@ -360,3 +360,46 @@ def test_checkpoints(run):
         for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
             assert (directory / name).is_file()
     assert not same(adapter(run.directory), adapter(run.directory / "checkpoint-4"))
+
+
+# ------------------------------------------------------------------------------------- float16
+
+
+def test_the_loss_scale_goes_down_after_overflow_and_up_after_2000_steps():
+    state = {"scale": 2.0**16, "since_overflow": 5}
+    rescale(state, overflow=True)
+    assert state == {"scale": 2.0**15, "since_overflow": 0}
+    for _ in range(1999):
+        rescale(state, overflow=False)
+    assert state["scale"] == 2.0**15
+    rescale(state, overflow=False)
+    assert state["scale"] == 2.0**16
+
+
+def test_the_scale_is_taken_out_of_the_gradient():
+    """sum of x * w over two examples, scaled by 1024: the mean's gradient all the same."""
+    w = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    x = torch.tensor([1.0, -4.0])
+    numbers, sums = optimizer_step(
+        optimizer, 0.5, 0.0, [[x, x]], lambda example: 1, lambda groups: [None],
+        lambda batch, _: (sum(example @ w for example in batch), {}), scale=1024.0,
+    )  # fmt: skip
+    assert numbers["grad_norm"] == pytest.approx(17**0.5) and sums["loss"] == (-20.0, 2)
+    assert w.tolist() == [1.5, 5.0]  # w - 0.5 * x
+
+
+@ALL
+def test_fp16_trains(method, run):
+    flags = ("--fp16", "true", "--max_steps", "16", "--per_device_train_batch_size", "11")
+    lines = run(method, *flags)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < 0.9 * losses[0]
+
+
+@ALL
+def test_a_scale_that_is_too_high_costs_steps_and_nothing_else(method, run, monkeypatch):
+    monkeypatch.setattr("nanoalign.train.INITIAL_SCALE", 2.0**40)
+    lines = run(method, "--fp16", "true", "--max_steps", "40")
+    skipped = [line for line in lines if "loss" not in line]
+    assert 0 < len(skipped) < 40 and all(math.isfinite(ln["loss"]) for ln in lines if "loss" in ln)
