@@ -36,8 +36,6 @@ def test_runs(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(tmp_path / "home")}}
     nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()  # raises on an error
-    said = "".join(o["text"] for o in outputs(notebook) if o.get("name") == "stderr")
-    assert said == ""
     assert [p.name for p in (tmp_path / "home").iterdir()] == [path.name]  # writes nothing here
 
 
