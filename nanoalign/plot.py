@@ -35,10 +35,7 @@ def read_run(directory: Path) -> list[dict]:
 
 def draw(runs: dict[str, list[dict]], out: Path) -> None:
     """One panel for each group of metrics that some run has; evaluations are dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: a notebook keeps its own figures
 
     seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
     panels = {t: [n for n in names if n in seen] for t, names in PANELS.items()}
@@ -47,9 +44,9 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False, layout="constrained"
-    )
+    size = 4.2 * columns, 2.9 * rows
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for run, lines in runs.items():
             for name in names:
@@ -69,7 +66,6 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.savefig(out, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What the three scripts share at their two ends: from flags to data, and from policy to disk."""
 
+import io
 import json
 import os
 import random
@@ -55,7 +56,8 @@ def one_line(error: InputError) -> str:
 def quiet() -> None:
     """The libraries' chatter: loading bars, notes on configs, retries of the hub, warnings."""
     warnings.simplefilter("ignore")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name or reply that it can't show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or reply that it can't show
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()

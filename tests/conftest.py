@@ -14,7 +14,8 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 TEXT = [
-    "system user assistant Be brief. What is the capital of France? Paris is the capital of France.",
+    "system user assistant Be brief. What is the capital of France? "
+    "Paris is the capital of France.",
     "Why is the sky blue? Light is scattered. How are you? I am fine, thank you. Hello! Bye.",
 ]
 
