@@ -31,7 +31,8 @@ BASE = HOME / "base"
 EACH = 3000  # training questions of a kind
 HELD_OUT = 100  # questions of a kind in each of the two held-out sets
 
-# settings of the built-in runs, chosen on validation.jsonl; reported on test.jsonl
+# settings of the built-in runs, from an earlier experiment with such a world; choose others on
+# validation.jsonl (`measure(policy, "validation")`): test.jsonl is what the scripts report
 SETTINGS = {
     "sft": dict(
         model_name_or_path=str(BASE), dataset_name=[str(HOME / "sft.jsonl")],
