@@ -3,6 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+# Tiny tensors: a second thread costs more than it brings. In the environment, so that the scripts
+# that tests start add up in the same order as the test itself: what they write is compared.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -11,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 TEXT = [
     "system user assistant Be brief. What is the capital of France? "
