@@ -9,7 +9,7 @@ are gone before the next one's are made: no (tokens, vocabulary) tensor ever exi
 The usual way to get there (Cut Cross-Entropy, arXiv 2411.09009; Liger; checkpointing) computes the
 logits a second time in backward. A frozen head does not need that. With p = softmax(z), z = W h,
 
-    d logp / d h = (onehot(target) - p) W
+    d (-logp) / d h = (p - onehot(target)) W
 
 is known in forward but for the factor that arrives in backward, and that is one number a token. So
 forward makes this (N, d) gradient while it has the logits at hand, and backward only scales it: two
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanoalign.lora import TokenRows
 from nanoalign.packing import Sequence, pack
 
-CHUNK = 128  # rows of logits at a time: 25 MB of fp32 at 50,000 tokens of vocabulary
+CHUNK = 256  # rows of logits at a time: 50 MB of fp32 at 50,000 tokens of vocabulary
 
 
 @dataclass
@@ -48,51 +48,56 @@ class Head:
     def plain(self) -> bool:
         return self.scale == 1.0 and self.softcap is None
 
-    def logits(self, h: Tensor) -> Tensor:
-        """(n, d) -> (n, V) in fp32; the product itself runs in h's dtype."""
+    def logits(self, h: Tensor, out: Tensor) -> Tensor:
+        """(n, d) -> (n, V), into the first rows of `out`; the product itself runs in h's dtype."""
         bias = None if self.bias is None else self.bias.to(h.dtype)
-        z = F.linear(h, self.weight.to(h.dtype), bias).float()
+        z = out[: len(h)].copy_(F.linear(h, self.weight.to(h.dtype), bias))
         if self.scale != 1.0:
             z *= self.scale
         if self.softcap is not None:
-            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
 
-    def d_logps(self, z: Tensor, lse: Tensor, target: Tensor) -> Tensor:
-        """d logp / d (h @ weight.T), where z are the logits, which are overwritten: (n, V).
+    def slope(self, z: Tensor) -> Tensor | float:
+        """d logits / d (h @ weight.T + bias), where z are the logits."""
+        return self.scale if self.softcap is None else self.scale * (1 - (z / self.softcap) ** 2)
 
-        onehot(target) - softmax(z), through the scale and the curve of the cap."""
-        slope = 1 - (z / self.softcap) ** 2 if self.softcap is not None else 1.0
-        dz = z.sub_(lse[:, None]).exp_().neg_()
-        dz.scatter_add_(1, target, torch.ones_like(target, dtype=dz.dtype))
-        return dz if self.plain else dz.mul_(slope * self.scale)
+
+def d_nll(logp: Tensor, target: Tensor, slope: Tensor | float) -> Tensor:
+    """d (-logp[target]) / d (h @ weight.T + bias) = (softmax - onehot) * slope: in place, (n, V)"""
+    dz = logp.exp_()
+    dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=dz.dtype))
+    return dz if isinstance(slope, float) and slope == 1.0 else dz.mul_(slope)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """logits[target] - logsumexp(logits), chunk by chunk. See the top of this file."""
+    """logits[target] - logsumexp(logits), chunk by chunk. See the top of this file.
+
+    All chunks use one fp32 buffer: on a CPU, touching new memory costs as much as the softmax.
+    """
 
     @staticmethod
     def forward(ctx, h, weight, bias, row_weight, targets, head, chunk):
         head = replace(head, weight=weight.to(h.dtype))  # one cast for all chunks
         logps = torch.empty(len(h), dtype=torch.float32, device=h.device)  # (N,)
-        lse = torch.empty_like(logps)
+        buffer = torch.empty(min(chunk, len(h)), len(weight), dtype=torch.float32, device=h.device)
         need_h, need_weight, need_bias, need_rows = ctx.needs_input_grad[:4]
         head_trains = need_weight or need_bias
         dh = torch.empty_like(h) if (need_h or need_rows) and not head_trains else None
         drows = h.new_empty(len(h), len(head.rows)) if need_rows else None
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            z = head.logits(h[part])  # (n, V) fp32
-            target = targets[part, None]
-            lse[part] = z.logsumexp(dim=1)
-            logps[part] = z.gather(1, target)[:, 0] - lse[part]
+            z, target = head.logits(h[part], buffer), targets[part, None]
+            slope = head.slope(z) if dh is not None else None
+            logp = torch.log_softmax(z, 1, out=z)  # (n, V)
+            logps[part] = logp.gather(1, target)[:, 0]
             if dh is not None:
-                dz = head.d_logps(z, lse[part], target).to(h.dtype)
+                dz = d_nll(logp, target, slope).to(h.dtype)
                 torch.mm(dz, head.weight, out=dh[part])
                 if need_rows:
                     drows[part] = dz[:, head.rows]
         if head_trains:
-            ctx.save_for_backward(h, lse, targets)
+            ctx.save_for_backward(h, targets)
         else:
             ctx.save_for_backward(dh, drows, h if need_rows else None)
         ctx.head, ctx.chunk, ctx.head_trains = head, chunk, head_trains
@@ -100,20 +105,23 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # (N,) fp32
+        grad = -grad[:, None]  # what is kept is the gradient of -logp
         if not ctx.head_trains:
             dh, drows, h = ctx.saved_tensors
-            drows = None if drows is None else (drows.float() * grad[:, None]).T @ h.float()
-            return (dh * grad[:, None]).to(dh.dtype), None, None, drows, None, None, None
+            drows = None if drows is None else (drows.float() * grad).T @ h.float()
+            return (dh * grad).to(dh.dtype), None, None, drows, None, None, None
 
-        h, lse, targets = ctx.saved_tensors
+        h, targets = ctx.saved_tensors
         head, chunk = ctx.head, ctx.chunk
         dh = torch.empty_like(h)
         dweight = torch.zeros(head.weight.shape, dtype=torch.float32, device=h.device)
         dbias = None if head.bias is None else dweight.new_zeros(len(dweight))
+        buffer = dweight.new_empty(min(chunk, len(h)), len(dweight))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            dz = head.d_logps(head.logits(h[part]), lse[part], targets[part, None])
-            dz = dz.mul_(grad[part, None])
+            z = head.logits(h[part], buffer)
+            slope = head.slope(z)
+            dz = d_nll(torch.log_softmax(z, 1, out=z), targets[part, None], slope).mul_(grad[part])
             if dbias is not None:
                 dbias += dz.sum(0)
             dz = dz.to(h.dtype)

@@ -53,6 +53,21 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, but on a CPU an element's fate is 16 random bits: torch draws a double there,
+    which takes as long as the layer's product. p is rounded to 1/65536, and the scale fits it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or not x.is_cpu:
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view_as(x)  # uniform on [-2^15, 2^15)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values
+        keep = (bits >= dropped - 2**15).to(x.dtype)
+        return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
 class LoRALinear(nn.Module):
     """base_layer(x) + scaling * B A dropout(x), for any linear layer, quantized or not.
 
@@ -66,7 +81,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base_layer.in_features, r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base_layer.out_features, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.lora_B.weight)
-        self.scaling, self.dropout, self.enabled = scaling, nn.Dropout(dropout), True
+        self.scaling, self.dropout, self.enabled = scaling, Dropout(dropout), True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = self.base_layer(x)

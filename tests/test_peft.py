@@ -5,6 +5,7 @@ does not arrive, or arrives in the wrong place or at the wrong scale, shows in t
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import train_sft  # noqa: E402
 from nanoalign import InputError  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
 from nanoalign.config import DPOConfig, SFTConfig  # noqa: E402
-from nanoalign.lora import trained_tensors  # noqa: E402
+from nanoalign.lora import Dropout, LoRALinear, trained_tensors  # noqa: E402
 from nanoalign.model import generation, load_policy, load_reference, save_policy  # noqa: E402
 
 SEQUENCES = [
@@ -158,13 +159,16 @@ def test_pefts_adapter_here(base, how, bases, ids, tmp_path):
 
 
 def test_dropout_in_training_is_pefts(bases, ids, tmp_path):
-    """From one seed both draw the same masks: the same place, rate and scale."""
+    """With torch's masks from one seed: the same place, rate and scale."""
     policy = policy_of(bases["untied"], lora_dropout=0.3)
     randomize(p for p in policy.model.parameters() if p.requires_grad)
     save_policy(policy, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(bases["untied"])
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
     policy.model.set_attn_implementation(policy.attention)
+    for module in policy.model.modules():
+        if isinstance(module, LoRALinear):
+            module.dropout = torch.nn.Dropout(module.dropout.p)
     results = []
     for model in (policy.model, theirs):
         model.train()
@@ -172,6 +176,26 @@ def test_dropout_in_training_is_pefts(bases, ids, tmp_path):
         results.append(logits_of(model, ids))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert (results[0] - logits_of(theirs.eval(), ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9999999])
+def test_dropout_on_a_cpu_drops_a_share_p_and_keeps_the_mean(p):
+    """Every fourth element shares a 64-bit word's lane: each lane drops p, within five sigma."""
+    x = torch.ones(3, 33_333, requires_grad=True)  # no multiple of 4
+    dropout = Dropout(p)
+    torch.manual_seed(0)
+    y = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, dropout(x))
+    dropped = min(round(p * 2**16), 2**16 - 1) / 2**16
+    assert set(y.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - dropped)).item()}
+    for lane in range(4):
+        part = (y.flatten()[lane::4] == 0).float()
+        sigma = math.sqrt(dropped * (1 - dropped) / len(part))
+        assert abs(part.mean() - dropped) < 5 * sigma
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # x is 1: the gradient is the mask and its scale
+    assert torch.equal(dropout.eval()(x), x)
 
 
 def test_the_file_says_what_it_holds(bases, tmp_path):
