@@ -12,11 +12,11 @@ from nanoalign.layouts import DPO
 from nanoalign.losses import dpo_loss
 from nanoalign.metrics import reward_sums
 from nanoalign.model import load_reference
-from nanoalign.run import finish, main, start
+from nanoalign.run import Run, finish, main, start
 from nanoalign.train import train
 
 
-def run_dpo(cfg: DPOConfig) -> None:
+def run_dpo(cfg: DPOConfig) -> Run:
     run = start(cfg, DPO)
 
     def order(epoch):
@@ -61,7 +61,7 @@ def run_dpo(cfg: DPOConfig) -> None:
         }
 
     train(cfg, run, order, weight, prepare, loss)
-    finish(cfg, run)
+    return finish(cfg, run)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from nanoalign.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
 from nanoalign.metrics import reward_sums
 from nanoalign.model import load_reference
-from nanoalign.run import finish, main, start
+from nanoalign.run import Run, finish, main, start
 from nanoalign.train import epochs, train
 
 
-def run_kto(cfg: KTOConfig) -> None:
+def run_kto(cfg: KTOConfig) -> Run:
     run = start(cfg, KTO)
     up = sum(e.label for e in run.examples)
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
@@ -95,7 +95,7 @@ def run_kto(cfg: KTOConfig) -> None:
         return losses.sum(), metrics
 
     train(cfg, run, order, weight, prepare, loss)
-    finish(cfg, run)
+    return finish(cfg, run)
 
 
 if __name__ == "__main__":

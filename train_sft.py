@@ -10,11 +10,11 @@ from nanoalign.config import SFTConfig
 from nanoalign.data import epoch_order
 from nanoalign.layouts import SFT
 from nanoalign.losses import sft_loss
-from nanoalign.run import finish, main, start
+from nanoalign.run import Run, finish, main, start
 from nanoalign.train import train
 
 
-def run_sft(cfg: SFTConfig) -> None:
+def run_sft(cfg: SFTConfig) -> Run:
     run = start(cfg, SFT)
 
     def order(epoch):
@@ -31,7 +31,7 @@ def run_sft(cfg: SFTConfig) -> None:
         return sft_loss(scores.logps).sum(), {}
 
     train(cfg, run, order, weight, prepare, loss)
-    finish(cfg, run)
+    return finish(cfg, run)
 
 
 if __name__ == "__main__":

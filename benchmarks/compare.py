@@ -8,11 +8,14 @@ own, in turn. Printed for each method and base: real tokens per second (prompts 
 counts them, a DPO prompt in both its rows; padding and KL rows are not counted; the same number is
 used for both sides), peak memory (resident set; on CUDA what was allocated), the ratio of each pair
 of runs with its spread, and the first and last losses. The first step, which warms up, is left out.
+On CUDA the clock is CUDA's events, and model FLOPs utilization is printed too: what the mathematics
+of a step needs (see `model_flops`) over what the card could do in its time (--peak_tflops).
 
 TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, and the
 faster of gradient checkpointing on and off (--peer_checkpointing turns it on). Ours can run with
---torch_compile. Without a data flag rows of random words are used, without --model a --shape with
-random weights.
+--torch_compile. In bf16 the two round differently, and LoRA's dropout draws other masks; with
+--dtype float32 --lora_dropout 0 the losses agree to the printed digit. Without a data flag rows of
+random words are used, without --model a --shape with random weights.
 """
 
 import argparse
@@ -78,11 +81,11 @@ def random_rows(method: str, count: int) -> list[dict]:
     return [row | {"label": i % 2 == 0} for i, row in enumerate(rows)] if method == "kto" else rows
 
 
-def prepare(args, method: str, directory: Path) -> int:
+def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     """Write ours.jsonl (messages), theirs.jsonl (rendered ChatML) and the starting adapter.
 
     Rows that would not train here (a prompt that fills max_length) are left out for both sides.
-    Returns the tokens of the steps that are timed.
+    Returns the tokens of the steps that are timed, and the FLOPs of a pass over them.
     """
     from nanoalign import layouts
     from nanoalign.config import SFTConfig
@@ -91,7 +94,8 @@ def prepare(args, method: str, directory: Path) -> int:
 
     kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]
     torch_seed()
-    policy = load_policy(SFTConfig(model_name_or_path=args.model, device="cpu"))
+    cfg = SFTConfig(model_name_or_path=args.model, lora_dropout=args.lora_dropout, device="cpu")
+    policy = load_policy(cfg)
     save_policy(policy, directory / "adapter")
     source = getattr(args, f"{method}_data") or write_rows(
         directory / "rows.jsonl", random_rows(method, args.batch * (args.steps + 1))
@@ -110,7 +114,32 @@ def prepare(args, method: str, directory: Path) -> int:
         ours.append({"ids": [example.prompt, example.completions], **label})
     write_rows(directory / "ours.jsonl", ours)
     write_rows(directory / "theirs.jsonl", theirs)
-    return sum(len(example) for example in examples[args.batch :])
+    timed = examples[args.batch :]
+    flops = sum(
+        model_flops(policy.model, len(example.prompt) + len(ids), reference=method != "sft")
+        for example in timed
+        for ids, _ in example.completions
+    )
+    return sum(map(len, timed)), flops
+
+
+def model_flops(model, length: int, reference: bool) -> float:
+    """What one sequence of a LoRA step needs: 2 FLOPs a weight and token for each of forward and
+    the gradient of the activations (frozen weights have no gradient of their own), 4 more for the
+    adapter's, 4 d a pair of tokens for attention (half of them are causal), and one more forward
+    for the reference. Recomputation, padding and a prompt's second copy are nobody's merit.
+    """
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    products = frozen - (0 if tied else embedding)  # a tied table is the head's product
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    heads = model.config.num_attention_heads
+    d = heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
+    attention = 2 * d * length**2 * model.config.num_hidden_layers
+    forward = 2 * products * length + attention
+    backward = 2 * products * length + 2 * attention
+    return forward * (2 if reference else 1) + backward + 6 * trained * length
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -134,9 +163,33 @@ def settings(args) -> dict:
     )  # fmt: skip
 
 
+class Clock:
+    """The moments at which steps ended; on CUDA its own events, so that no step waits for it."""
+
+    def __init__(self, device: str):
+        self.cuda, self.moments = device == "cuda", []
+
+    def tick(self) -> None:
+        import torch
+
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.moments.append(event if self.cuda else time.monotonic())
+
+    def seconds(self) -> float:
+        """Between the first and the last tick."""
+        first, last = self.moments[0], self.moments[-1]
+        if not self.cuda:
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
+
+
 def run_ours(args) -> None:
     """The scripts as they are, on examples that are encoded already."""
     import nanoalign.run
+    import nanoalign.train
     from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
     from nanoalign.data import Example
     from train_dpo import run_dpo
@@ -157,25 +210,31 @@ def run_ours(args) -> None:
         ]
         return examples, Counter(rows=len(rows), examples=len(rows))
 
-    nanoalign.run.read_examples = read
+    clock, step = Clock(args.device), nanoalign.train.optimizer_step
+
+    def timed_step(*given, **more):
+        done = step(*given, **more)
+        clock.tick()
+        return done
+
+    nanoalign.run.read_examples, nanoalign.train.optimizer_step = read, timed_step
     nanoalign.run.quiet()
     cfg = kind(
         model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",
         dataset_name=[args.directory + "/ours.jsonl"], shuffle_dataset=False,
-        overwrite_output_dir=True, dtype="bfloat16", load_in_4bit=args.qlora, device=args.device,
+        overwrite_output_dir=True, dtype=args.dtype, load_in_4bit=args.qlora, device=args.device,
         torch_compile=args.torch_compile, save_steps=None,
         gradient_checkpointing=args.checkpointing, **settings(args),
     )  # fmt: skip
     run(cfg)
     text = (Path(cfg.output_dir) / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    report(args, [line["time"] for line in lines], [line["loss"] for line in lines])
+    report(args, clock, [line["loss"] for line in lines])
 
 
 def run_theirs(args) -> None:
     import datasets
     import peft
-    import torch
     import transformers
     import trl
 
@@ -186,10 +245,10 @@ def run_theirs(args) -> None:
         tokenizer.pad_token = next(t for t in tokenizer.all_special_tokens if t != "<|im_end|>")
     rows = [json.loads(ln) for ln in Path(args.directory, "theirs.jsonl").read_text().splitlines()]
     quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=args.dtype
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16, device_map=args.device if args.qlora else None,
+        args.model, dtype=args.dtype, device_map=args.device if args.qlora else None,
         quantization_config=quantization if args.qlora else None,
     )  # fmt: skip
     name = args.method.upper()
@@ -197,36 +256,35 @@ def run_theirs(args) -> None:
     if args.method == "sft":
         more |= {"padding_free": True}
     config = getattr(trl, f"{name}Config")(
-        train_sampling_strategy="sequential", bf16=True, use_cpu=args.device == "cpu",
-        gradient_checkpointing=args.checkpointing, save_strategy="no", report_to="none",
-        disable_tqdm=True, **settings(args), **more,
+        train_sampling_strategy="sequential", bf16=args.dtype == "bfloat16",
+        use_cpu=args.device == "cpu", gradient_checkpointing=args.checkpointing,
+        save_strategy="no", report_to="none", disable_tqdm=True, **settings(args), **more,
     )  # fmt: skip
-    times: list[float] = []
+    clock = Clock(args.device)
 
-    class Clock(transformers.TrainerCallback):
+    class Steps(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.monotonic())
+            clock.tick()
 
     model = peft.PeftModel.from_pretrained(base, args.directory + "/adapter", is_trainable=True)
     trainer = getattr(trl, f"{name}Trainer")(
         model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer, callbacks=[Clock()],
+        processing_class=tokenizer, callbacks=[Steps()],
     )  # fmt: skip
     trainer.train()
-    report(args, times, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+    report(args, clock, [line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
-def report(args, times: list[float], losses: list[float]) -> None:
+def report(args, clock: Clock, losses: list[float]) -> None:
     import torch
 
+    seconds = clock.seconds()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if platform.system() == "Darwin" else 1024
     )
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    out = {"seconds": times[-1] - times[0], "peak": peak, "first": losses[0], "last": losses[-1]}
+    out = {"seconds": seconds, "peak": peak, "first": losses[0], "last": losses[-1]}
     Path(args.directory, f"{args.worker}.json").write_text(json.dumps(out))
 
 
@@ -237,7 +295,7 @@ def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
     """One run in a process of its own."""
     command = [sys.executable, __file__, "--worker", worker, "--method", method]
     command += ["--directory", str(directory), "--model", args.model, "--device", args.device]
-    command += ["--steps", str(args.steps), "--batch", str(args.batch)]
+    command += ["--steps", str(args.steps), "--batch", str(args.batch), "--dtype", args.dtype]
     command += ["--qlora"] if qlora else []
     ours = worker == "ours"
     command += ["--torch_compile"] if ours and args.torch_compile else []
@@ -250,7 +308,7 @@ def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
 
 def compare(args, method: str, qlora: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
-        tokens = prepare(args, method, Path(name))
+        tokens, flops = prepare(args, method, Path(name))
         speeds, memories = [], []
         for pair in range(args.pairs):
             order = ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours")
@@ -267,6 +325,11 @@ def compare(args, method: str, qlora: bool) -> None:
                 f"{theirs['first']:.4f} -> {theirs['last']:.4f}",
                 flush=True,
             )
+            if args.device == "cuda":
+                share = [
+                    flops / (run["seconds"] * args.peak_tflops * 1e12) for run in (ours, theirs)
+                ]
+                print("    model FLOPs utilization: ours {:.1%}, TRL {:.1%}".format(*share))
     print(
         f"{method.upper()} {'QLoRA' if qlora else 'LoRA':<5}  median speed x"
         f"{statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f}), memory x"
@@ -292,6 +355,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--lora_dropout", type=float, default=0.05, help="(DPO and KTO ignore it)")
+    parser.add_argument("--peak_tflops", type=float, default=989, help="dense bf16: H100, H200 989")
     parser.add_argument("--torch_compile", action="store_true", help="on our side")
     parser.add_argument("--peer_checkpointing", action="store_true")
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)

@@ -18,6 +18,12 @@ def advice(cfg: Config, examples: list[Example], cut: int = 0) -> list[str]:
         lines.append(
             f"--learning_rate {cfg.learning_rate:g} is high for training all weights; try 1e-5"
         )
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
+    if cfg.use_peft and attention.issuperset(cfg.lora_target_modules):
+        targets = " ".join(cfg.lora_target_modules)
+        lines.append(
+            f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
+        )
     if isinstance(cfg, ReferenceConfig) and not 0.01 <= cfg.beta <= 1:
         why = (
             "little holds the policy to the reference" if cfg.beta < 0.01 else "it can hardly move"

@@ -14,7 +14,7 @@ pipeline_tag: text-generation
 tags:
 - {method}
 - nanoalign{lora_tag}
----
+{datasets}---
 
 # {title}
 
@@ -54,7 +54,9 @@ def write_card(
 ) -> None:
     """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl."""
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
+    on_hub = [f"- {n}\n" for n in cfg.dataset_name if not Path(n).suffix and not Path(n).exists()]
     text = CARD.format(
+        datasets="".join(["datasets:\n", *on_hub]) if on_hub else "",
         base=lora.base_model_name_or_path if lora else cfg.model_name_or_path,
         library="peft" if lora else "transformers",
         method=method,

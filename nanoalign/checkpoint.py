@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from nanoalign import InputError
 from nanoalign.data import Example
@@ -40,18 +40,23 @@ FREE = {
 }  # fmt: skip
 
 
-def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
-    """What makes a run this run: its flags, data and weights. Taken before the first step."""
+def data_fingerprint(examples: list[Example]) -> str:
+    """SHA-256 of what is trained on: ids, masks and labels, in order."""
     data = hashlib.sha256()
     for e in examples:
         data.update(json.dumps([e.prompt, e.completions, e.label]).encode())
+    return data.hexdigest()
+
+
+def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
+    """What makes a run this run: its flags, data and weights. Taken before the first step."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         total = tensor.detach().sum(dtype=torch.float64).item()
         weights[tensor.requires_grad].update(f"{name} {tuple(tensor.shape)} {total!r}\n".encode())
     return {
         "flags": {name: value for name, value in flags.items() if name not in FREE},
-        "data": data.hexdigest(),
+        "data": data_fingerprint(examples),
         "base": weights[False].hexdigest(),
         "starting weights": weights[True].hexdigest(),
     }
@@ -153,7 +158,7 @@ def _remove(directory: Path) -> None:
 
 def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
     """state.safetensors and state.json of the trained parameters, by name."""
-    tensors = {f"rng.{name}": value for name, value in _generators().items()}
+    tensors = {f"rng.{name}": module.get_rng_state() for name, module in _generators().items()}
     for name, parameter in named.items():
         tensors[f"weight.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -189,9 +194,9 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours:
                 for k, v in found.items()
             }
         optimizer.state.update({p: m for p, m in moments.items() if m})
-        torch.set_rng_state(saved["rng.cpu"])
-        if "rng.cuda" in names and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["rng.cuda"])
+        for device, module in _generators().items():
+            if device == "cpu" or f"rng.{device}" in names:
+                module.set_rng_state(saved[f"rng.{device}"])
         return state
     except KeyError as error:
         raise Damaged(f"{directory}: damaged: no {error}") from None
@@ -226,11 +231,14 @@ def resume(
         return state
 
 
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def _generators() -> dict:
+    """Device -> the module that holds its random generator, for the devices that are here."""
+    modules = {"cpu": torch}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+        modules["cuda"] = torch.cuda
+    if torch.backends.mps.is_available():
+        modules["mps"] = torch.mps
+    return modules
 
 
 # ------------------------------------------------------------------------------------- directories

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanoalign.lora import TokenRows
 from nanoalign.packing import Sequence, pack
 
-CHUNK = 256  # rows of logits at a time: 50 MB of fp32 at 50,000 tokens of vocabulary
+LOGITS = {"cpu": 2**24, "gpu": 2**27}  # made at a time: 64 MB and 512 MB in fp32
 
 
 @dataclass
@@ -130,12 +130,15 @@ class _TokenLogps(torch.autograd.Function):
         return dh, dweight, dbias, None, None, None, None
 
 
-def token_logps(h: Tensor, head: Head, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_logps(h: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
     """log pi(target | what precedes it) in nats, fp32: h (N, d), targets (N,) -> (N,).
 
-    `chunk` rows of h are multiplied with the head at a time. The product runs in h's dtype, the
-    softmax in fp32.
+    `chunk` rows of h are multiplied with the head at a time: None for so many that their logits
+    take the same memory whatever the vocabulary. The product runs in h's dtype, the softmax in
+    fp32.
     """
+    if chunk is None:
+        chunk = max(16, LOGITS["cpu" if h.is_cpu else "gpu"] // len(head.weight))
     return _TokenLogps.apply(h, head.weight, head.bias, head.row_weight, targets, head, chunk)
 
 

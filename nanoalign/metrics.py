@@ -59,7 +59,8 @@ class Log:
 
     def __init__(self, directory: Path, total: int, state: dict, report_to: str = "none"):
         """`state` is where the run stands: its "step", and the seconds ("time") it took so far."""
-        self.start = time.monotonic() - state["time"]
+        self.last = time.monotonic()
+        self.start = self.last - state["time"]
         path = directory / "metrics.jsonl"
         keep_lines(path, state["step"])
         with saving(path):
@@ -95,6 +96,14 @@ class Log:
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.start, 3)
+
+    def advance(self, sums: Sums | None, tokens: int) -> None:
+        """The bar: one step done, with its loss and speed. `sums` is None if it was left out."""
+        now = time.monotonic()
+        loss = f"loss {means(sums)['loss']:.4f}" if sums else "no loss"
+        self.bar.set_postfix_str(f"{loss}, {tokens / (now - self.last):.0f} tok/s", refresh=False)
+        self.bar.update()
+        self.last = now
 
     def say(self, text: str) -> None:
         self.bar.clear()

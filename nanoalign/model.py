@@ -71,11 +71,8 @@ class Policy:
         return self.lm.model
 
 
-def load_policy(cfg: Config) -> Policy:
-    """The model that the flags describe, on its device, with everything frozen but what trains.
-
-    Raises InputError for whatever is wrong with the directory, the adapter or the flags.
-    """
+def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
+    """The base model's name, and the settings of the adapter that training goes on from."""
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
@@ -84,11 +81,25 @@ def load_policy(cfg: Config) -> Policy:
             raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
     if (Path(name) / "adapter_config.json").exists():
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
+    return name, lora
 
+
+def tokenizer_of(cfg: Config) -> tuple[PreTrainedTokenizerBase, ChatML | NativeTemplate, list[int]]:
+    """As load_tokenizer: the adapter's own tokenizer where it brings one, else the base model's."""
+    adapter = cfg.adapter_name_or_path
     enlarged = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    tokenizer, template, added = load_tokenizer(
-        adapter if enlarged else name, cfg.chat_template, cfg.trust_remote_code
-    )
+    name = adapter if enlarged else base_of(cfg)[0]
+    return load_tokenizer(name, cfg.chat_template, cfg.trust_remote_code)
+
+
+def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
+    """The model that the flags describe, on its device, with everything frozen but what trains.
+
+    `opened` is tokenizer_of(cfg), where the data was read first. Raises InputError for whatever is
+    wrong with the directory, the adapter or the flags.
+    """
+    (name, lora), adapter = base_of(cfg), cfg.adapter_name_or_path
+    tokenizer, template, added = opened or tokenizer_of(cfg)
     lm = load_lm(
         name,
         cfg.dtype,

@@ -19,10 +19,10 @@ import nanoalign
 from nanoalign import InputError, world
 from nanoalign.advice import advice, afterthought
 from nanoalign.card import write_card
-from nanoalign.checkpoint import flag_differences, meant, saving, write_text
+from nanoalign.checkpoint import data_fingerprint, flag_differences, meant, saving, write_text
 from nanoalign.config import Config, parse
 from nanoalign.data import Example, Limits, describe, read_examples
-from nanoalign.model import Policy, load_policy
+from nanoalign.model import Policy, load_policy, tokenizer_of
 from nanoalign.plot import draw, read_run
 
 
@@ -34,7 +34,7 @@ class Run:
     before: dict | None = None  # the built-in world's measurement before training
 
 
-def main(method: str, kind: type[Config], run: Callable[[Config], None]) -> None:
+def main(method: str, kind: type[Config], run: Callable[[Config], Run]) -> None:
     """Parse the flags and run; what the user can mend is one line and exit code 2."""
     quiet()
     script = Path(sys.argv[0]).name
@@ -73,14 +73,12 @@ def start(cfg: Config, layouts: dict) -> Run:
     if builtin and not Path(cfg.model_name_or_path, "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
 
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    policy = load_policy(cfg)
+    tokenizer, template, _ = opened = tokenizer_of(cfg)
 
     def read(sources, split):
         limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
         examples, count = read_examples(
-            sources, layouts, policy.tokenizer, policy.template, limits, split, cfg.input_as_system
+            sources, layouts, tokenizer, template, limits, split, cfg.input_as_system
         )
         print(f"{', '.join(sources)}: {describe(count)}")
         return examples, count["completions cut"]
@@ -98,6 +96,9 @@ def start(cfg: Config, layouts: dict) -> Run:
         print(f"{len(held_out)} examples held out for evaluation")
     for line in [] if builtin else advice(cfg, examples, cut):
         print(f"advice: {line}")
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
     return Run(policy, examples, held_out, world.measure(policy) if builtin else None)
 
 
@@ -137,7 +138,7 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         raise SystemExit(0)
 
 
-def finish(cfg: Config, run: Run) -> None:
+def finish(cfg: Config, run: Run) -> Run:
     """Beside the weights: run.json, the curves, a model card; and what there is to say."""
     directory = Path(cfg.output_dir)
     method = type(cfg).__name__.removesuffix("Config").lower()
@@ -153,6 +154,7 @@ def finish(cfg: Config, run: Run) -> None:
         "method": method,
         "flags": vars(cfg),
         "examples": len(run.examples),
+        "data_sha256": data_fingerprint(run.examples),  # of ids, masks and labels
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(),
     }
@@ -162,6 +164,7 @@ def finish(cfg: Config, run: Run) -> None:
     if run.before:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
+    return run
 
 
 def git_commit() -> str | None:

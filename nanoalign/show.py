@@ -30,11 +30,12 @@ def printable(text: str) -> str:
 
 
 def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
-    """Text of ids, with the trained stretches marked."""
-    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    """Text of ids, with the trained stretches marked. Markers are the tokenizer's added tokens,
+    whether it calls them special or not, but for the runs of white space that some add."""
+    markers = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
     stretches = []  # (kind, ids): trained, marker or context
     for token, trained in zip(ids, mask):
-        marker = token in special
+        marker = token in markers
         kind = (trained, marker)
         if not stretches or stretches[-1][0] != kind:
             stretches.append((kind, []))

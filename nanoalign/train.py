@@ -141,8 +141,9 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
                 log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
             add(state["window"], sums or {})
             state["step"] = done = step + 1
-            state["num_tokens"] += sum(len(e) for batch in micro_batches for e in batch)
-            log.bar.update()
+            tokens = sum(len(e) for batch in micro_batches for e in batch)
+            state["num_tokens"] += tokens
+            log.advance(sums, tokens)
 
             if done % cfg.logging_steps == 0 or (done == 1 and cfg.logging_first_step):
                 now = time.monotonic()

@@ -1,6 +1,7 @@
 """Tiny models and a ChatML tokenizer, made in the process: the tests need no network."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 # Tiny tensors: a second thread costs more than it brings. In the environment, so that the scripts
@@ -10,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import transformers
+from scripts import write_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,3 +71,17 @@ def model_dir(tmp_path_factory):
     LlamaForCausalLM(tiny(LlamaConfig)).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A directory with sft.jsonl, dpo.jsonl and kto.jsonl."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """No curves.png: they take longer than the tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
-from scripts import METHODS, ROOT, argv, command, files, metrics, write_data, write_rows
+from scripts import METHODS, ROOT, argv, command, files, metrics, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
@@ -25,20 +25,10 @@ from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.model import generate, load_policy, load_reference, save_policy
 from nanoalign.run import check_output_dir, main, one_line, start
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """They take longer than the tiny runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.usefixtures("no_curves"),
+]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait, write_data
+from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait
 
 import nanoalign.train
 import train_dpo
@@ -24,22 +24,12 @@ import train_sft
 from nanoalign import InputError
 from nanoalign.config import SFTConfig, parse
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.usefixtures("no_curves"),
+]
 ALL = pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
 LAST = {"resume_from_checkpoint": "last"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """They take longer than the tiny runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,8 @@ def test_other_advice():
     data = examples(5, 5)
     assert advice(SFTConfig(), data, cut=0) == []
     assert "max_length" in advice(SFTConfig(), data, cut=3)[0]
+    assert "all-linear" in advice(SFTConfig(lora_target_modules=["q_proj", "v_proj"]), data)[0]
+    assert advice(SFTConfig(lora_target_modules=["q_proj", "up_proj"]), data) == []
     assert "beta" in advice(DPOConfig(beta=5.0), data)[0]
     assert "beta" in advice(DPOConfig(beta=0.001), data)[0]
 

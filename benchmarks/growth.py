@@ -1,0 +1,178 @@
+"""How cost grows: with length and batch, with the vocabulary, with the data, and before step 1.
+
+    python benchmarks/growth.py --model MODEL
+
+Four figures, each from this one command: time per token of an SFT step against sequence length and
+batch size; peak memory of the head against the vocabulary at fixed tokens, beside plain logits;
+examples per second from a file to ids and masks, beside TRL's way with dataset.map; and seconds of
+a whole run of one step, and of --help, as commands, beside TRL's command line.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from compare import random_model, random_rows, write_rows  # noqa: E402
+
+
+def best(action, times: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
+    action()
+    seconds = []
+    for _ in range(times):
+        start = time.monotonic()
+        action()
+        seconds.append(time.monotonic() - start)
+    return min(seconds)
+
+
+def lengths_and_batches(args) -> None:
+    import torch
+
+    from nanoalign.config import SFTConfig
+    from nanoalign.model import load_policy
+
+    cfg = SFTConfig(model_name_or_path=args.model, device="cpu", dtype="bfloat16")
+    policy = load_policy(cfg)
+    policy.lm.train()
+    generator = torch.Generator().manual_seed(0)
+
+    def per_token(sequences: int, length: int) -> str:
+        ids = torch.randint(0, 1000, (sequences, length), generator=generator).tolist()
+        batch = [([], [(row, [False] + [True] * (length - 1))]) for row in ids]
+        seconds = best(lambda: (-policy.lm(batch).logps.sum()).backward())
+        return f"{1e3 * seconds / (sequences * length):>8.2f} ms"
+
+    print("\nSFT, forward and backward, time per token")
+    for length in (256, 512, 1024, 2048, 4096):
+        print(f"  one sequence of {length:>5} tokens {per_token(1, length)}")
+    for size in (1, 2, 4, 8, 16):
+        print(f"  {size:>2} sequences of 128 tokens  {per_token(size, 128)}")
+
+
+def head_memory(vocabulary: int, plain: bool) -> None:
+    """In a process of its own: the memory that 2,048 tokens add to the head's own weights."""
+    import torch
+
+    from nanoalign.logps import Head, token_logps
+
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, 576, dtype=torch.bfloat16)
+    h = torch.randn(2048, 576, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (2048,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if plain:
+        logps = (h @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])
+    else:
+        logps = token_logps(h, Head(weight), targets)
+    logps.sum().backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def vocabularies() -> None:
+    print("\nmemory of the log-probs of 2,048 tokens and their gradient, beyond the head's weights")
+    for vocabulary in (16_384, 32_768, 65_536, 131_072, 262_144):
+        megabytes = []
+        for plain in ("", "plain"):
+            command = [sys.executable, __file__, "--head", str(vocabulary), plain]
+            megabytes.append(float(subprocess.check_output(command, cwd=ROOT, text=True)))
+        ours, theirs = megabytes
+        print(f"  vocabulary {vocabulary:>7}: {ours:>6.0f} MB, plain logits {theirs:>6.0f} MB")
+
+
+def pipeline(rows: int, home: Path, model: str) -> None:
+    """From a JSONL file of prompts and completions to what is trained on."""
+    import datasets
+    import transformers
+    import trl
+
+    from nanoalign.chatml import ChatML
+    from nanoalign.data import read_examples
+    from nanoalign.layouts import SFT
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    talk = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}],
+         "completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in random_rows("sft", rows)
+    ]  # fmt: skip
+    path = write_rows(home / "rows.jsonl", talk)
+    start = time.monotonic()
+    examples, _ = read_examples([path], SFT, tokenizer, ChatML(tokenizer))
+    ours = time.monotonic() - start
+    assert len(examples) == rows
+    datasets.disable_progress_bars()
+    config = trl.SFTConfig(
+        output_dir=str(home / "trl"), report_to="none", use_cpu=True, max_length=1024, bf16=False,
+        eos_token="<|im_end|>",
+    )  # fmt: skip
+    start = time.monotonic()
+    data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=home / "cache")
+    trl.SFTTrainer(model=network, args=config, train_dataset=data, processing_class=tokenizer)
+    theirs = time.monotonic() - start
+    print(f"\n{rows:,} rows, from the file to ids and masks")
+    print(f"  ours {rows / ours:,.0f} examples/s, TRL's SFTTrainer {rows / theirs:,.0f}: "
+          f"{theirs / ours:.1f}x")  # fmt: skip
+
+
+def commands(home: Path, model: str) -> None:
+    """As typed: everything from the shell's prompt to the shell's prompt."""
+    train_sft, trl = str(ROOT / "train_sft.py"), str(Path(sys.executable).with_name("trl"))
+    data = home / "few"
+    data.mkdir()
+    write_rows(data / "train.jsonl", random_rows("sft", 8))
+    same = ["--model_name_or_path", model, "--max_steps", "1", "--report_to", "none"]
+    ours = [sys.executable, train_sft, *same, "--dataset_name", str(data / "train.jsonl")]
+    ours += ["--output_dir", str(home / "ours"), "--overwrite_output_dir"]
+    theirs = [trl, "sft", *same, "--dataset_name", str(data), "--use_peft", "--use_cpu"]
+    theirs += ["--output_dir", str(home / "theirs"), "--bf16", "false"]
+
+    def seconds(command) -> float:
+        def run():
+            done = subprocess.run(command, capture_output=True, text=True, cwd=home)
+            if done.returncode:
+                sys.exit(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
+
+        return best(run, 2)
+
+    ours, theirs = seconds(ours), seconds(theirs)
+    print("\nthe whole command for one step of a tiny model")
+    print(f"  ours {ours:.1f} s, TRL {theirs:.1f} s: {ours / theirs:.2f} of it")
+    print(f"  train_sft.py --help {seconds([sys.executable, train_sft, '--help']):.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a model directory; else a tiny one")
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.head:
+        return head_memory(int(args.head[0]), bool(args.head[1]))
+    from nanoalign.run import quiet
+
+    quiet()
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        tiny = random_model("tiny", home / "tiny")
+        args.model = args.model or tiny
+        commands(home, tiny)
+        pipeline(args.rows, home, tiny)
+        vocabularies()
+        lengths_and_batches(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What each idea is worth alone: DPO steps as they are, and with one idea taken away.
+
+    python benchmarks/ideas.py --model MODEL --data PAIRS.jsonl
+
+Each line is a process of its own that trains the same pairs: seconds of the timed steps (the first
+is left out), peak resident memory, and both against the design as it is. Rounds go through all
+lines in turn, and the median is taken line by line.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+# each takes an idea away: sequences -> sequences that cost what it saves
+
+
+def unshared(sequences):
+    """The prompt once for each completion."""
+    return [(prompt, [c]) for prompt, completions in sequences for c in completions]
+
+
+def padded(sequences):
+    """All as long as the longest, as a rectangular batch has it. What is filled in is no target."""
+    sequences = unshared(sequences)
+    longest = max(len(prompt) + len(ids) for prompt, [(ids, _)] in sequences)
+    out = []
+    for prompt, [(ids, mask)] in sequences:
+        missing = longest - len(prompt) - len(ids)
+        out.append((prompt, [(ids + [0] * missing, mask + [False] * missing)]))
+    return out
+
+
+def everywhere(sequences):
+    """Log-probs of the prompt's tokens too, as of any text."""
+    return [
+        (prompt[:1], [(prompt[1:] + ids, [True] * (len(prompt) - 1 + len(ids)))])
+        for prompt, [(ids, _)] in unshared(sequences)
+    ]
+
+
+def all_logits(h, head, targets):
+    """All logits at once, and autograd as it comes."""
+    z = (h @ head.weight.T).float()
+    return z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def variants() -> dict:
+    """Name -> what to change: flags of the run, or (module, attribute, replacement) to patch."""
+    import torch
+    from torch.nn import functional as F
+
+    from nanoalign import logps, lora, nf4, packing
+
+    pack, token_logps = logps.pack, logps.token_logps
+    fused = torch.compile(nf4.decode, dynamic=True)
+
+    def costly(change):
+        return logps, "pack", lambda sequences, device: pack(change(sequences), device)
+
+    def chunks_of(rows):
+        return logps, "token_logps", partial(token_logps, chunk=rows)
+
+    def dequantized_by(decode):
+        def decode_cpu(packed, absmax, dtype):
+            return decode(packed, absmax, nf4.LEVELS, dtype)
+
+        return nf4, "decode_cpu", decode_cpu
+
+    def plain_dropout(self, x):
+        return F.dropout(x, self.p, self.training)
+
+    return {
+        "as it is": [],
+        "padding": [costly(padded)],
+        "a prompt for each reply": [costly(unshared)],
+        "logps of prompts too": [costly(everywhere)],
+        "all logits at once": [(logps, "token_logps", all_logits)],
+        "chunks of 32 rows": [chunks_of(32)],
+        "chunks of 1024 rows": [chunks_of(1024)],
+        "whole micro-batches in a row": [{"max_row_tokens": 10**6}],
+        "torch's attention kernel": [(packing, "SHORT", 0)],
+        "reference before step 1": [{"precompute_ref_log_probs": True}],
+        "compiled layers": [{"torch_compile": True}],
+        "dropout, ours": [{"disable_dropout": False}],
+        "dropout, torch's": [{"disable_dropout": False}, (lora.Dropout, "forward", plain_dropout)],
+        "4 bits": [{"load_in_4bit": True}],
+        "4 bits, decoded plainly": [{"load_in_4bit": True}, dequantized_by(nf4.decode)],
+        "4 bits, decoded compiled": [{"load_in_4bit": True}, dequantized_by(fused)],
+    }
+
+
+def worker(args) -> None:
+    import nanoalign.run
+    import nanoalign.train
+    from nanoalign.config import DPOConfig
+    from train_dpo import run_dpo
+
+    flags: dict = {}
+    for change in variants()[args.idea]:
+        flags.update(change) if isinstance(change, dict) else setattr(*change)
+    moments, step = [], nanoalign.train.optimizer_step
+
+    def timed_step(*given, **more):
+        done = step(*given, **more)
+        moments.append(time.monotonic())
+        return done
+
+    nanoalign.train.optimizer_step = timed_step
+    nanoalign.run.quiet()
+    with tempfile.TemporaryDirectory() as directory:
+        run_dpo(DPOConfig(
+            model_name_or_path=args.model, dataset_name=[args.data], output_dir=directory,
+            overwrite_output_dir=True, device="cpu", dtype="bfloat16", max_length=512,
+            per_device_train_batch_size=args.batch, max_steps=args.steps + 1, save_steps=None,
+            shuffle_dataset=False, **flags,
+        ))  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("\n" + json.dumps({"seconds": moments[-1] - moments[0], "peak": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a model directory")
+    parser.add_argument("--data", required=True, help="a file of preference pairs")
+    parser.add_argument("--ideas", nargs="+", metavar="IDEA", help="some of the lines only")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--idea", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.idea:
+        return worker(args)
+    results: dict[str, list[dict]] = {idea: [] for idea in args.ideas or variants()}
+    for _ in range(args.rounds):
+        for idea in results:
+            command = [sys.executable, __file__, "--model", args.model, "--data", args.data]
+            command += ["--steps", str(args.steps), "--batch", str(args.batch), "--idea", idea]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{idea}: failed:\n{done.stderr[-2000:]}")
+            results[idea].append(json.loads(done.stdout.splitlines()[-1]))
+    base = next(iter(results.values()))
+    print(f"{'':<32}{'seconds':>9}{'against':>9}{'peak GiB':>10}{'against':>9}")
+    for idea, runs in results.items():
+        seconds, peak = (statistics.median(r[k] for r in runs) for k in ("seconds", "peak"))
+        slower = statistics.median(r["seconds"] / b["seconds"] for r, b in zip(runs, base))
+        larger = statistics.median(r["peak"] / b["peak"] for r, b in zip(runs, base))
+        print(f"{idea:<32}{seconds:>9.1f}{slower:>8.2f}x{peak / 2**30:>10.2f}{larger:>8.2f}x")
+
+
+if __name__ == "__main__":
+    main()
