@@ -11,7 +11,7 @@ from nanoalign.data import epoch_order
 from nanoalign.layouts import DPO
 from nanoalign.losses import dpo_loss
 from nanoalign.metrics import reward_sums
-from nanoalign.model import load_reference
+from nanoalign.reference import load_reference
 from nanoalign.run import Run, finish, main, start
 from nanoalign.train import train
 

@@ -17,7 +17,7 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
 from nanoalign.metrics import reward_sums
-from nanoalign.model import load_reference
+from nanoalign.reference import load_reference
 from nanoalign.run import Run, finish, main, start
 from nanoalign.train import epochs, train
 

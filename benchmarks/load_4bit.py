@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from nanoalign.model import load_lm, probe
+from nanoalign.model import load_lm
+from nanoalign.probe import probe
 from nanoalign.streaming import skeleton
 
 MB = 2**20

@@ -6,10 +6,11 @@ The street, in reading order; a file imports only from files above it:
     chatml    messages                  -> ids and the mask of trained tokens (with pieces)
     packing   prompts and completions   -> one row without padding, and who sees whom in it
     data      rows (through layouts)    -> examples, their order, batches
-    lora, nf4                           -> the few weights that train, on a 4-bit base
+    nf4, lora                           -> a 4-bit base, and the few weights that train on it
     logps     row and hidden states     -> log-probs of the trained tokens, without the logits
     losses    log-probs                 -> SFT, DPO and KTO losses
-    model     a directory               -> a model ready to train; back to a directory
+    model     a directory (a probe)     -> a model ready to train; back to a directory (adapter)
+    reference                           -> the log-probs that DPO and KTO compare with
     train     the loop, with checkpoint and metrics
 """
 

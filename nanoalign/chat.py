@@ -21,8 +21,9 @@ from transformers import TextStreamer
 from nanoalign import InputError
 from nanoalign.chatml import encode
 from nanoalign.config import Config
+from nanoalign.generate import generation
 from nanoalign.lora import without_adapter
-from nanoalign.model import Policy, generation, load_policy
+from nanoalign.model import Policy, load_policy
 from nanoalign.run import quiet
 from nanoalign.show import printable
 

@@ -27,15 +27,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nanoalign import InputError
+from nanoalign.adapter import load_adapter, read_adapter_config
 from nanoalign.config import Parser
-from nanoalign.lora import (
-    LoRALinear,
-    TokenRows,
-    TrainedModule,
-    add_lora,
-    load_adapter,
-    read_adapter_config,
-)
+from nanoalign.lora import LoRALinear, TokenRows, TrainedModule, add_lora
 from nanoalign.model import load_lm
 from nanoalign.nf4 import NF4Linear
 from nanoalign.quantized import read_note

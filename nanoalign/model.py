@@ -1,22 +1,16 @@
-"""A directory -> a model ready to train; and back to a directory; and text out of it.
+"""A directory -> a model ready to train; and back to a directory.
 
 `load_policy` reads top to bottom what happens to a model here: tokenizer and markers, weights, the
-probe, LoRA. The model itself stays transformers'; only its attention runs through
+probe (probe.py), LoRA. The model itself stays transformers'; only its attention runs through
 packing.packed_attention, which transformers' AttentionInterface allows, and its head is not called
-(logps.py). Some models ignore the interface without a word, or have a head that does more than a
-product: the PROBE finds out before any weight is read, on a two-layer copy of the config with
-random weights, and refuses what would come out wrong.
+(logps.py).
 """
 
-import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -27,28 +21,20 @@ from transformers import (
 )
 
 from nanoalign import InputError
+from nanoalign.adapter import load_adapter, read_adapter_config, save_adapter
 from nanoalign.chatml import (
     CHATML_JINJA,
     IM_END,
     IM_START,
     TEMPLATES,
     ChatML,
-    Message,
     NativeTemplate,
-    encode,
 )
-from nanoalign.config import Config, ReferenceConfig
-from nanoalign.data import batches
+from nanoalign.config import Config
 from nanoalign.logps import PackedLM
-from nanoalign.lora import (
-    LoRAConfig,
-    Reference,
-    add_lora,
-    load_adapter,
-    read_adapter_config,
-    save_adapter,
-)
-from nanoalign.packing import Sequence, packed_attention
+from nanoalign.lora import LoRAConfig, Reference, add_lora
+from nanoalign.packing import packed_attention
+from nanoalign.probe import probe
 from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
 from nanoalign.streaming import local_file, shard_path
 
@@ -306,194 +292,6 @@ def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str
         for table, mean in zip(tables, means):
             table.weight[added] = mean.to(table.weight.dtype)
     return {paths[id(table)].rpartition(".")[2]: added for table in tables}
-
-
-# -------------------------------------------------------------------------------------- the probe
-
-
-def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
-    """Can this kind of model be trained here? -> its head's (scale, softcap).
-
-    Two examples in one row, one with two branches, must give the log-probs of transformers' own
-    forward pass, sequence by sequence, in fp32, on a copy of the config with two layers (one of
-    each kind), a small vocabulary, a short window and random weights. Raises InputError if not.
-    """
-    config = copy.deepcopy(config)
-    kinds = list(dict.fromkeys(config.layer_types)) if hasattr(config, "layer_types") else []
-    small = {
-        "num_hidden_layers": max(2, len(kinds)),
-        "layer_types": (kinds * 2)[: max(2, len(kinds))],
-        "vocab_size": 64,
-        "sliding_window": 4,
-        "attention_chunk_size": 4,
-        "intermediate_size": 64,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    for key, value in small.items():
-        if getattr(config, key, None) is not None:
-            setattr(config, key, value)
-    ids = list(range(1, 24))
-    sequences = [
-        (ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
-        (ids[3:7], [(ids[9:20], [True] * 11)]),
-    ]
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=trust_remote_code,
-            ).eval()
-            row = torch.tensor([ids])
-            softcap = config.to_dict().get("final_logit_softcapping")
-            z = model.get_output_embeddings()(model.get_decoder()(row).last_hidden_state)
-            ratio = float((model(row).logits * z).sum() / (z * z).sum())
-            scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
-            expected = [
-                _plain_logps(model, prompt, completion)
-                for prompt, completions in sequences
-                for completion, _ in completions
-            ]
-            calls = []
-
-            def counted(*args, **kwargs):
-                calls.append(1)
-                return packed_attention(*args, **kwargs)
-
-            AttentionInterface.register("packed_probe", counted)
-            model.set_attn_implementation("packed_probe")
-            got = PackedLM(model, scale, softcap, None)(sequences).logps.tolist()
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}") from None
-    if len(calls) != config.num_hidden_layers:
-        raise InputError(
-            f"{name}: {config.model_type} does not use transformers' AttentionInterface"
-        )
-    if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
-        raise InputError(
-            f"{name}: {config.model_type} computes something that packing does not know"
-        )
-    return scale, softcap
-
-
-def _plain_logps(model, prompt: list[int], completion: list[int]) -> float:
-    """log pi(completion | prompt) as everybody computes it: all the logits of one sequence."""
-    ids = torch.tensor([prompt + completion])
-    logps = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (n, V)
-    return logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
-
-
-# ------------------------------------------------------------------ reference, generation, saving
-
-
-LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
-
-
-def load_reference(
-    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Sequence]]
-) -> LogpsOf:
-    """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
-
-    With full fine-tuning there is no copy of "now", so the log-probs of `everything()`, all that
-    the run will ask for, are computed here; with --precompute_ref_log_probs too.
-    """
-    reference = _reference(cfg, policy)
-    no_copy = policy.lora is None and not cfg.ref_model_name_or_path
-    if cfg.precompute_ref_log_probs or no_copy:
-        return _precomputed(reference, everything(), cfg.per_device_eval_batch_size)
-    return reference
-
-
-def _precomputed(reference: LogpsOf, sequences: list[Sequence], batch_size: int) -> LogpsOf:
-    """The same function, from a table. Prompts and completions are known there by identity: those
-    of a run's examples live as long as the run."""
-
-    def keys(sequences):
-        return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
-
-    once = {tuple(keys([sequence])): sequence for sequence in sequences}
-    known = {}
-    for batch in batches(list(once.values()), batch_size):
-        logps = reference(batch)
-        known.update(zip(keys(batch), logps.tolist()))
-    print(f"{len(known)} reference log-probs computed before the first step")
-    return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)
-
-
-def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
-    if cfg.ref_model_name_or_path:
-        other = load_lm(
-            cfg.ref_model_name_or_path,
-            cfg.dtype,
-            cfg.device,
-            trust_remote_code=cfg.trust_remote_code,
-            load_in_4bit=cfg.load_in_4bit,
-            double_quant=cfg.use_bnb_nested_quant,
-        )
-        other.model.set_attn_implementation("packed")
-        other.requires_grad_(False).eval()
-        if other.head().weight.shape[0] < len(policy.tokenizer):
-            raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
-        return torch.no_grad()(lambda sequences: other(sequences).logps)
-    if policy.lora is None:
-        return torch.no_grad()(lambda sequences: policy.lm.eval()(sequences).logps)
-
-    @torch.no_grad()
-    def reference(sequences: list[Sequence]) -> Tensor:
-        with policy.start():
-            return policy.lm(sequences).logps
-
-    return reference
-
-
-def generate(
-    policy: Policy,
-    conversations: list[list[Message]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-) -> list[str]:
-    """One reply to each conversation; temperature 0 is greedy."""
-    pieces = [list(policy.template.prompt(messages)) for messages in conversations]
-    prompts = [ids for ids, _ in encode(policy.tokenizer, pieces)]
-    return generate_ids(policy, prompts, max_new_tokens, temperature)
-
-
-@torch.no_grad()
-def generate_ids(
-    policy: Policy, prompts: list[list[int]], max_new_tokens: int = 256, temperature: float = 0.0
-) -> list[str]:
-    """One reply to each prompt in ids, which ends in a reply's header: transformers' generate."""
-    longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
-    rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    with generation(policy) as model:
-        out = model.generate(
-            rows,
-            attention_mask=mask.to(rows.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            eos_token_id=policy.template.stop_ids,
-            pad_token_id=pad,
-            **sampling,
-        )
-    return policy.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-
-
-@contextmanager
-def generation(policy: Policy) -> Iterator[PreTrainedModel]:
-    """The model in eval mode under the attention it was loaded with, which has a KV cache."""
-    training = policy.model.training
-    policy.model.eval().set_attn_implementation(policy.attention)
-    try:
-        yield policy.model
-    finally:
-        policy.model.train(training).set_attn_implementation("packed")
 
 
 def save_policy(policy: Policy, directory: str | Path) -> None:

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoalign import InputError
-from nanoalign.nf4 import DTYPES, NF4Linear, to_bitsandbytes
+from nanoalign.bnb import DTYPES, to_bitsandbytes
+from nanoalign.nf4 import NF4Linear
 from nanoalign.streaming import local_file, mismatch, skeleton, stream, tensor_files
 
 NOTE = "base_quantization.json"  # in an adapter's directory: the 4-bit base it was trained on

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from nanoalign import InputError
-from nanoalign.nf4 import BUFFERS, MAPS, STATE, NF4Linear, from_bitsandbytes
+from nanoalign.bnb import BUFFERS, MAPS, STATE, from_bitsandbytes
+from nanoalign.nf4 import NF4Linear
 
 PACKED = [STATE, *BUFFERS.values(), *MAPS]  # what follows a linear layer's name in 4-bit files
 

@@ -27,8 +27,9 @@ from nanoalign import InputError
 from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
 from nanoalign.data import Example, batches, rows
+from nanoalign.generate import generate_ids
 from nanoalign.metrics import Log, Sums, add, means
-from nanoalign.model import Policy, generate_ids, save_policy
+from nanoalign.model import Policy, save_policy
 from nanoalign.run import Run
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
@@ -245,8 +246,8 @@ def optimizer_step(
     norm, *values = host.tolist()
     sums = {name: (value, counts[name]) for name, value in zip(tensors, values)}
     if math.isfinite(norm) and math.isfinite(sums["loss"][0]):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group in optimizer.param_groups:  # LoRA+ would give its B matrices "times" 16
+            group["lr"] = rate * group.get("times", 1.0)
         optimizer.step()
     else:
         sums = None

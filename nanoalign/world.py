@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nanoalign.chatml import IM_END, IM_START
-from nanoalign.model import Policy, generate
+from nanoalign.generate import generate
+from nanoalign.model import Policy
 
 HOME = Path("runs/world")
 BASE = HOME / "base"

@@ -22,7 +22,9 @@ from nanoalign import InputError, world
 from nanoalign.chat import printable
 from nanoalign.chatml import CHATML_JINJA
 from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
-from nanoalign.model import generate, load_policy, load_reference, save_policy
+from nanoalign.generate import generate
+from nanoalign.model import load_policy, save_policy
+from nanoalign.reference import load_reference
 from nanoalign.run import check_output_dir, main, one_line, start
 
 pytestmark = [

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from nanoalign import InputError
 from nanoalign.config import DPOConfig, SFTConfig, parse
-from nanoalign.model import generate, load_policy, load_reference, probe, save_policy
+from nanoalign.generate import generate
+from nanoalign.model import load_policy, save_policy
+from nanoalign.probe import probe
+from nanoalign.reference import load_reference
 
 TALK = [
     [{"role": "user", "content": "What is the capital of France?"}],

@@ -11,14 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import InputError, nf4
+from nanoalign.bnb import from_bitsandbytes, to_bitsandbytes
 from nanoalign.nf4 import (
     NF4Linear,
     dequantize_nf4,
     double_dequantize,
     double_quantize,
-    from_bitsandbytes,
     quantize_nf4,
-    to_bitsandbytes,
 )
 
 STATE = "l.weight.quant_state.bitsandbytes__nf4"

@@ -20,8 +20,8 @@ from transformers import (
 from nanoalign import packing
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.model import packed_attention, probe
-from nanoalign.packing import pack
+from nanoalign.packing import pack, packed_attention
+from nanoalign.probe import probe
 
 # ------------------------------------------------------------------------------------ the row
 

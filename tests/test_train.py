@@ -389,6 +389,17 @@ def test_the_scale_is_taken_out_of_the_gradient():
     assert w.tolist() == [1.5, 5.0]  # w - 0.5 * x
 
 
+def test_a_group_of_parameters_has_its_own_share_of_the_rate():
+    """LoRA+ in one place: B at 16 times the learning rate of A."""
+    a, b = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "times": 16.0}], lr=1.0)
+    optimizer_step(
+        optimizer, 0.01, 0.0, [[1]], lambda example: 1, lambda groups: [None],
+        lambda batch, _: (a + b, {}),
+    )  # fmt: skip
+    assert a.item() == pytest.approx(0.99) and b.item() == pytest.approx(0.84)
+
+
 @ALL
 def test_fp16_trains(method, run):
     flags = ("--fp16", "true", "--max_steps", "16", "--per_device_train_batch_size", "11")

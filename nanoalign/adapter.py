@@ -1,0 +1,147 @@
+"""Adapters on disk, in PEFT's format: what is written here opens there and the other way round.
+
+    adapter_model.safetensors    everything that trains, in fp32, under PEFT's names
+    adapter_config.json          where it belongs: rank, targets, scale (LoRAConfig)
+
+PEFT warns of a missing tensor and ignores one too many; here both are errors, and a setting that
+this code does not know is refused, never left out.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from nanoalign import InputError
+from nanoalign.lora import LoRAConfig, LoRALinear
+
+PREFIX = "base_model.model."  # before every tensor's name in PEFT's files
+
+
+def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """PEFT's name of everything that trains -> the parameter."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {PREFIX + n.replace(".modules_to_save.", "."): p for n, p in named.items()}
+
+
+def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them."""
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = config.target_modules
+    layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+    if targets == "all-linear":  # PEFT reads it too, but says what it means only after loading
+        targets = sorted({name.rpartition(".")[2] for name in layers})
+    elif any(f".{name}".endswith(f".{targets}") for name in layers):
+        targets = [targets]  # one name: a string by itself is a regex to PEFT
+    text = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets,
+        "use_rslora": config.use_rslora,
+        "bias": config.bias,
+        "modules_to_save": config.modules_to_save or None,
+        "trainable_token_indices": config.trainable_token_indices or None,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+def _number(value, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value < high
+
+
+def _list_of(kind: type, value) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _rows(value) -> bool:
+    return _list_of(int, value) and all(row >= 0 for row in value)
+
+
+FIELDS = {  # of adapter_config.json: what it may be, in words and in code
+    "r": ("a whole number from 1 to 65535", lambda v: type(v) is int and 0 < v < 2**16),
+    "lora_alpha": ("a number above 0", lambda v: _number(v, 1e-30, 1e30)),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: _number(v, 0, 1)),
+    "target_modules": ("names", lambda v: isinstance(v, str) or _list_of(str, v)),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("none, lora_only or all", lambda v: v in ("none", "lora_only", "all")),
+    "modules_to_save": ("a list of names", lambda v: _list_of(str, v)),
+    "trainable_token_indices": (
+        "ids, in a list or in one for each table",
+        lambda v: all(map(_rows, v.values())) if isinstance(v, dict) else _rows(v),
+    ),
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
+}
+
+
+def read_adapter_config(directory: Path) -> LoRAConfig:
+    """PEFT's adapter_config.json; what this file can't do is refused, never left out."""
+    path = Path(directory) / "adapter_config.json"
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{directory}: no adapter_config.json: not an adapter directory") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(text, dict):
+        raise InputError(f"{path}: no JSON object; expected PEFT's adapter_config.json")
+    if text.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
+    idle = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
+            "megatron_core", "qalora_group_size", "init_lora_weights")  # fmt: skip
+    for key, value in text.items():
+        if value and key not in FIELDS and key not in idle:  # use_dora, rank_pattern, ...
+            raise InputError(f"{path}: {key} is not known here")
+    start = text.get("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
+    if start not in (True, False, "gaussian", "orthogonal"):
+        raise InputError(f"{path}: init_lora_weights {start} is not known here")
+    given = {k: v for k, v in text.items() if k in FIELDS and v is not None}
+    for key, value in given.items():
+        expected, fits = FIELDS[key]
+        if not fits(value):
+            raise InputError(f"{path}: {key} is {value!r}; expected {expected}")
+    config = LoRAConfig(**{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **given})  # PEFT's own
+    if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
+        config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
+    return config
+
+
+def load_adapter(model: nn.Module, directory: Path) -> None:
+    """Fill what trains from an adapter file that holds exactly that, or raise InputError."""
+    path = Path(directory) / "adapter_model.safetensors"
+    wanted = trained_tensors(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for what, rest in (
+                ("lacks", wanted.keys() - names),
+                ("also has", names - wanted.keys()),
+            ):
+                if rest:
+                    example = min(rest).removeprefix(PREFIX)
+                    raise InputError(
+                        f"{path}: {what} {len(rest)} tensors, e.g. {example}: "
+                        "an adapter of another base or configuration?"
+                    )
+            for name, parameter in wanted.items():
+                tensor = file.get_tensor(name)
+                if tensor.shape != parameter.shape:
+                    raise InputError(
+                        f"{path}: {name.removeprefix(PREFIX)} has shape {tuple(tensor.shape)}, "
+                        f"here it is {tuple(parameter.shape)}: an adapter of another base?"
+                    )
+                if not tensor.is_floating_point() or not tensor.isfinite().all():
+                    short = name.removeprefix(PREFIX)
+                    raise InputError(f"{path}: {short} holds what is no finite number")
+                parameter.data.copy_(tensor)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged: {error}") from None

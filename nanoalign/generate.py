@@ -1,0 +1,55 @@
+"""Text out of a policy: transformers' generate, under the attention that the model came with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from nanoalign.chatml import Message, encode
+from nanoalign.model import Policy
+
+
+def generate(
+    policy: Policy,
+    conversations: list[list[Message]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> list[str]:
+    """One reply to each conversation; temperature 0 is greedy."""
+    pieces = [list(policy.template.prompt(messages)) for messages in conversations]
+    prompts = [ids for ids, _ in encode(policy.tokenizer, pieces)]
+    return generate_ids(policy, prompts, max_new_tokens, temperature)
+
+
+@torch.no_grad()
+def generate_ids(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int = 256, temperature: float = 0.0
+) -> list[str]:
+    """One reply to each prompt in ids, which ends in a reply's header: transformers' generate."""
+    longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
+    rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    with generation(policy) as model:
+        out = model.generate(
+            rows,
+            attention_mask=mask.to(rows.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            eos_token_id=policy.template.stop_ids,
+            pad_token_id=pad,
+            **sampling,
+        )
+    return policy.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+
+
+@contextmanager
+def generation(policy: Policy) -> Iterator[PreTrainedModel]:
+    """The model in eval mode under the attention it was loaded with, which has a KV cache."""
+    training = policy.model.training
+    policy.model.eval().set_attn_implementation(policy.attention)
+    try:
+        yield policy.model
+    finally:
+        policy.model.train(training).set_attn_implementation("packed")

@@ -1,0 +1,75 @@
+"""The reference policy of DPO and KTO, as a function: sequences -> log-probs.
+
+It is the policy as it was at the start, in the same weights, so it costs no memory; or another
+model; or, when all weights train and no copy of "then" is left, a table made before step 1.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanoalign import InputError
+from nanoalign.config import ReferenceConfig
+from nanoalign.data import batches
+from nanoalign.model import Policy, load_lm
+from nanoalign.packing import Sequence
+
+LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
+
+
+def load_reference(
+    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Sequence]]
+) -> LogpsOf:
+    """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
+
+    With full fine-tuning there is no copy of "now", so the log-probs of `everything()`, all that
+    the run will ask for, are computed here; with --precompute_ref_log_probs too.
+    """
+    reference = _reference(cfg, policy)
+    no_copy = policy.lora is None and not cfg.ref_model_name_or_path
+    if cfg.precompute_ref_log_probs or no_copy:
+        return _precomputed(reference, everything(), cfg.per_device_eval_batch_size)
+    return reference
+
+
+def _precomputed(reference: LogpsOf, sequences: list[Sequence], batch_size: int) -> LogpsOf:
+    """The same function, from a table. Prompts and completions are known there by identity: those
+    of a run's examples live as long as the run."""
+
+    def keys(sequences):
+        return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
+
+    once = {tuple(keys([sequence])): sequence for sequence in sequences}
+    known = {}
+    for batch in batches(list(once.values()), batch_size):
+        logps = reference(batch)
+        known.update(zip(keys(batch), logps.tolist()))
+    print(f"{len(known)} reference log-probs computed before the first step")
+    return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)
+
+
+def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
+    if cfg.ref_model_name_or_path:
+        other = load_lm(
+            cfg.ref_model_name_or_path,
+            cfg.dtype,
+            cfg.device,
+            trust_remote_code=cfg.trust_remote_code,
+            load_in_4bit=cfg.load_in_4bit,
+            double_quant=cfg.use_bnb_nested_quant,
+        )
+        other.model.set_attn_implementation("packed")
+        other.requires_grad_(False).eval()
+        if other.head().weight.shape[0] < len(policy.tokenizer):
+            raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
+        return torch.no_grad()(lambda sequences: other(sequences).logps)
+    if policy.lora is None:
+        return torch.no_grad()(lambda sequences: policy.lm.eval()(sequences).logps)
+
+    @torch.no_grad()
+    def reference(sequences: list[Sequence]) -> Tensor:
+        with policy.start():
+            return policy.lm(sequences).logps
+
+    return reference
