@@ -70,14 +70,14 @@ def words(rng: random.Random, count: int) -> list[str]:
     return ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(count)]
 
 
-def random_rows(method: str, count: int) -> list[dict]:
+def random_rows(method: str, count: int, longest: int = 150) -> list[dict]:
     rng = random.Random(1)
 
-    def text(low, high):
-        return " ".join(words(rng, rng.randint(low, high)))
+    def text():
+        return " ".join(words(rng, rng.randint(min(20, longest // 2), longest)))
 
     keys = {"sft": ["completion"], "dpo": ["chosen", "rejected"], "kto": ["completion"]}[method]
-    rows = [{"prompt": text(20, 150)} | {k: text(20, 150) for k in keys} for _ in range(count)]
+    rows = [{"prompt": text()} | {k: text() for k in keys} for _ in range(count)]
     return [row | {"label": i % 2 == 0} for i, row in enumerate(rows)] if method == "kto" else rows
 
 

@@ -9,7 +9,6 @@ a whole run of one step, and of --help, as commands, beside TRL's command line.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -67,13 +66,20 @@ def head_memory(vocabulary: int, plain: bool) -> None:
     weight = torch.randn(vocabulary, 576, dtype=torch.bfloat16)
     h = torch.randn(2048, 576, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, vocabulary, (2048,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew here
+    before = resident("VmRSS")
     if plain:
         logps = (h @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])
     else:
         logps = token_logps(h, Head(weight), targets)
     logps.sum().backward()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(what: str) -> float:
+    """This process's memory in MB: VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{what}:")[1].split()[0]) / 1024
 
 
 def vocabularies() -> None:
@@ -100,28 +106,29 @@ def pipeline(rows: int, home: Path, model: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHATML_JINJA
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
-    talk = [
-        {"prompt": [{"role": "user", "content": row["prompt"]}],
-         "completion": [{"role": "assistant", "content": row["completion"]}]}
-        for row in random_rows("sft", rows)
-    ]  # fmt: skip
-    path = write_rows(home / "rows.jsonl", talk)
-    start = time.monotonic()
-    examples, _ = read_examples([path], SFT, tokenizer, ChatML(tokenizer))
-    ours = time.monotonic() - start
-    assert len(examples) == rows
     datasets.disable_progress_bars()
     config = trl.SFTConfig(
         output_dir=str(home / "trl"), report_to="none", use_cpu=True, max_length=1024, bf16=False,
         eos_token="<|im_end|>",
     )  # fmt: skip
-    start = time.monotonic()
-    data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=home / "cache")
-    trl.SFTTrainer(model=network, args=config, train_dataset=data, processing_class=tokenizer)
-    theirs = time.monotonic() - start
-    print(f"\n{rows:,} rows, from the file to ids and masks")
-    print(f"  ours {rows / ours:,.0f} examples/s, TRL's SFTTrainer {rows / theirs:,.0f}: "
-          f"{theirs / ours:.1f}x")  # fmt: skip
+    print(f"\n{rows:,} rows, from the file to ids and masks, beside TRL's SFTTrainer")
+    for longest in (15, 150):
+        talk = [
+            {"prompt": [{"role": "user", "content": row["prompt"]}],
+             "completion": [{"role": "assistant", "content": row["completion"]}]}
+            for row in random_rows("sft", rows, longest)
+        ]  # fmt: skip
+        path = write_rows(home / f"rows-{longest}.jsonl", talk)
+        start = time.monotonic()
+        examples, _ = read_examples([path], SFT, tokenizer, ChatML(tokenizer))
+        ours = time.monotonic() - start
+        start = time.monotonic()
+        cache = str(home / f"cache-{longest}")
+        data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
+        trl.SFTTrainer(model=network, args=config, train_dataset=data, processing_class=tokenizer)
+        theirs = time.monotonic() - start
+        print(f"  of {sum(map(len, examples)) / rows:.0f} tokens: {rows / ours:,.0f} examples/s, "
+              f"theirs {rows / theirs:,.0f}: {theirs / ours:.1f}x")  # fmt: skip
 
 
 def commands(home: Path, model: str) -> None:
@@ -170,7 +177,7 @@ def main() -> None:
         tiny = random_model("tiny", home / "tiny")
         args.model = args.model or tiny
         commands(home, tiny)
-        pipeline(args.rows, home, tiny)
+        pipeline(args.rows, home, args.model)
         vocabularies()
         lengths_and_batches(args)
 

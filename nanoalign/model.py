@@ -224,7 +224,7 @@ def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTr
     for tensor_name, tensor in model.named_parameters():
         if not torch.isfinite(tensor.detach().abs().max()):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
-    return model
+    return model.requires_grad_(False)  # until load_policy says what trains
 
 
 def check_index(name: str) -> None:

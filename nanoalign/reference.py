@@ -60,7 +60,7 @@ def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
             double_quant=cfg.use_bnb_nested_quant,
         )
         other.model.set_attn_implementation("packed")
-        other.requires_grad_(False).eval()
+        other.eval()
         if other.head().weight.shape[0] < len(policy.tokenizer):
             raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
         return torch.no_grad()(lambda sequences: other(sequences).logps)
