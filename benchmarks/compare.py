@@ -186,10 +186,24 @@ class Clock:
         return first.elapsed_time(last) / 1000
 
 
+def clocked_steps(device: str) -> Clock:
+    """A clock that ticks after each of our optimizer steps, in this process."""
+    import nanoalign.train
+
+    clock, step = Clock(device), nanoalign.train.optimizer_step
+
+    def timed_step(*given, **more):
+        done = step(*given, **more)
+        clock.tick()
+        return done
+
+    nanoalign.train.optimizer_step = timed_step
+    return clock
+
+
 def run_ours(args) -> None:
     """The scripts as they are, on examples that are encoded already."""
     import nanoalign.run
-    import nanoalign.train
     from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
     from nanoalign.data import Example
     from train_dpo import run_dpo
@@ -210,14 +224,7 @@ def run_ours(args) -> None:
         ]
         return examples, Counter(rows=len(rows), examples=len(rows))
 
-    clock, step = Clock(args.device), nanoalign.train.optimizer_step
-
-    def timed_step(*given, **more):
-        done = step(*given, **more)
-        clock.tick()
-        return done
-
-    nanoalign.run.read_examples, nanoalign.train.optimizer_step = read, timed_step
+    clock, nanoalign.run.read_examples = clocked_steps(args.device), read
     nanoalign.run.quiet()
     cfg = kind(
         model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",

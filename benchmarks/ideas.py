@@ -14,13 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compare import clocked_steps  # noqa: E402
 
 # each takes an idea away: sequences -> sequences that cost what it saves
 
@@ -102,7 +102,6 @@ def variants() -> dict:
 
 def worker(args) -> None:
     import nanoalign.run
-    import nanoalign.train
     from nanoalign.config import DPOConfig
     from train_dpo import run_dpo
 
@@ -119,14 +118,7 @@ def worker(args) -> None:
         return policy
 
     nanoalign.run.load_policy = load_and_patch
-    moments, step = [], nanoalign.train.optimizer_step
-
-    def timed_step(*given, **more):
-        done = step(*given, **more)
-        moments.append(time.monotonic())
-        return done
-
-    nanoalign.train.optimizer_step = timed_step
+    clock = clocked_steps("cpu")
     nanoalign.run.quiet()
     with tempfile.TemporaryDirectory() as directory:
         run_dpo(DPOConfig(
@@ -136,7 +128,7 @@ def worker(args) -> None:
             shuffle_dataset=False, **flags,
         ))  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("\n" + json.dumps({"seconds": moments[-1] - moments[0], "peak": peak}))
+    print("\n" + json.dumps({"seconds": clock.seconds(), "peak": peak}))
 
 
 def main() -> None:
