@@ -26,7 +26,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
         return 1
 
     def pairs(batch):
-        return [(e.prompt, e.completions) for e in batch]
+        return [e.sequence for e in batch]
 
     def everything():  # that the run asks the reference for
         return pairs(run.examples + run.held_out)
@@ -35,7 +35,8 @@ def run_dpo(cfg: DPOConfig) -> Run:
 
     def prepare(groups):
         """Each batch's reference log-probs, (2 B,): chosen, rejected, chosen, rejected, ..."""
-        return [reference(pairs(batch)) for batch in groups]
+        ref_logps = reference(pairs(sum(groups, [])))
+        return ref_logps.split([2 * len(batch) for batch in groups])
 
     def loss(batch, ref_logps):
         scores = run.policy.lm(pairs(batch))

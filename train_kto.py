@@ -17,7 +17,7 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
 from nanoalign.metrics import reward_sums
-from nanoalign.reference import load_reference
+from nanoalign.reference import load_reference, without_gradient
 from nanoalign.run import Run, finish, main, start
 from nanoalign.train import epochs, train
 
@@ -43,7 +43,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         return 1
 
     def own(batch):
-        return [(e.prompt, e.completions) for e in batch]
+        return [e.sequence for e in batch]
 
     def mismatched(batch):
         return [(e.prompt, e.mismatch.completions) for e in batch]
@@ -58,21 +58,17 @@ def run_kto(cfg: KTOConfig) -> Run:
         return both(order(0) + run.held_out) + mismatched(sum(later, []))
 
     reference = load_reference(cfg, run.policy, everything)
+    policy_now = without_gradient(run.policy.lm, cfg)
 
     def prepare(groups):
         """z0 of the whole step, and each batch's reference log-probs."""
-        policy_kl, ref_kl, ref_logps = [], [], []
-        for batch in groups:
-            if with_z0:
-                ref = reference(both(batch)).view(-1, 2)
-                with torch.no_grad():
-                    policy_kl.append(run.policy.lm(mismatched(batch)).logps)
-                ref_kl.append(ref[:, 1])
-                ref_logps.append(ref[:, 0])
-            else:
-                ref_logps.append(reference(own(batch)))
-        z0 = kl_baseline(torch.cat(policy_kl), torch.cat(ref_kl)) if with_z0 else torch.zeros(())
-        return [(z0, logps) for logps in ref_logps]
+        examples = sum(groups, [])
+        if with_z0:
+            ref_logps, ref_kl = reference(both(examples)).view(-1, 2).T
+            z0 = kl_baseline(policy_now(mismatched(examples)), ref_kl)
+        else:
+            ref_logps, z0 = reference(own(examples)), torch.zeros(())
+        return [(z0, logps) for logps in ref_logps.split([len(batch) for batch in groups])]
 
     def loss(batch, known):
         z0, ref_logps = known

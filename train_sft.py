@@ -27,7 +27,7 @@ def run_sft(cfg: SFTConfig) -> Run:
         return [None for _ in batches]
 
     def loss(batch, _):
-        scores = run.policy.lm([(e.prompt, e.completions) for e in batch], cfg.neftune_noise_alpha)
+        scores = run.policy.lm([e.sequence for e in batch], cfg.neftune_noise_alpha)
         return sft_loss(scores.logps).sum(), {}
 
     train(cfg, run, order, weight, prepare, loss)

@@ -254,7 +254,6 @@ def check(cfg: Config, given: set[str]) -> None:
     if isinstance(cfg, ReferenceConfig):
         table = not cfg.use_peft and not cfg.ref_model_name_or_path  # computed anyway
         idle["precompute_ref_log_probs"] = cfg.precompute_ref_log_probs and table
-        idle["per_device_eval_batch_size"] &= not (cfg.precompute_ref_log_probs or table)
     for name in sorted(given):
         if idle.get(name):
             print(f"--{name} has nothing to do in this run")

@@ -20,7 +20,7 @@ from nanoalign import InputError
 from nanoalign.chatml import encode
 from nanoalign.files import read_rows
 from nanoalign.layouts import KTO, label_of, layout_of, read_case, untrainable
-from nanoalign.packing import Completion
+from nanoalign.packing import Completion, Sequence
 
 
 @dataclass(slots=True)
@@ -35,6 +35,10 @@ class Example:
     def __len__(self) -> int:
         """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""
         return sum(len(self.prompt) + len(ids) for ids, _ in self.completions)
+
+    @property
+    def sequence(self) -> Sequence:
+        return self.prompt, self.completions
 
 
 # ------------------------------------------------------------------------ conversations -> examples
@@ -225,24 +229,6 @@ def with_mismatches(order: list[Example]) -> list[Example]:
 
 def batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def rows(batch: list[Example], tokens: int) -> list[list[Example]]:
-    """A batch as parts of which each packs into a row of at most `tokens`, or is one example.
-
-    Losses are sums over examples, so the parts' gradients add up to the batch's, and memory is
-    that of one part.
-    """
-    parts: list[list[Example]] = []
-    room = 0
-    for example in batch:
-        length = len(example.prompt) + sum(len(ids) for ids, _ in example.completions)
-        if not parts or length > room:
-            parts.append([])
-            room = tokens
-        parts[-1].append(example)
-        room -= length
-    return parts
 
 
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from nanoalign.chatml import Message, encode
 from nanoalign.model import Policy
+from nanoalign.packing import packed
 
 
 def generate(
@@ -45,11 +46,11 @@ def generate_ids(
 
 
 @contextmanager
-def generation(policy: Policy) -> Iterator[PreTrainedModel]:
+def generation(policy: Policy) -> Iterator[nn.Module]:
     """The model in eval mode under the attention it was loaded with, which has a KV cache."""
     training = policy.model.training
     policy.model.eval().set_attn_implementation(policy.attention)
     try:
         yield policy.model
     finally:
-        policy.model.train(training).set_attn_implementation("packed")
+        policy.model.train(training).set_attn_implementation(packed())

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from nanoalign import InputError
 from nanoalign.adapter import load_adapter, read_adapter_config
@@ -63,7 +63,7 @@ def merged(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     """Merge what add_lora added, in place; the model is dense afterwards, in `dtype`."""
     wrappers = (LoRALinear, TrainedModule, TokenRows, NF4Linear)
     names = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
@@ -84,7 +84,7 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def sample_logits(model: PreTrainedModel, tokenizer) -> torch.Tensor:
+def sample_logits(model: nn.Module, tokenizer) -> torch.Tensor:
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]], device=model.device)
     return model(ids, use_cache=False).logits[0].float()  # (T, V)
 

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoalign import InputError
 from nanoalign.adapter import load_adapter, read_adapter_config, save_adapter
@@ -33,12 +27,10 @@ from nanoalign.chatml import (
 from nanoalign.config import Config
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, Reference, add_lora
-from nanoalign.packing import packed_attention
+from nanoalign.packing import packed
 from nanoalign.probe import probe
 from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
 from nanoalign.streaming import local_file, shard_path
-
-AttentionInterface.register("packed", packed_attention)
 
 
 @dataclass
@@ -53,7 +45,7 @@ class Policy:
     start: Reference | None = None  # the policy as it was at the start; None: all weights train
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> nn.Module:
         return self.lm.model
 
 
@@ -135,7 +127,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         )
     if cfg.disable_dropout:
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
+            if isinstance(module, nn.Dropout):
                 module.p = 0.0
             elif "attention_dropout" in vars(module):
                 module.attention_dropout = 0.0
@@ -149,7 +141,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         exact = {"emulate_precision_casts": True}
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True, options=exact)
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation(packed())
     return Policy(lm, tokenizer, template, lora, attention, Reference(lm) if lora else None)
 
 
@@ -200,7 +192,7 @@ def load_lm(
     return PackedLM(model.to(device), scale, softcap, autocast)
 
 
-def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     if not str(name).endswith(".gguf"):
         check_index(name)
     model, info = _from_pretrained(
@@ -304,5 +296,5 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
     else:
         policy.model.set_attn_implementation(policy.attention)
         policy.model.save_pretrained(directory)
-        policy.model.set_attn_implementation("packed")
+        policy.model.set_attn_implementation(packed())
     policy.tokenizer.save_pretrained(directory)

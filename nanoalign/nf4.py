@@ -327,7 +327,8 @@ class NF4Linear(nn.Module):
 
     # Traced into a graph, forward and backward would hold the same expression twice: the compiler
     # would compute it once and keep the dense weight. So a compiled model calls this as it stands.
-    @torch.compiler.disable
+    # (torch.compiler.disable would import the compiler here and now, for a second.)
+    @torch._disable_dynamo
     def forward(self, x):  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return NF4Product.apply(x, bias, self.layout(), self.packed, *self.scales())

@@ -18,7 +18,7 @@ preference pair twice.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,34 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
     return Row(tokens[0], layout, *wanted, trained, lengths)
 
 
+ROW_TOKENS = {"cpu": 2048, "gpu": 16384}  # of a row that backward needs
+LONG_ROW = 4096  # a row without gradient keeps nothing of a layer once the next one is computed
+
+
+def row_tokens(limit: int | None, device: torch.device) -> int:
+    """How long a row may be: `limit`, or by device (a CPU is as fast on short ones)."""
+    return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+
+
+def in_rows(items: list, tokens: int, key=lambda sequence: sequence) -> list[list]:
+    """Items, each of which has a Sequence as its `key`, in parts that make rows of at most
+    `tokens`; a longer item is a part of its own.
+
+    Losses are sums over examples, so the parts' gradients add up to the whole's, and memory is
+    that of one part.
+    """
+    parts, room = [], 0
+    for item in items:
+        prompt, completions = key(item)
+        length = len(prompt) + sum(len(ids) for ids, _ in completions)
+        if not parts or length > room:
+            parts.append([])
+            room = tokens
+        parts[-1].append(item)
+        room -= length
+    return parts
+
+
 def packed_attention(
     module,
     query: Tensor,  # (1, H, T, D)
@@ -124,7 +152,17 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
-@torch.compiler.disable  # its loops depend on the row: a compiled layer is compiled around it
+@cache
+def packed() -> str:
+    """The name under which transformers' models find packed_attention."""
+    from transformers import AttentionInterface  # half a second, and --help can do without
+
+    AttentionInterface.register("packed", packed_attention)
+    return "packed"
+
+
+# torch._disable_dynamo is torch.compiler.disable that does not import the compiler until it is used
+@torch._disable_dynamo  # its loops depend on the row: a compiled layer is compiled around it
 def _by_example(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
     """The predicate as a few dense calls: an example's prompt and first branch are one causal
     sequence; each further branch attends to the prompt and to itself."""
@@ -209,7 +247,7 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-@torch.compiler.disable  # made once a row and window, outside of any compiled layer
+@torch._disable_dynamo  # made once a row and window, outside of any compiled layer
 def _block_mask(layout: Layout, window: int | None):
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -8,7 +8,7 @@ rows would give wrong log-probs there, and nobody would notice.
 import copy
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nanoalign import InputError
 from nanoalign.logps import PackedLM
@@ -22,6 +22,8 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
     forward pass, sequence by sequence, in fp32, on a copy of the config with two layers (one of
     each kind), a small vocabulary, a short window and random weights. Raises InputError if not.
     """
+    from transformers import AttentionInterface  # late, as in packing.packed
+
     config = copy.deepcopy(config)
     kinds = list(dict.fromkeys(config.layer_types)) if hasattr(config, "layer_types") else []
     small = {

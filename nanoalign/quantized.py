@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from nanoalign import InputError
 from nanoalign.bnb import DTYPES, to_bitsandbytes
@@ -27,7 +27,7 @@ from nanoalign.streaming import local_file, mismatch, skeleton, stream, tensor_f
 NOTE = "base_quantization.json"  # in an adapter's directory: the 4-bit base it was trained on
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """What goes into 4 bits."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
@@ -42,7 +42,7 @@ def packed_weights(model: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in nf4_layers(model).values())
 
 
-def quantize(model: PreTrainedModel, device: torch.device, double_quant: bool = False) -> None:
+def quantize(model: nn.Module, device: torch.device, double_quant: bool = False) -> None:
     """A dense model's linear layers, in place, one after the other."""
     for name, linear in linears(model).items():
         layer = NF4Linear.from_linear(linear.to(device), 64, double_quant, f"{name}.weight")
@@ -55,9 +55,9 @@ def load_4bit(
     dtype: torch.dtype,
     device: torch.device,
     double_quant: bool,
-    load_dense: Callable[[], PreTrainedModel],
+    load_dense: Callable[[], nn.Module],
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> nn.Module:
     """The model of a directory or hub id, with its linear layers but the head in NF4.
 
     `dtype` is that of all other weights, and what NF4 weights are rounded to; `load_dense` is
@@ -105,7 +105,7 @@ def is_nf4(config) -> bool:
 
 
 def save_4bit(
-    model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write a 4-bit model, without adapter, as transformers + bitsandbytes writes it."""
     directory, layers = Path(directory), nf4_layers(model)

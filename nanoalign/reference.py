@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nanoalign import InputError
 from nanoalign.config import ReferenceConfig
-from nanoalign.data import batches
+from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, load_lm
-from nanoalign.packing import Sequence
+from nanoalign.packing import LONG_ROW, Sequence, in_rows, packed, row_tokens
 
 LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
 
@@ -29,22 +29,32 @@ def load_reference(
     reference = _reference(cfg, policy)
     no_copy = policy.lora is None and not cfg.ref_model_name_or_path
     if cfg.precompute_ref_log_probs or no_copy:
-        return _precomputed(reference, everything(), cfg.per_device_eval_batch_size)
+        return _precomputed(reference, everything())
     return reference
 
 
-def _precomputed(reference: LogpsOf, sequences: list[Sequence], batch_size: int) -> LogpsOf:
+def without_gradient(lm: PackedLM, cfg: ReferenceConfig) -> LogpsOf:
+    """The log-probs of any number of sequences, in rows longer than backward would have room for:
+    fewer and larger products, and each weight is read (from 4 bits: decoded) for more tokens."""
+    tokens = max(LONG_ROW, row_tokens(cfg.max_row_tokens, lm.device))
+
+    @torch.no_grad()
+    def logps(sequences: list[Sequence]) -> Tensor:
+        return torch.cat([lm(row).logps for row in in_rows(sequences, tokens)])
+
+    return logps
+
+
+def _precomputed(reference: LogpsOf, sequences: list[Sequence]) -> LogpsOf:
     """The same function, from a table. Prompts and completions are known there by identity: those
     of a run's examples live as long as the run."""
 
     def keys(sequences):
         return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
 
-    once = {tuple(keys([sequence])): sequence for sequence in sequences}
-    known = {}
-    for batch in batches(list(once.values()), batch_size):
-        logps = reference(batch)
-        known.update(zip(keys(batch), logps.tolist()))
+    once = list({tuple(keys([sequence])): sequence for sequence in sequences}.values())
+    logps = reference(once)
+    known = dict(zip(keys(once), logps.tolist()))
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)
 
@@ -59,17 +69,18 @@ def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
             load_in_4bit=cfg.load_in_4bit,
             double_quant=cfg.use_bnb_nested_quant,
         )
-        other.model.set_attn_implementation("packed")
+        other.model.set_attn_implementation(packed())
         other.eval()
         if other.head().weight.shape[0] < len(policy.tokenizer):
             raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
-        return torch.no_grad()(lambda sequences: other(sequences).logps)
+        return without_gradient(other, cfg)
+    logps = without_gradient(policy.lm, cfg)
     if policy.lora is None:
-        return torch.no_grad()(lambda sequences: policy.lm.eval()(sequences).logps)
+        policy.lm.eval()  # until training begins; it is asked before that only
+        return logps
 
-    @torch.no_grad()
     def reference(sequences: list[Sequence]) -> Tensor:
         with policy.start():
-            return policy.lm(sequences).logps
+            return logps(sequences)
 
     return reference

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from nanoalign import InputError
@@ -93,7 +93,7 @@ def read_tensor(path: Path, key: str, device: torch.device, dtype: torch.dtype |
 # ------------------------------------------------------------------------------------------ model
 
 
-def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model with its parameters on meta and its buffers computed."""
 
     def to_meta(module, name, parameter):
@@ -107,12 +107,12 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> Pre
         hook.remove()
 
 
-def dense_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file of the dense model holds; a tied tensor is here under both its names."""
     return model.state_dict(keep_vars=True)
 
 
-def mismatch(model: PreTrainedModel, linears: dict, files: dict[str, Path]) -> str | None:
+def mismatch(model: nn.Module, linears: dict, files: dict[str, Path]) -> str | None:
     """Why the files can't be streamed into a skeleton, if transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
@@ -134,7 +134,7 @@ def mismatch(model: PreTrainedModel, linears: dict, files: dict[str, Path]) -> s
 
 
 def stream(
-    model: PreTrainedModel,
+    model: nn.Module,
     linears: dict[str, nn.Linear],
     files: dict[str, Path],
     device: torch.device,

@@ -15,6 +15,7 @@ The loop knows no method. A script gives it functions:
 """
 
 import math
+import operator
 import signal
 import time
 from collections.abc import Iterator
@@ -26,10 +27,11 @@ import torch
 from nanoalign import InputError
 from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
-from nanoalign.data import Example, batches, rows
+from nanoalign.data import Example, batches
 from nanoalign.generate import generate_ids
 from nanoalign.metrics import Log, Sums, add, means
 from nanoalign.model import Policy, save_policy
+from nanoalign.packing import in_rows, row_tokens
 from nanoalign.run import Run
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
@@ -66,13 +68,13 @@ def step_batches(cfg: Config, order: list[Example], step: int, tokens: int) -> l
     into rows of at most `tokens`. An epoch's last step takes what is left."""
     size = cfg.per_device_train_batch_size
     per_step = size * cfg.gradient_accumulation_steps
-    micro_batches = batches(order[step * per_step : (step + 1) * per_step], size)
-    return [part for batch in micro_batches for part in rows(batch, tokens)]
+    return parts(batches(order[step * per_step : (step + 1) * per_step], size), tokens)
 
 
-def row_tokens(cfg: Config, device: torch.device) -> int:
-    """A CPU is as fast on short rows and a GPU is not."""
-    return cfg.max_row_tokens or (1024 if device.type == "cpu" else 16384)
+def parts(micro_batches: list[list[Example]], tokens: int) -> list[list[Example]]:
+    """Micro-batches cut into rows of at most `tokens`."""
+    key = operator.attrgetter("sequence")
+    return [part for batch in micro_batches for part in in_rows(batch, tokens, key)]
 
 
 def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
@@ -109,7 +111,7 @@ def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
         write_whole(directory / f"checkpoint-{state['step']}", write)
         prune(directory, cfg.save_total_limit, state["step"])
 
-    longest = row_tokens(cfg, lm.device)
+    longest = row_tokens(cfg.max_row_tokens, lm.device)
     lm.train()
     with Log(directory, total, state, cfg.report_to) as log, stop_signals() as stopped:
         since = time.monotonic(), state["num_tokens"]
@@ -259,9 +261,8 @@ def optimizer_step(
 def evaluate(cfg, lm, held_out, weight, prepare, loss) -> dict[str, float]:
     """Means over all held-out examples (SFT: tokens), whatever the batch size."""
     lm.eval()
-    tokens, sums = row_tokens(cfg, lm.device), {}
-    whole = batches(held_out, cfg.per_device_eval_batch_size)
-    groups = [part for batch in whole for part in rows(batch, tokens)]
+    whole, sums = batches(held_out, cfg.per_device_eval_batch_size), {}
+    groups = parts(whole, row_tokens(cfg.max_row_tokens, lm.device))
     for batch, known in zip(groups, prepare(groups)):
         value, metrics = loss(batch, known)
         add(sums, {"loss": (float(value), sum(map(weight, batch)))})

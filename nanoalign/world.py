@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nanoalign.chatml import IM_END, IM_START
 from nanoalign.generate import generate
@@ -147,7 +147,8 @@ def build(seed: int = 0) -> None:
     tokenizer = train_tokenizer([f"user\n{q}\nassistant\n{a}\nassistant\n{b}" for q, a, b in train])
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=688,
@@ -160,7 +161,7 @@ def build(seed: int = 0) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(BASE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
 
 

@@ -213,8 +213,8 @@ IDLE = [  # flags of a run, and which of them have nothing to do in it
     ("dpo", "--loss_type robust --label_smoothing 0.1 --beta 0.2 --rpo_alpha 1", ""),
     ("dpo", "--use_peft false --precompute_ref_log_probs", "precompute_ref_log_probs"),
     ("dpo", "--use_peft false --precompute_ref_log_probs --ref_model_name_or_path r", ""),
-    ("dpo", "--precompute_ref_log_probs --per_device_eval_batch_size 3", ""),  # of the table
-    ("kto", "--use_peft false --per_device_eval_batch_size 3", ""),
+    ("dpo", "--precompute_ref_log_probs", ""),
+    ("kto", "--use_peft false --ref_model_name_or_path r", ""),
     ("kto", "--loss_type apo_zero_unpaired --beta 0.2 --desirable_weight 2", ""),
 ]  # fmt: skip
 

@@ -7,9 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import nanoalign.model  # noqa: F401  (makes "packed" known to transformers)
 from nanoalign.logps import Head, PackedLM, Scores, token_logps
-from nanoalign.packing import pack
+from nanoalign.packing import pack, packed
 
 N, D, V = 37, 24, 97
 ROWS = [5, 96]  # vocabulary entries that train on their own
@@ -188,7 +187,7 @@ def a_model(**more):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny(LlamaConfig, **more))
     lm = PackedLM(model, 1.0, None, None)
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation(packed())
     return lm
 
 

@@ -10,10 +10,12 @@ from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+import nanoalign.reference
 from nanoalign import InputError
 from nanoalign.config import DPOConfig, SFTConfig, parse
 from nanoalign.generate import generate
 from nanoalign.model import load_policy, save_policy
+from nanoalign.packing import packed
 from nanoalign.probe import probe
 from nanoalign.reference import load_reference
 
@@ -205,7 +207,7 @@ def test_greedy_replies_are_those_of_transformers(policy):
         )
         new = out[0, ids.shape[1] :]
         assert reply == policy.tokenizer.decode(new, skip_special_tokens=True)
-    policy.model.set_attn_implementation("packed")
+    policy.model.set_attn_implementation(packed())
     assert len(set(replies)) == 3 and all(replies)
 
 
@@ -296,6 +298,19 @@ def test_the_reference_is_the_policy_as_it_was(case, reference_cases):
         assert (now - start).abs().max() > 1e-2
     assert policy.lm.training and not reference(SEQUENCES).requires_grad
     now.sum().backward()
+
+
+def test_the_reference_takes_any_number_of_sequences(model_dir, monkeypatch):
+    """A whole step's, in rows that are as long as they may be without a gradient."""
+    monkeypatch.setattr(nanoalign.reference, "LONG_ROW", 20)
+    cfg = config(model_dir, "--max_row_tokens", "15", kind=DPOConfig)
+    policy = load_policy(cfg)
+    expected = policy.lm(SEQUENCES * 5).logps.detach()
+    rows, whole = [], policy.lm.forward
+    monkeypatch.setattr(policy.lm, "forward", lambda row: rows.append(row) or whole(row))
+    reference = load_reference(cfg, policy, no_sequences)
+    assert torch.allclose(reference(SEQUENCES * 5), expected, atol=1e-5)
+    assert sum(rows, []) == SEQUENCES * 5 and 1 < len(rows) < 10
 
 
 def test_disabled_dropout_is_disabled_everywhere(tmp_path):

@@ -20,7 +20,7 @@ from transformers import (
 from nanoalign import packing
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.packing import pack, packed_attention
+from nanoalign.packing import in_rows, pack, packed, packed_attention
 from nanoalign.probe import probe
 
 # ------------------------------------------------------------------------------------ the row
@@ -50,6 +50,20 @@ def test_without_a_prompt_the_first_token_is_predicted_by_nothing():
     assert row.input_ids.tolist() == [60]
     assert row.predictors.tolist() == [0] and row.targets.tolist() == [61]
     assert row.trained == [1]
+
+
+def test_sequences_are_cut_in_rows_without_a_token_too_many():
+    lengths = [3, 4, 9, 1, 1, 6, 2]
+    sequences = [(list(range(n - 1)), [([7], [True])]) for n in lengths]
+
+    def rows(tokens):
+        parts = in_rows(range(7), tokens, sequences.__getitem__)
+        return [[lengths[i] for i in part] for part in parts]
+
+    assert rows(8) == [[3, 4], [9], [1, 1, 6], [2]]  # 9 is too long, and stands alone
+    assert rows(7) == [[3, 4], [9], [1, 1], [6], [2]]
+    assert rows(1) == [[n] for n in lengths] and rows(26) == [lengths]
+    assert in_rows(sequences, 26) == [sequences] and in_rows([], 8) == []
 
 
 def random_sequences(seed=0, vocabulary=320):
@@ -221,7 +235,7 @@ def test_packed_equals_padded(kind, lora, way, monkeypatch):
     lm, sequences = a_model(kind, lora), random_sequences()
     expected = padded_logps(lm.model, sequences)
     expected_gradients = gradients(lm.model, expected)
-    lm.model.set_attn_implementation("packed")
+    lm.model.set_attn_implementation(packed())
     got = lm(sequences).logps
     got_gradients = gradients(lm.model, got)
 
@@ -235,7 +249,7 @@ def test_packed_equals_padded(kind, lora, way, monkeypatch):
 def test_a_layer_recomputed_in_backward_keeps_its_layout(kind, monkeypatch):
     """Gradient checkpointing calls the layers a second time: same keywords, same gradients."""
     lm, sequences = a_model(kind, lora=True), random_sequences()
-    lm.model.set_attn_implementation("packed")
+    lm.model.set_attn_implementation(packed())
     lm.train()
     expected = gradients(lm.model, lm(sequences).logps)
     lm.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -253,7 +267,7 @@ def test_a_layer_recomputed_in_backward_keeps_its_layout(kind, monkeypatch):
 
 def test_what_an_example_scores_does_not_depend_on_its_neighbours():
     lm, sequences = a_model("qwen2-window", lora=False), random_sequences()
-    lm.model.set_attn_implementation("packed")
+    lm.model.set_attn_implementation(packed())
     together = lm(sequences)
     alone = [lm([(prompt, [c])]).logps for prompt, completions in sequences for c in completions]
     assert torch.allclose(together.logps, torch.cat(alone), rtol=1e-5)
