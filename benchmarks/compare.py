@@ -19,6 +19,7 @@ random words are used, without --model a --shape with random weights.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -84,7 +85,9 @@ def random_rows(method: str, count: int, longest: int = 150) -> list[dict]:
 def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     """Write ours.jsonl (messages), theirs.jsonl (rendered ChatML) and the starting adapter.
 
-    Rows that would not train here (a prompt that fills max_length) are left out for both sides.
+    Both sides must see the same ids. TRL ends every reply with the marker, so one that was cut to
+    fit ends with it here, too; rows whose text would be split into other tokens when prompt and
+    reply are one string, as they are there, are left out, like those that fill max_length.
     Returns the tokens of the steps that are timed, and the FLOPs of a pass over them.
     """
     from nanoalign import layouts
@@ -92,20 +95,31 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     from nanoalign.data import Limits, read_examples
     from nanoalign.model import load_policy, save_policy
 
+    wanted = args.batch * (args.steps + 1)
     kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]
     torch_seed()
     cfg = SFTConfig(model_name_or_path=args.model, lora_dropout=args.lora_dropout, device="cpu")
     policy = load_policy(cfg)
     save_policy(policy, directory / "adapter")
     source = getattr(args, f"{method}_data") or write_rows(
-        directory / "rows.jsonl", random_rows(method, args.batch * (args.steps + 1))
+        directory / "rows.jsonl", random_rows(method, 2 * wanted)
     )
     limits = Limits(args.max_length)
     examples, _ = read_examples([source], kind, policy.tokenizer, policy.template, limits)
     random.Random(0).shuffle(examples)
-    examples = examples[: args.batch * (args.steps + 1)]
-    decode = policy.tokenizer.decode
-    ours, theirs = [], []
+    decode, ours, theirs = policy.tokenizer.decode, [], []
+
+    def alike(example):
+        for ids, _ in example.completions:
+            ids[-1] = policy.template.end
+            whole = example.prompt + ids
+            if policy.tokenizer(decode(whole), add_special_tokens=False)["input_ids"] != whole:
+                return False
+        return True
+
+    examples = list(itertools.islice(filter(alike, examples), wanted))
+    if len(examples) < wanted:
+        sys.exit(f"{source}: {len(examples)} rows that can be used, expected {wanted}")
     for example in examples:  # ids -> text, so that both sides encode what was cut to fit
         replies = [decode(ids) for ids, _ in example.completions]
         keys = ("chosen", "rejected") if method == "dpo" else ("completion",)

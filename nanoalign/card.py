@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nanoalign
 from nanoalign.config import Config
+from nanoalign.data import on_hub
 from nanoalign.lora import LoRAConfig
 
 CARD = """\
@@ -54,9 +55,9 @@ def write_card(
 ) -> None:
     """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl."""
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
-    on_hub = [f"- {n}\n" for n in cfg.dataset_name if not Path(n).suffix and not Path(n).exists()]
+    named = [f"- {name}\n" for name in cfg.dataset_name if on_hub(name)]
     text = CARD.format(
-        datasets="".join(["datasets:\n", *on_hub]) if on_hub else "",
+        datasets="".join(["datasets:\n", *named]) if named else "",
         base=lora.base_model_name_or_path if lora else cfg.model_name_or_path,
         library="peft" if lora else "transformers",
         method=method,

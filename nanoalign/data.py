@@ -136,12 +136,18 @@ def describe(count: Counter) -> str:
     return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *cut, *skipped])
 
 
-def _rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
-    """(where, row) of a file, or of a data set of the hub: name or owner/name, and no such path."""
+def on_hub(source: str) -> bool:
+    """Is it a data set of the hub: name or owner/name, and no such path here?"""
     path = Path(source)
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
     folder = "/" in source and path.parent.exists()
-    if not named or folder or path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv"):
+    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv")
+    return bool(named) and not folder and not file
+
+
+def _rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
+    """(where, row) of a file, or of a data set of the hub."""
+    if not on_hub(source):
         return read_rows(source)  # says so if it is not there
     try:
         from datasets import load_dataset

@@ -4,11 +4,14 @@ import json
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 
 from nanoalign import InputError, plot, show
 from nanoalign.advice import advice, afterthought, suggested_weights
+from nanoalign.card import write_card
 from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
 from nanoalign.data import Example
+from nanoalign.lora import LoRAConfig
 
 # ---------------------------------------------------------------------------------- the mask, shown
 
@@ -121,3 +124,20 @@ def test_curves(tmp_path, capsys):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="expected a directory of a run"):
         plot.main([str(tmp_path / "nix")])
+
+
+# --------------------------------------------------------------------------------------------- card
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(base_model_name_or_path="org/base"), None])
+def test_the_hub_reads_the_card(tmp_path, lora):
+    """Its library is the judge. Files of one's own are no data sets of the hub."""
+    data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
+    cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
+    write_card(cfg, lora, tmp_path, "dpo", 7, {"step": 3, "loss": 0.5, "time": 1})
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    assert card.data.base_model == ("org/base" if lora else "org/model")
+    assert card.data.library_name == ("peft" if lora else "transformers")
+    assert card.data.datasets == ["owner/name-v1.2", "squad"]
+    assert set(card.data.tags) == {"dpo", "nanoalign"} | ({"lora"} if lora else set())
+    assert "7 examples" in card.text and "loss 0.5" in card.text and "time" not in card.text
