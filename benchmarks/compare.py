@@ -8,14 +8,15 @@ own, in turn. Printed for each method and base: real tokens per second (prompts 
 counts them, a DPO prompt in both its rows; padding and KL rows are not counted; the same number is
 used for both sides), peak memory (resident set; on CUDA what was allocated), the ratio of each pair
 of runs with its spread, and the first and last losses. The first step, which warms up, is left out.
-On CUDA the clock is CUDA's events, and model FLOPs utilization is printed too: what the mathematics
-of a step needs (see `model_flops`) over what the card could do in its time (--peak_tflops).
+On CUDA the clock is CUDA's events. With --peak_tflops model FLOPs utilization is printed, too: what
+the mathematics of a step needs (see `step_flops`) over what the machine could do in its time.
 
-TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, and the
-faster of gradient checkpointing on and off (--peer_checkpointing turns it on). Ours can run with
---torch_compile. In bf16 the two round differently, and LoRA's dropout draws other masks; with
---dtype float32 --lora_dropout 0 the losses agree to the printed digit. Without a data flag rows of
-random words are used, without --model a --shape with random weights.
+TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, the faster
+of gradient checkpointing on and off (--peer_checkpointing turns it on), on a GPU --peer_attention
+flash_attention_2. Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's
+dropout draws other masks; with --dtype float32 --lora_dropout 0 the losses agree to the printed
+digit. Without a data flag rows of random words are used, without --model a --shape with random
+weights.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     """
     from nanoalign import layouts
     from nanoalign.config import SFTConfig
-    from nanoalign.data import Limits, read_examples
+    from nanoalign.data import Limits, read_examples, with_mismatches
     from nanoalign.model import load_policy, save_policy
 
     wanted = args.batch * (args.steps + 1)
@@ -129,31 +130,40 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     write_rows(directory / "ours.jsonl", ours)
     write_rows(directory / "theirs.jsonl", theirs)
     timed = examples[args.batch :]
-    flops = sum(
-        model_flops(policy.model, len(example.prompt) + len(ids), reference=method != "sft")
-        for example in timed
-        for ids, _ in example.completions
-    )
-    return sum(map(len, timed)), flops
+    if method == "kto":
+        timed = with_mismatches(examples)[args.batch :]
+    return sum(map(len, timed)), sum(step_flops(policy.model, method, e) for e in timed)
 
 
-def model_flops(model, length: int, reference: bool) -> float:
-    """What one sequence of a LoRA step needs: 2 FLOPs a weight and token for each of forward and
-    the gradient of the activations (frozen weights have no gradient of their own), 4 more for the
-    adapter's, 4 d a pair of tokens for attention (half of them are causal), and one more forward
-    for the reference. Recomputation, padding and a prompt's second copy are nobody's merit.
-    """
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    products = frozen - (0 if tied else embedding)  # a tied table is the head's product
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    heads = model.config.num_attention_heads
-    d = heads * (getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
-    attention = 2 * d * length**2 * model.config.num_hidden_layers
-    forward = 2 * products * length + attention
-    backward = 2 * products * length + 2 * attention
-    return forward * (2 if reference else 1) + backward + 6 * trained * length
+def step_flops(model, method: str, example) -> float:
+    """What an example needs in a LoRA step, and not what either side happens to compute: no
+    padding, a prompt once, the head where a trained token is predicted, nothing a second time."""
+    prompt, own = example.sequence
+    flops = flops_of(model, prompt, own) + flops_of(model, prompt, own, backward=True)
+    if method == "dpo":  # the reference
+        flops += flops_of(model, prompt, own)
+    if method == "kto":  # the reference of y and y', and the policy of y'
+        other = example.mismatch.completions
+        flops += flops_of(model, prompt, own + other) + flops_of(model, prompt, other)
+    return flops
+
+
+def flops_of(model, prompt: list, completions: list, backward: bool = False) -> float:
+    """A forward pass: 2 a weight and token, 4 d a query, key and layer (later keys are masked). A
+    backward pass: as many again for frozen weights, which have no gradient of their own; twice as
+    many for the adapter and for attention."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - adapter
+    frozen -= head.numel() + (0 if head is table else table.numel())
+    config, lengths = model.config, [len(ids) for ids, _ in completions]
+    heads = config.num_attention_heads
+    d = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    tokens, trained = len(prompt) + sum(lengths), sum(sum(mask) for _, mask in completions)
+    seen = len(prompt) ** 2 / 2 + sum(n * (len(prompt) + n / 2) for n in lengths)
+    once = 2 * (frozen * tokens + head.numel() * trained)
+    twice = 2 * adapter * tokens + 4 * d * config.num_hidden_layers * seen
+    return once + 2 * twice if backward else once + twice
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -271,6 +281,7 @@ def run_theirs(args) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=args.dtype, device_map=args.device if args.qlora else None,
         quantization_config=quantization if args.qlora else None,
+        attn_implementation=args.peer_attention,
     )  # fmt: skip
     name = args.method.upper()
     more = {"max_length": None}
@@ -321,6 +332,7 @@ def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
     ours = worker == "ours"
     command += ["--torch_compile"] if ours and args.torch_compile else []
     command += ["--checkpointing"] if not ours and args.peer_checkpointing else []
+    command += ["--peer_attention", args.peer_attention] if args.peer_attention else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
@@ -346,7 +358,7 @@ def compare(args, method: str, qlora: bool) -> None:
                 f"{theirs['first']:.4f} -> {theirs['last']:.4f}",
                 flush=True,
             )
-            if args.device == "cuda":
+            if args.peak_tflops:
                 share = [
                     flops / (run["seconds"] * args.peak_tflops * 1e12) for run in (ours, theirs)
                 ]
@@ -378,9 +390,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--lora_dropout", type=float, default=0.05, help="(DPO and KTO ignore it)")
-    parser.add_argument("--peak_tflops", type=float, default=989, help="dense bf16: H100, H200 989")
+    parser.add_argument("--peak_tflops", type=float, help="the machine's; dense bf16 on H200: 989")
     parser.add_argument("--torch_compile", action="store_true", help="on our side")
     parser.add_argument("--peer_checkpointing", action="store_true")
+    parser.add_argument("--peer_attention", help="flash_attention_2, say, where it is installed")
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)

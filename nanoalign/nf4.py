@@ -83,6 +83,7 @@ _BYTE = torch.arange(256)
 WORDS = torch.stack([LEVELS[_BYTE >> 4], LEVELS[_BYTE & 15]], -1).view(torch.int64).flatten()
 
 CHUNK = 2**18  # weights handled at a time: their fp32 values fit in a core's second-level cache
+GPU_CHUNK = 2**22  # 16 MB of them: a GPU wants fewer and larger calls
 
 
 def derive_levels() -> torch.Tensor:
@@ -103,11 +104,13 @@ def quantize_nf4(weight, blocksize=64, name="weight"):
     """weight, any shape and float dtype -> packed uint8 [(n+1)//2, 1], absmax fp32 [blocks].
 
     absmax_b = max |w| over block b; code = the level nearest to w / absmax_b, and the lower one
-    halfway; byte i = code[2i] << 4 | code[2i+1]. Besides its results it needs a few MB, whatever
-    the size of the weight. InputError, with the tensor's name, if a value is not finite.
+    halfway; byte i = code[2i] << 4 | code[2i+1]. Besides its results it needs a few MB (on a
+    GPU some 60), whatever the size of the weight. InputError, with the tensor's name, if a value is
+    not finite.
     """
     flat, n = weight.detach().flatten(), weight.numel()
-    blocks, step = math.ceil(n / blocksize), CHUNK // blocksize
+    chunk = CHUNK if weight.is_cpu else GPU_CHUNK
+    blocks, step = math.ceil(n / blocksize), chunk // blocksize
     packed = torch.empty(blocks, blocksize // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, device=weight.device, dtype=torch.float32)
     for i in range(0, blocks, step):

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoalign import InputError
+
 Completion = tuple[list[int], list[bool]]  # ids; which of them train
 Sequence = tuple[list[int], list[Completion]]  # a prompt's ids and the completions that share it
 
@@ -93,12 +95,11 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
     return Row(tokens[0], layout, *wanted, trained, lengths)
 
 
-ROW_TOKENS = {"cpu": 2048, "gpu": 16384}  # of a row that backward needs
-LONG_ROW = 4096  # a row without gradient keeps nothing of a layer once the next one is computed
+ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
 
 
 def row_tokens(limit: int | None, device: torch.device) -> int:
-    """How long a row may be: `limit`, or by device (a CPU is as fast on short ones)."""
+    """How long a row that backward needs may be: `limit`, or by device."""
     return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
@@ -121,6 +122,9 @@ def in_rows(items: list, tokens: int, key=lambda sequence: sequence) -> list[lis
     return parts
 
 
+# Its loops and masks depend on the row: a compiled layer is compiled around it. (_disable_dynamo is
+# torch.compiler.disable, but does not import the compiler before it is needed.)
+@torch._disable_dynamo
 def packed_attention(
     module,
     query: Tensor,  # (1, H, T, D)
@@ -146,6 +150,8 @@ def packed_attention(
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     if query.is_cuda:
+        if dropout > 0:
+            raise InputError("attention dropout does not exist on a GPU here: --disable_dropout")
         out = _flex(query, key, value, layout, scaling, sliding_window, softcap)
     else:
         out = _by_example(query, key, value, layout, scaling, dropout, sliding_window, softcap)
@@ -161,8 +167,6 @@ def packed() -> str:
     return "packed"
 
 
-# torch._disable_dynamo is torch.compiler.disable that does not import the compiler until it is used
-@torch._disable_dynamo  # its loops depend on the row: a compiled layer is compiled around it
 def _by_example(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
     """The predicate as a few dense calls: an example's prompt and first branch are one causal
     sequence; each further branch attends to the prompt and to itself."""
@@ -240,14 +244,16 @@ def _bias(queries, keys, window, groups, dtype, device) -> Tensor:
     return torch.zeros(band.shape, dtype=dtype, device=device).masked_fill_(~band, -torch.inf)[None]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _compiled_flex():
+    import torch._dynamo.config as dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    dynamo.specialize_float = True  # scale and softcap are constants of the model
+    dynamo.recompile_limit = 64  # with and without gradient, short and long rows, windows ...
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-@torch._disable_dynamo  # made once a row and window, outside of any compiled layer
 def _block_mask(layout: Layout, window: int | None):
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -260,7 +266,8 @@ def _block_mask(layout: Layout, window: int | None):
 
 
 def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
-    """The predicate compiled into one kernel. (Attention dropout does not exist there.)"""
+    """The predicate compiled into one kernel."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary's in fp32
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
@@ -269,4 +276,5 @@ def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
         query, key, value, score_mod=cap if softcap else None,
         block_mask=_block_mask(layout, window), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # its decoding kernel fails on some rows
     )  # fmt: skip

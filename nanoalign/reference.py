@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanoalign import InputError
 from nanoalign.config import ReferenceConfig
+from nanoalign.data import batches
 from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, load_lm
-from nanoalign.packing import LONG_ROW, Sequence, in_rows, packed, row_tokens
+from nanoalign.packing import Sequence, in_rows, packed, row_tokens
 
 LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
 
@@ -34,9 +36,10 @@ def load_reference(
 
 
 def without_gradient(lm: PackedLM, cfg: ReferenceConfig) -> LogpsOf:
-    """The log-probs of any number of sequences, in rows longer than backward would have room for:
-    fewer and larger products, and each weight is read (from 4 bits: decoded) for more tokens."""
-    tokens = max(LONG_ROW, row_tokens(cfg.max_row_tokens, lm.device))
+    """The log-probs of any number of sequences, in rows twice as long as those of backward, which
+    keeps all that a layer computes: larger products, and each weight is read (from 4 bits: decoded)
+    for more tokens."""
+    tokens = 2 * row_tokens(cfg.max_row_tokens, lm.device)
 
     @torch.no_grad()
     def logps(sequences: list[Sequence]) -> Tensor:
@@ -53,7 +56,8 @@ def _precomputed(reference: LogpsOf, sequences: list[Sequence]) -> LogpsOf:
         return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
 
     once = list({tuple(keys([sequence])): sequence for sequence in sequences}.values())
-    logps = reference(once)
+    bar = tqdm(batches(once, 64), "reference log-probs", disable=None, leave=False)
+    logps = torch.cat([reference(some) for some in bar])
     known = dict(zip(keys(once), logps.tolist()))
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)

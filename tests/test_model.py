@@ -10,7 +10,6 @@ from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import nanoalign.reference
 from nanoalign import InputError
 from nanoalign.config import DPOConfig, SFTConfig, parse
 from nanoalign.generate import generate
@@ -302,8 +301,7 @@ def test_the_reference_is_the_policy_as_it_was(case, reference_cases):
 
 def test_the_reference_takes_any_number_of_sequences(model_dir, monkeypatch):
     """A whole step's, in rows that are as long as they may be without a gradient."""
-    monkeypatch.setattr(nanoalign.reference, "LONG_ROW", 20)
-    cfg = config(model_dir, "--max_row_tokens", "15", kind=DPOConfig)
+    cfg = config(model_dir, "--max_row_tokens", "10", kind=DPOConfig)
     policy = load_policy(cfg)
     expected = policy.lm(SEQUENCES * 5).logps.detach()
     rows, whole = [], policy.lm.forward
