@@ -205,7 +205,7 @@ def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Mo
     )
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     if info["missing_keys"]:
         raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
     if info["mismatched_keys"]:

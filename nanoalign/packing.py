@@ -144,9 +144,9 @@ def packed_attention(
     """Attention over a packed row, in the form of transformers' AttentionInterface.
 
     Returns (1, T, H, D). A keyword that it does not know may change what a model computes
-    (attention sinks do), so it is an error.
+    (attention sinks do), so it is an error, unless it is off.
     """
-    unknown = [name for name, given in unknown.items() if given is not None]
+    unknown = [name for name, on in unknown.items() if on is not None and on is not False]
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     if query.is_cuda:

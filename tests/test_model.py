@@ -399,6 +399,7 @@ def write_gguf(gguf, model_dir, path):
     writer.add_token_list(tokens)
     writer.add_token_types(special)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
