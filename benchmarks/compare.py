@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,16 +404,13 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.worker:
         return {"ours": run_ours, "theirs": run_theirs}[args.worker](args)
-    import bitsandbytes
-    import peft
     import torch
-    import transformers
-    import trl
 
-    versions = (torch, transformers, trl, peft, bitsandbytes)
+    needed = ["torch", "transformers", "trl", "peft"]
+    needed += ["bitsandbytes"] if "qlora" in args.bases else []
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{device}, {os.cpu_count()} cores; batch {args.batch}, max_length {args.max_length}; "
-          + ", ".join(f"{m.__name__} {m.__version__}" for m in versions))  # fmt: skip
+          + ", ".join(f"{name} {version(name)}" for name in needed))  # fmt: skip
     with tempfile.TemporaryDirectory() as home:
         if args.model is None:
             args.model = random_model(args.shape or "tiny", Path(home))
