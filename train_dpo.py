@@ -7,61 +7,44 @@ The policy is compared with a reference: itself, as it was at the start.
 """
 
 from nanoalign.config import DPOConfig
-from nanoalign.data import epoch_order
 from nanoalign.layouts import DPO
 from nanoalign.losses import dpo_loss
 from nanoalign.metrics import reward_sums
-from nanoalign.reference import load_reference
+from nanoalign.reference import reference_of
 from nanoalign.run import Run, finish, main, start
 from nanoalign.train import train
 
 
 def run_dpo(cfg: DPOConfig) -> Run:
     run = start(cfg, DPO)
+    reference = reference_of(cfg, run.policy, lambda: run.examples + run.held_out)
 
-    def order(epoch):
-        return epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset)
+    def dpo(batches):
+        """The loss is a mean over pairs; a batch's completions are chosen, rejected, chosen, ..."""
+        for batch, ref_logps in zip(batches, reference(batches)):
+            scores = run.policy(batch)
+            chosen, rejected = (scores.take(range(i, 2 * len(batch), 2)) for i in (0, 1))
+            losses, *rewards = dpo_loss(
+                chosen.logps,
+                rejected.logps,
+                ref_logps[0::2],
+                ref_logps[1::2],
+                chosen.lengths,
+                rejected.lengths,
+                cfg.beta,
+                cfg.loss_type,
+                cfg.label_smoothing,
+                cfg.rpo_alpha,
+            )
+            won = (rewards[0] > rewards[1]).float().sum()
+            yield {
+                "loss": (losses.sum(), len(batch)),
+                **reward_sums("chosen", rewards[0], chosen),
+                **reward_sums("rejected", rewards[1], rejected),
+                "rewards/accuracies": (won, len(batch)),
+            }
 
-    def weight(example):  # the loss is a mean over pairs
-        return 1
-
-    def pairs(batch):
-        return [e.sequence for e in batch]
-
-    def everything():  # that the run asks the reference for
-        return pairs(run.examples + run.held_out)
-
-    reference = load_reference(cfg, run.policy, everything)
-
-    def prepare(groups):
-        """Each batch's reference log-probs, (2 B,): chosen, rejected, chosen, rejected, ..."""
-        ref_logps = reference(pairs(sum(groups, [])))
-        return ref_logps.split([2 * len(batch) for batch in groups])
-
-    def loss(batch, ref_logps):
-        scores = run.policy.lm(pairs(batch))
-        first, second = range(0, 2 * len(batch), 2), range(1, 2 * len(batch), 2)
-        chosen, rejected = scores.take(first), scores.take(second)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            chosen.logps,
-            rejected.logps,
-            ref_logps[first],
-            ref_logps[second],
-            chosen.lengths,
-            rejected.lengths,
-            cfg.beta,
-            cfg.loss_type,
-            cfg.label_smoothing,
-            cfg.rpo_alpha,
-        )
-        won = (chosen_rewards > rejected_rewards).float().sum()
-        return losses.sum(), {
-            **reward_sums("chosen", chosen_rewards, chosen),
-            **reward_sums("rejected", rejected_rewards, rejected),
-            "rewards/accuracies": (won, len(batch)),
-        }
-
-    train(cfg, run, order, weight, prepare, loss)
+    train(cfg, run, dpo)
     return finish(cfg, run)
 
 

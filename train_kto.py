@@ -8,6 +8,7 @@ reference on average, estimated with completions y' that belong to other prompts
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
 from nanoalign.metrics import reward_sums
-from nanoalign.reference import load_reference, without_gradient
+from nanoalign.reference import reference_of, without_gradient
 from nanoalign.run import Run, finish, main, start
 from nanoalign.train import epochs, train
 
@@ -36,61 +37,53 @@ def run_kto(cfg: KTOConfig) -> Run:
     except InputError as error:
         raise InputError(f"the examples to evaluate on: {error}") from None
 
-    def order(epoch):
-        return pair(epoch_order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset))
+    def order(*given):
+        return pair(epoch_order(*given))
 
-    def weight(example):  # the loss is a mean over examples
-        return 1
+    def mismatched(examples):  # x with the completion y' of another prompt
+        return [replace(e, completions=e.mismatch.completions) for e in examples]
 
-    def own(batch):
-        return [e.sequence for e in batch]
-
-    def mismatched(batch):
-        return [(e.prompt, e.mismatch.completions) for e in batch]
-
-    def both(batch):
-        return [(e.prompt, e.completions + e.mismatch.completions) for e in batch]
+    def both(examples):  # y and y', in one row
+        return [replace(e, completions=e.completions + e.mismatch.completions) for e in examples]
 
     def everything():  # that the run asks the reference for: each y once, each epoch's y'
         if not with_z0:
-            return own(run.examples + run.held_out)
-        later = [order(epoch) for epoch in range(1, epochs(cfg, len(run.examples)))]
-        return both(order(0) + run.held_out) + mismatched(sum(later, []))
+            return run.examples + run.held_out
+        rounds = range(epochs(cfg, len(run.examples)))
+        first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
+        return both(first + run.held_out) + mismatched(sum(later, []))
 
-    reference = load_reference(cfg, run.policy, everything)
+    reference = reference_of(cfg, run.policy, everything)
     policy_now = without_gradient(run.policy.lm, cfg)
 
-    def prepare(groups):
-        """z0 of the whole step, and each batch's reference log-probs."""
-        examples = sum(groups, [])
+    def kto(batches):
+        """z0 is that of the whole step; the loss is a mean over examples."""
+        step, z0 = sum(batches, []), torch.zeros(())
         if with_z0:
-            ref_logps, ref_kl = reference(both(examples)).view(-1, 2).T
-            z0 = kl_baseline(policy_now(mismatched(examples)), ref_kl)
+            ref_logps, ref_kl = reference([both(step)])[0].view(-1, 2).T
+            z0 = kl_baseline(policy_now(mismatched(step)), ref_kl)
         else:
-            ref_logps, z0 = reference(own(examples)), torch.zeros(())
-        return [(z0, logps) for logps in ref_logps.split([len(batch) for batch in groups])]
+            (ref_logps,) = reference([step])
+        for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
+            scores = run.policy(batch)
+            up = torch.tensor([e.label for e in batch], device=ref.device)
+            losses, rewards = kto_loss(
+                scores.logps,
+                ref,
+                up,
+                z0,
+                cfg.beta,
+                cfg.loss_type,
+                cfg.desirable_weight,
+                cfg.undesirable_weight,
+            )
+            sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
+            for side, label in (("chosen", True), ("rejected", False)):
+                index = [i for i, e in enumerate(batch) if e.label is label]
+                sums |= reward_sums(side, rewards[index], scores.take(index))
+            yield sums
 
-    def loss(batch, known):
-        z0, ref_logps = known
-        scores = run.policy.lm(own(batch))
-        desirable = torch.tensor([e.label for e in batch], device=ref_logps.device)
-        losses, rewards = kto_loss(
-            scores.logps,
-            ref_logps,
-            desirable,
-            z0,
-            cfg.beta,
-            cfg.loss_type,
-            cfg.desirable_weight,
-            cfg.undesirable_weight,
-        )
-        metrics = {"kl": (z0 * len(batch), len(batch))}
-        for side, label in (("chosen", True), ("rejected", False)):
-            index = [i for i, e in enumerate(batch) if e.label is label]
-            metrics |= reward_sums(side, rewards[index], scores.take(index))
-        return losses.sum(), metrics
-
-    train(cfg, run, order, weight, prepare, loss)
+    train(cfg, run, kto, order)
     return finish(cfg, run)
 
 

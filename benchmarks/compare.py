@@ -139,7 +139,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
 def step_flops(model, method: str, example) -> float:
     """What an example needs in a LoRA step, and not what either side happens to compute: no
     padding, a prompt once, the head where a trained token is predicted, nothing a second time."""
-    prompt, own = example.sequence
+    prompt, own = example.prompt, example.completions
     flops = flops_of(model, prompt, own) + flops_of(model, prompt, own, backward=True)
     if method == "dpo":  # the reference
         flops += flops_of(model, prompt, own)

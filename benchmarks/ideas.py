@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,31 +23,32 @@ sys.path.insert(0, str(ROOT))
 
 from compare import clocked_steps  # noqa: E402
 
-# each takes an idea away: sequences -> sequences that cost what it saves
+# each takes an idea away: examples -> examples that cost what it saves
 
 
-def unshared(sequences):
+def unshared(examples):
     """The prompt once for each completion."""
-    return [(prompt, [c]) for prompt, completions in sequences for c in completions]
+    return [replace(e, completions=[c]) for e in examples for c in e.completions]
 
 
-def padded(sequences):
+def padded(examples):
     """All as long as the longest, as a rectangular batch has it. What is filled in is no target."""
-    sequences = unshared(sequences)
-    longest = max(len(prompt) + len(ids) for prompt, [(ids, _)] in sequences)
-    out = []
-    for prompt, [(ids, mask)] in sequences:
-        missing = longest - len(prompt) - len(ids)
-        out.append((prompt, [(ids + [0] * missing, mask + [False] * missing)]))
+    out, longest = [], max(map(len, unshared(examples)))
+    for example in unshared(examples):
+        [(ids, mask)], missing = example.completions, longest - len(example)
+        filled = ids + [0] * missing, mask + [False] * missing
+        out.append(replace(example, completions=[filled]))
     return out
 
 
-def everywhere(sequences):
+def everywhere(examples):
     """Log-probs of the prompt's tokens too, as of any text."""
-    return [
-        (prompt[:1], [(prompt[1:] + ids, [True] * (len(prompt) - 1 + len(ids)))])
-        for prompt, [(ids, _)] in unshared(sequences)
-    ]
+    out = []
+    for example in unshared(examples):
+        [(ids, _)], (first, *rest) = example.completions, example.prompt
+        whole = rest + ids, [True] * len(rest + ids)
+        out.append(replace(example, prompt=[first], completions=[whole]))
+    return out
 
 
 def all_logits(h, head, targets):
@@ -66,7 +68,7 @@ def variants() -> dict:
     fused = torch.compile(nf4.decode, dynamic=True)
 
     def costly(change):
-        return logps, "pack", lambda sequences, device: pack(change(sequences), device)
+        return logps, "pack", lambda batch, device: pack(change(batch), device)
 
     def chunks_of(rows):
         return logps, "token_logps", partial(token_logps, chunk=rows)

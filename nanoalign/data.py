@@ -20,26 +20,7 @@ from nanoalign import InputError
 from nanoalign.chatml import encode
 from nanoalign.files import read_rows
 from nanoalign.layouts import KTO, label_of, layout_of, read_case, untrainable
-from nanoalign.packing import Completion, Sequence
-
-
-@dataclass(slots=True)
-class Example:
-    prompt: list[int]  # ids, the reply's header included
-    completions: list[Completion]  # (ids, mask of trained tokens) each
-    label: bool | None = None  # KTO: thumbs up or down
-    where: str = ""  # file and line
-    number: int = 0  # its place in the data, from 0
-    mismatch: "Example | None" = None  # KTO: whose completion stands in for y'
-
-    def __len__(self) -> int:
-        """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""
-        return sum(len(self.prompt) + len(ids) for ids, _ in self.completions)
-
-    @property
-    def sequence(self) -> Sequence:
-        return self.prompt, self.completions
-
+from nanoalign.packing import Example
 
 # ------------------------------------------------------------------------ conversations -> examples
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign.lora import TokenRows
-from nanoalign.packing import Sequence, pack
+from nanoalign.packing import Example, pack
 
 LOGITS = {"cpu": 2**24, "gpu": 2**27}  # made at a time: 64 MB and 512 MB in fp32
 
@@ -162,7 +162,7 @@ class Scores:
 
 
 class PackedLM(nn.Module):
-    """A causal language model of transformers as a function: sequences -> scores of completions.
+    """A causal language model of transformers as a function: examples -> scores of completions.
 
     `model` runs under `packed_attention`; `head` says what its head does beyond a product (its
     weights are read from the model at each call). `autocast` is the dtype to compute in where it
@@ -185,13 +185,13 @@ class PackedLM(nn.Module):
             head.rows, head.row_weight = layer.rows, layer.row_weight
         return head
 
-    def forward(self, sequences: list[Sequence], neftune_alpha: float = 0.0) -> Scores:
-        """Scores of all completions, in the order in which `sequences` lists them.
+    def forward(self, examples: list[Example], neftune_alpha: float = 0.0) -> Scores:
+        """Scores of all completions, in the order in which `examples` list them.
 
         neftune_alpha > 0 adds noise to the embeddings in training mode (NEFTune, Jain et al. 2023,
         arXiv 2310.05914): uniform within alpha / sqrt(L d), L the length of the token's example.
         """
-        row = pack(sequences, self.device)
+        row = pack(examples, self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
             if neftune_alpha > 0 and self.training:

@@ -51,7 +51,7 @@ def keep_lines(path: Path, until: int) -> None:
 
 
 class Log:
-    """The run's record; use it in a `with` statement.
+    """What a run says; `close` it at its end.
 
     Every line goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short, and to
     TensorBoard or Weights & Biases when `report_to` asks for it and the package is installed.
@@ -82,10 +82,7 @@ class Log:
         except ImportError:
             self.say(f"--report_to {report_to}: the package {report_to} is not installed; going on")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: it was said already
             self.file.close()
         self.bar.close()

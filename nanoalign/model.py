@@ -25,9 +25,9 @@ from nanoalign.chatml import (
     NativeTemplate,
 )
 from nanoalign.config import Config
-from nanoalign.logps import PackedLM
+from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference, add_lora
-from nanoalign.packing import packed
+from nanoalign.packing import Example, packed
 from nanoalign.probe import probe
 from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
 from nanoalign.streaming import local_file, shard_path
@@ -37,7 +37,7 @@ from nanoalign.streaming import local_file, shard_path
 class Policy:
     """What is trained, and what belongs to it."""
 
-    lm: PackedLM  # sequences -> scores
+    lm: PackedLM  # examples -> scores
     tokenizer: PreTrainedTokenizerBase
     template: ChatML | NativeTemplate
     lora: LoRAConfig | None  # None: all weights train
@@ -47,6 +47,9 @@ class Policy:
     @property
     def model(self) -> nn.Module:
         return self.lm.model
+
+    def __call__(self, examples: list[Example], neftune_alpha: float = 0.0) -> Scores:
+        return self.lm(examples, neftune_alpha)
 
 
 def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:

@@ -27,7 +27,22 @@ from torch import Tensor
 from nanoalign import InputError
 
 Completion = tuple[list[int], list[bool]]  # ids; which of them train
-Sequence = tuple[list[int], list[Completion]]  # a prompt's ids and the completions that share it
+
+
+@dataclass(slots=True)
+class Example:
+    """A prompt and the completions that share it: one for SFT and KTO; chosen and rejected for DPO."""
+
+    prompt: list[int]  # ids, the reply's header included
+    completions: list[Completion]
+    label: bool | None = None  # KTO: thumbs up or down
+    where: str = ""  # file and line
+    number: int = 0  # its place in the data, from 0
+    mismatch: "Example | None" = None  # KTO: whose completion stands in for y'
+
+    def __len__(self) -> int:
+        """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""
+        return sum(len(self.prompt) + len(ids) for ids, _ in self.completions)
 
 
 @dataclass
@@ -62,20 +77,19 @@ class Row:
     lengths: list[int]  # tokens of each example, last ones included
 
 
-def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Row:
-    """One row of all sequences; completions are numbered in the order in which they are given."""
+def pack(batch: list[Example], device: torch.device | str = "cpu") -> Row:
+    """One row of all examples; completions are numbered in the order in which they are given."""
     input_ids, positions, example_of, branch_of = [], [], [], []
     predictors, targets, completion_of = [], [], []
     examples, trained = [], []
-    for number, (prompt, completions) in enumerate(sequences):
+    for number, item in enumerate(batch):
+        prompt, completions = item.prompt, item.completions
         start, last_of_prompt = len(input_ids), len(input_ids) + len(prompt) - 1
         input_ids += prompt
         positions += range(len(prompt))
         branch_of += [-1] * len(prompt)
         for branch, (ids, mask) in enumerate(completions):
-            before = (
-                len(input_ids) - 1
-            )  # ids[j] is predicted at before + j, but ids[0] by the prompt
+            before = len(input_ids) - 1  # ids[j] is predicted at before + j, ids[0] by the prompt
             hits = [j for j, trains in enumerate(mask) if trains and (j or prompt)]
             predictors += [before + j if j else last_of_prompt for j in hits]
             targets += [ids[j] for j in hits]
@@ -103,21 +117,19 @@ def row_tokens(limit: int | None, device: torch.device) -> int:
     return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
-def in_rows(items: list, tokens: int, key=lambda sequence: sequence) -> list[list]:
-    """Items, each of which has a Sequence as its `key`, in parts that make rows of at most
-    `tokens`; a longer item is a part of its own.
+def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """Examples in parts that make rows of at most `tokens`; a longer one is a part of its own.
 
     Losses are sums over examples, so the parts' gradients add up to the whole's, and memory is
     that of one part.
     """
     parts, room = [], 0
-    for item in items:
-        prompt, completions = key(item)
-        length = len(prompt) + sum(len(ids) for ids, _ in completions)
+    for example in examples:
+        length = len(example.prompt) + sum(len(ids) for ids, _ in example.completions)
         if not parts or length > room:
             parts.append([])
             room = tokens
-        parts[-1].append(item)
+        parts[-1].append(example)
         room -= length
     return parts
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoalign import InputError
 from nanoalign.logps import PackedLM
-from nanoalign.packing import packed_attention
+from nanoalign.packing import Example, packed_attention
 
 
 def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
@@ -41,9 +41,9 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
         if getattr(config, key, None) is not None:
             setattr(config, key, value)
     ids = list(range(1, 24))
-    sequences = [
-        (ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
-        (ids[3:7], [(ids[9:20], [True] * 11)]),
+    examples = [
+        Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
+        Example(ids[3:7], [(ids[9:20], [True] * 11)]),
     ]
     try:
         with torch.random.fork_rng(), torch.no_grad():
@@ -60,9 +60,9 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
             ratio = float((model(row).logits * z).sum() / (z * z).sum())
             scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
             expected = [
-                _plain_logps(model, prompt, completion)
-                for prompt, completions in sequences
-                for completion, _ in completions
+                _plain_logps(model, e.prompt, completion)
+                for e in examples
+                for completion, _ in e.completions
             ]
             calls = []
 
@@ -72,7 +72,7 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
 
             AttentionInterface.register("packed_probe", counted)
             model.set_attn_implementation("packed_probe")
-            got = PackedLM(model, scale, softcap, None)(sequences).logps.tolist()
+            got = PackedLM(model, scale, softcap, None)(examples).logps.tolist()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}") from None

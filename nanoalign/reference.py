@@ -1,10 +1,10 @@
-"""The reference policy of DPO and KTO, as a function: sequences -> log-probs.
+"""The reference policy of DPO and KTO, as a function: examples -> log-probs.
 
 It is the policy as it was at the start, in the same weights, so it costs no memory; or another
 model; or, when all weights train and no copy of "then" is left, a table made before step 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,58 +12,65 @@ from tqdm import tqdm
 
 from nanoalign import InputError
 from nanoalign.config import ReferenceConfig
-from nanoalign.data import batches
+from nanoalign.data import Example, batches
 from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, load_lm
-from nanoalign.packing import Sequence, in_rows, packed, row_tokens
+from nanoalign.packing import in_rows, packed, row_tokens
 
-LogpsOf = Callable[[list[Sequence]], Tensor]  # sequences -> (C,) log-probs of their completions
+LogpsOf = Callable[[list[Example]], Tensor]  # examples -> (C,) log-probs of their completions
+Reference = Callable[[list[list[Example]]], Sequence[Tensor]]  # batches -> those of each batch
 
 
-def load_reference(
-    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Sequence]]
-) -> LogpsOf:
+def reference_of(
+    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Example]]
+) -> Reference:
     """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
 
-    With full fine-tuning there is no copy of "now", so the log-probs of `everything()`, all that
-    the run will ask for, are computed here; with --precompute_ref_log_probs too.
+    It is asked for all batches of a step at once, in rows of its own. With full fine-tuning there
+    is no copy of "now", so the log-probs of `everything()`, all that the run will ask for, are
+    computed here; with --precompute_ref_log_probs too.
     """
-    reference = _reference(cfg, policy)
+    logps = _logps_of(cfg, policy)
     no_copy = policy.lora is None and not cfg.ref_model_name_or_path
     if cfg.precompute_ref_log_probs or no_copy:
-        return _precomputed(reference, everything())
+        logps = _precomputed(logps, everything())
+
+    def reference(batches):
+        counts = [sum(len(e.completions) for e in batch) for batch in batches]
+        return logps(sum(batches, [])).split(counts)
+
     return reference
 
 
 def without_gradient(lm: PackedLM, cfg: ReferenceConfig) -> LogpsOf:
-    """The log-probs of any number of sequences, in rows twice as long as those of backward, which
+    """The log-probs of any number of examples, in rows twice as long as those of backward, which
     keeps all that a layer computes: larger products, and each weight is read (from 4 bits: decoded)
     for more tokens."""
     tokens = 2 * row_tokens(cfg.max_row_tokens, lm.device)
 
     @torch.no_grad()
-    def logps(sequences: list[Sequence]) -> Tensor:
-        return torch.cat([lm(row).logps for row in in_rows(sequences, tokens)])
+    def logps(examples: list[Example]) -> Tensor:
+        return torch.cat([lm(row).logps for row in in_rows(examples, tokens)])
 
     return logps
 
 
-def _precomputed(reference: LogpsOf, sequences: list[Sequence]) -> LogpsOf:
-    """The same function, from a table. Prompts and completions are known there by identity: those
-    of a run's examples live as long as the run."""
+def _precomputed(logps_of: LogpsOf, examples: list[Example]) -> LogpsOf:
+    """The same function, from a table: it knows prompts and completions by what they are."""
 
-    def keys(sequences):
-        return [(id(prompt), id(c)) for prompt, completions in sequences for c in completions]
+    def keys(examples):
+        prompts = [(tuple(e.prompt), e) for e in examples]
+        return [(p, tuple(ids), tuple(mask)) for p, e in prompts for ids, mask in e.completions]
 
-    once = list({tuple(keys([sequence])): sequence for sequence in sequences}.values())
+    once = list({tuple(keys([example])): example for example in examples}.values())
     bar = tqdm(batches(once, 64), "reference log-probs", disable=None, leave=False)
-    logps = torch.cat([reference(some) for some in bar])
+    logps = torch.cat([logps_of(some) for some in bar])
     known = dict(zip(keys(once), logps.tolist()))
     print(f"{len(known)} reference log-probs computed before the first step")
-    return lambda sequences: torch.tensor([known[k] for k in keys(sequences)], device=logps.device)
+    return lambda examples: torch.tensor([known[k] for k in keys(examples)], device=logps.device)
 
 
-def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
+def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     if cfg.ref_model_name_or_path:
         other = load_lm(
             cfg.ref_model_name_or_path,
@@ -83,8 +90,8 @@ def _reference(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
         policy.lm.eval()  # until training begins; it is asked before that only
         return logps
 
-    def reference(sequences: list[Sequence]) -> Tensor:
+    def reference(examples: list[Example]) -> Tensor:
         with policy.start():
-            return logps(sequences)
+            return logps(examples)
 
     return reference

@@ -1,40 +1,36 @@
 """The loop: one optimizer step after another, the same for every method.
 
-A step draws its micro-batches, lets each one's SUMMED loss through backward, and divides once by
-what the whole step sums over (trained tokens for SFT, examples for DPO and KTO). So 8 x 1, 4 x 2
-and 1 x 8 examples give the same gradient. The usual way averages within each micro-batch and then
-the averages, which gives a token in a short batch more weight than one in a long batch.
+A METHOD is a generator. It is given the examples of one optimizer step, in batches that fit in
+memory, and yields for each batch what it summed and how many things that were:
 
-The loop knows no method. A script gives it functions:
+    def sft(batches):
+        for batch in batches:
+            scores = policy(batch)
+            yield {"loss": (-scores.logps.sum(), sum(scores.tokens))}
 
-    order(epoch)             the examples in the order of that epoch, a function of the seed alone
-    weight(example)          what the example counts in the mean: its trained tokens, or 1
-    prepare(batches)         what the losses need to know of the whole step, one entry a batch
-                             (KTO's z0, reference log-probs); without gradient
-    loss(batch, prepared)    the batch's summed loss, and its metrics as {name: (sum, count)}
+The loop lets each batch's summed loss through backward as it comes, and divides once, by what the
+whole step counted (trained tokens for SFT, examples for DPO and KTO). So 8 x 1, 4 x 2 and 1 x 8
+examples give the same gradient. The usual way averages within each batch and then the averages,
+which gives a token in a short batch more weight than one in a long batch.
+
+Whatever else a method yields under a name ("rewards/chosen") is a metric. Since it has the whole
+step before it, it can ask first for what the batches share: the reference's log-probs, KTO's z0.
 """
 
 import math
-import operator
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from nanoalign import InputError
-from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.config import Config
-from nanoalign.data import Example, batches
-from nanoalign.generate import generate_ids
-from nanoalign.metrics import Log, Sums, add, means
-from nanoalign.model import Policy, save_policy
-from nanoalign.packing import in_rows, row_tokens
+from nanoalign.data import batches, epoch_order
+from nanoalign.metrics import Sums, add, means
+from nanoalign.packing import Example, in_rows, row_tokens
+from nanoalign.record import Record
 from nanoalign.run import Run
 
-INITIAL_SCALE = 2.0**16  # of the loss, in float16
+Batches = list[list[Example]]
+Method = Callable[[Batches], Iterator[Sums]]
 
 
 def learning_rate(cfg: Config, step: int, total: int) -> float:
@@ -63,190 +59,76 @@ def epochs(cfg: Config, examples: int) -> int:
     return math.ceil(total_steps(cfg, examples) / steps_per_epoch(cfg, examples))
 
 
-def step_batches(cfg: Config, order: list[Example], step: int, tokens: int) -> list[list[Example]]:
-    """What step 0, 1, ... of an epoch sends through backward, part by part: its micro-batches, cut
-    into rows of at most `tokens`. An epoch's last step takes what is left."""
-    size = cfg.per_device_train_batch_size
-    per_step = size * cfg.gradient_accumulation_steps
-    return parts(batches(order[step * per_step : (step + 1) * per_step], size), tokens)
+def fitting(examples: list[Example], size: int, tokens: int) -> Batches:
+    """Micro-batches of `size` examples, cut where they would be rows of more than `tokens`."""
+    return [part for batch in batches(examples, size) for part in in_rows(batch, tokens)]
 
 
-def parts(micro_batches: list[list[Example]], tokens: int) -> list[list[Example]]:
-    """Micro-batches cut into rows of at most `tokens`."""
-    key = operator.attrgetter("sequence")
-    return [part for batch in micro_batches for part in in_rows(batch, tokens, key)]
-
-
-def train(cfg: Config, run: Run, order, weight, prepare, loss) -> None:
-    """Train run.policy in place as `cfg` says, with metrics, evaluations and checkpoints.
-
-    A loss or gradient that is not finite ends the run before it changes a weight (InputError, with
-    the step's rows), once `cfg.skip_nonfinite` such steps have been passed over. SIGINT and SIGTERM
-    let the step finish and save it.
-    """
-    lm, directory = run.policy.lm, Path(cfg.output_dir)
-    named = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        named.values(),
+def make_optimizer(cfg: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
         fused=True,
     )
-    per_epoch = steps_per_epoch(cfg, len(run.examples))
+
+
+def train(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
+    """Train run.policy in place as `cfg` says; `order` gives the examples of an epoch.
+
+    Metrics, checkpoints, what happens at Ctrl-C or after a loss that is not finite: record.py.
+    """
+    lm = run.policy.lm
+    optimizer = make_optimizer(cfg, [p for p in lm.parameters() if p.requires_grad])
     total = total_steps(cfg, len(run.examples))
-    identity = fingerprint(vars(cfg), run.examples, lm)
-    state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
-    state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
-    state |= resume(cfg.resume_from_checkpoint, directory, named, optimizer, identity)
-    claim(directory, fresh=cfg.resume_from_checkpoint is None)
-    prune(directory, cfg.save_total_limit, state["step"])
-
-    def checkpoint() -> None:
-        def write(beside):
-            save_policy(run.policy, beside)
-            save_state(beside, named, optimizer, {**state, "fingerprint": identity})
-
-        state["time"] = log.seconds()
-        write_whole(directory / f"checkpoint-{state['step']}", write)
-        prune(directory, cfg.save_total_limit, state["step"])
-
+    per_epoch = steps_per_epoch(cfg, len(run.examples))
+    per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     longest = row_tokens(cfg.max_row_tokens, lm.device)
     lm.train()
-    with Log(directory, total, state, cfg.report_to) as log, stop_signals() as stopped:
-        since = time.monotonic(), state["num_tokens"]
-        for step in range(state["step"], total):
+    with Record(cfg, run, optimizer, total, per_epoch) as record:
+        examples = None
+        for step in range(record.step, total):
             epoch, place = divmod(step, per_epoch)
-            if place == 0 or step == state["step"]:
-                examples = order(epoch)
-            micro_batches = step_batches(cfg, examples, place, longest)
+            if examples is None or place == 0:
+                examples = order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset)
+            drawn = examples[place * per_step : (place + 1) * per_step]  # the last: what is left
+            micro_batches = fitting(drawn, cfg.per_device_train_batch_size, longest)
             rate = learning_rate(cfg, step, total)
-            numbers, sums = optimizer_step(
-                optimizer,
-                rate,
-                cfg.max_grad_norm,
-                micro_batches,
-                weight,
-                prepare,
-                loss,
-                state["scale"],
+            sums, norm = optimizer_step(
+                optimizer, rate, method(micro_batches), cfg.max_grad_norm, record.scale
             )
-            if sums is None:
-                del numbers["grad_norm"]  # JSON knows no NaN
-            if cfg.fp16 and (sums is not None or state["scale"] > 1):
-                rescale(state, overflow=sums is None)
-            elif sums is None:
-                state["skipped"] += 1
-                where = ", ".join(e.where for batch in micro_batches for e in batch)
-                what = f"step {step + 1}: loss or gradient is not finite; its rows: {where}"
-                if state["skipped"] > cfg.skip_nonfinite:
-                    raise InputError(what)
-                log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
-            add(state["window"], sums or {})
-            state["step"] = done = step + 1
-            tokens = sum(len(e) for batch in micro_batches for e in batch)
-            state["num_tokens"] += tokens
-            log.advance(sums, tokens)
-
-            if done % cfg.logging_steps == 0 or (done == 1 and cfg.logging_first_step):
-                now = time.monotonic()
-                speed = (state["num_tokens"] - since[1]) / max(1e-9, now - since[0])
-                line = {
-                    "step": done,
-                    "epoch": done / per_epoch,
-                    **means(state["window"]),
-                    **numbers,
-                }
-                line |= {"num_tokens": state["num_tokens"], "tokens_per_second": round(speed, 1)}
-                log.line(line)
-                state["window"], since = {}, (now, state["num_tokens"])
-            at_end, stop = done == total, bool(stopped)
-            if run.held_out and (at_end or (cfg.eval_steps and done % cfg.eval_steps == 0)):
-                started = time.monotonic()
-                evaluation = evaluate(cfg, lm, run.held_out, weight, prepare, loss)
-                named_so = {f"eval_{name}": value for name, value in evaluation.items()}
-                log.line({"step": done, "epoch": done / per_epoch, **named_so})
-                if cfg.generate_during_eval:
-                    log.say(replies(run.policy, run.held_out[:3]))
-                since = since[0] + time.monotonic() - started, since[1]  # training's clock
-            if not at_end and (stop or (cfg.save_steps and done % cfg.save_steps == 0)):
-                checkpoint()
-            if stop and not at_end:
-                log.say(f"stopped after step {done}; --resume_from_checkpoint goes on from there")
-                raise SystemExit(128 + stopped[0])
-    write_whole(directory, lambda beside: save_policy(run.policy, beside), replace=True)
-
-
-def rescale(state: dict, overflow: bool) -> None:
-    """Dynamic loss scaling for float16, whose smallest numbers gradients fall below (Micikevicius
-    et al. 2017, arXiv 1710.03740): half the scale after a step that overflowed and so was left out,
-    twice the scale after 2,000 that did not."""
-    state["since_overflow"] = 0 if overflow else state["since_overflow"] + 1
-    if overflow:
-        state["scale"] /= 2
-    elif state["since_overflow"] % 2000 == 0:
-        state["scale"] *= 2
-
-
-def replies(policy: Policy, examples: list[Example]) -> str:
-    """The policy's greedy replies to held-out prompts, beside the reference's."""
-    prompts = [example.prompt for example in examples]
-    columns = {"policy": generate_ids(policy, prompts, max_new_tokens=64)}
-    if policy.start is not None:
-        with policy.start():
-            columns["reference"] = generate_ids(policy, prompts, max_new_tokens=64)
-    lines = []
-    for i, prompt in enumerate(prompts):
-        text = policy.tokenizer.decode(prompt[-64:], skip_special_tokens=True)
-        lines.append(f"  prompt     {text!r:.100}")
-        lines += [f"  {name:<10} {column[i]!r:.100}" for name, column in columns.items()]
-    return "\n".join(lines)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The signals that have asked the run to stop. A second one stops it at once."""
-    received: list[int] = []
-
-    def note(number, frame):
-        if received:
-            raise SystemExit(128 + number)
-        received.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+            record.advance(drawn, sums, {"learning_rate": rate, "grad_norm": norm})
+            if run.held_out and (record.ended or record.due(cfg.eval_steps)):
+                held_out = fitting(run.held_out, cfg.per_device_eval_batch_size, longest)
+                with record.evaluation() as metrics:
+                    metrics |= evaluate(lm, method(held_out))
+            record.save_if_due()
 
 
 def optimizer_step(
-    optimizer, rate, max_grad_norm, micro_batches, weight, prepare, loss, scale=1.0
-) -> tuple[dict[str, float], Sums | None]:
-    """One step on the mean over all its micro-batches.
+    optimizer, rate: float, batches: Iterable[Sums], max_grad_norm: float = 0.0, scale: float = 1.0
+) -> tuple[Sums | None, float]:
+    """One step on the mean over all that the method's `batches` yield.
 
     `scale` multiplies the loss on its way through backward, and is taken out of the gradient.
-    -> learning rate and gradient norm; sums of loss and metrics, or None when loss or gradient are
-    not finite: then nothing has changed.
+    -> sums of loss and metrics, or None when loss or gradient are not finite (then nothing has
+    changed); the gradient's norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors, counts = {}, {}
-    for batch, known in zip(micro_batches, prepare(micro_batches)):
-        value, metrics = loss(batch, known)
-        (value * scale).backward()
-        metrics = {"loss": (value.detach(), sum(map(weight, batch))), **metrics}
-        for name, (summed, count) in metrics.items():
-            tensors[name] = tensors.get(name, 0.0) + summed
-            counts[name] = counts.get(name, 0) + count
+    sums: Sums = {}
+    for batch in batches:
+        loss, count = batch["loss"]
+        (loss * scale).backward()
+        add(sums, {**batch, "loss": (loss.detach(), count)})
 
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, counts["loss"] * scale)
+    torch._foreach_div_(gradients, sums["loss"][1] * scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
-    host = torch.stack([norm, *(torch.as_tensor(t, device=norm.device) for t in tensors.values())])
-    norm, *values = host.tolist()
-    sums = {name: (value, counts[name]) for name, value in zip(tensors, values)}
+    values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
+    norm, *values = torch.stack([norm, *values]).tolist()
+    sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
     if math.isfinite(norm) and math.isfinite(sums["loss"][0]):
         for group in optimizer.param_groups:  # LoRA+ would give its B matrices "times" 16
             group["lr"] = rate * group.get("times", 1.0)
@@ -254,18 +136,15 @@ def optimizer_step(
     else:
         sums = None
     optimizer.zero_grad(set_to_none=True)
-    return {"learning_rate": rate, "grad_norm": norm}, sums
+    return sums, norm
 
 
 @torch.no_grad()
-def evaluate(cfg, lm, held_out, weight, prepare, loss) -> dict[str, float]:
+def evaluate(lm, batches: Iterable[Sums]) -> dict[str, float]:
     """Means over all held-out examples (SFT: tokens), whatever the batch size."""
     lm.eval()
-    whole, sums = batches(held_out, cfg.per_device_eval_batch_size), {}
-    groups = parts(whole, row_tokens(cfg.max_row_tokens, lm.device))
-    for batch, known in zip(groups, prepare(groups)):
-        value, metrics = loss(batch, known)
-        add(sums, {"loss": (float(value), sum(map(weight, batch)))})
-        add(sums, {name: (float(value), count) for name, (value, count) in metrics.items()})
+    sums: Sums = {}
+    for batch in batches:
+        add(sums, {name: (float(value), count) for name, (value, count) in batch.items()})
     lm.train()
     return means(sums)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait
 
+import nanoalign.record
 import nanoalign.train
 import train_dpo
 import train_kto
@@ -590,7 +591,7 @@ def test_faults_of_ours_are_not_taken_for_a_full_disk(flags, tmp_path, monkeypat
     def broken(*args):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(nanoalign.train, "save_state", broken)
+    monkeypatch.setattr(nanoalign.record, "save_state", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         call("sft", flags("sft", tmp_path, save_steps=2))
 
@@ -625,9 +626,9 @@ def poison(monkeypatch, method, calls, how="nan"):
     module, name = LOSSES[method]
     real, count = getattr(module, name), 0
 
-    def bad(*args):
+    def bad(*args, **more):
         nonlocal count
-        out = real(*args)
+        out = real(*args, **more)
         count += torch.is_grad_enabled()
         if not torch.is_grad_enabled() or count not in calls:
             return out

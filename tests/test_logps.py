@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanoalign.logps import Head, PackedLM, Scores, token_logps
-from nanoalign.packing import pack, packed
+from nanoalign.packing import Example, pack, packed
 
 N, D, V = 37, 24, 97
 ROWS = [5, 96]  # vocabulary entries that train on their own
@@ -175,7 +175,7 @@ def test_prompts_never_meet_the_head():
     for trained in (1, 60):
         mask = [False] * (60 - trained) + [True] * trained
         with Largest() as measured, torch.no_grad():
-            lm([([70], [(ids, mask)])])
+            lm([Example([70], [(ids, mask)])])
         largest[trained] = measured.elements
     assert largest[60] == 60 * 320 > largest[1]
 
@@ -192,8 +192,8 @@ def a_model(**more):
 
 
 SEQUENCES = [
-    (list(range(3, 10)), [([20, 21, 22], [True, False, True]), ([23, 24], [True, True])]),
-    ([30], [([31, 32, 33, 34], [True] * 4)]),
+    Example(list(range(3, 10)), [([20, 21, 22], [True, False, True]), ([23, 24], [True, True])]),
+    Example([30], [([31, 32, 33, 34], [True] * 4)]),
 ]
 
 
@@ -205,7 +205,7 @@ def test_scores_and_the_mean_logits():
     assert scores.tokens == [2, 2, 4] and scores.lengths.tolist() == [2.0, 2.0, 4.0]
     expected_logps, expected_logits = [], []
     lm.model.set_attn_implementation("eager")
-    for prompt, completions in SEQUENCES:
+    for prompt, completions in [(e.prompt, e.completions) for e in SEQUENCES]:
         for ids, mask in completions:
             z = lm.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             logps = z.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]

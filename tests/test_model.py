@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from nanoalign import InputError
 from nanoalign.config import DPOConfig, SFTConfig, parse
 from nanoalign.generate import generate
 from nanoalign.model import load_policy, save_policy
-from nanoalign.packing import packed
+from nanoalign.packing import Example, packed
 from nanoalign.probe import probe
-from nanoalign.reference import load_reference
+from nanoalign.reference import reference_of
 
 TALK = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -24,8 +25,8 @@ TALK = [
     [{"role": "user", "content": "Hello!"}],
 ]
 SEQUENCES = [
-    (list(range(3, 12)), [([20, 21, 22], [True] * 3), ([23, 24], [True] * 2)]),
-    ([30, 31], [([32, 33, 34, 35], [False, True, True, True])]),
+    Example(list(range(3, 12)), [([20, 21, 22], [True] * 3), ([23, 24], [True] * 2)]),
+    Example([30, 31], [([32, 33, 34, 35], [False, True, True, True])]),
 ]
 
 
@@ -280,12 +281,18 @@ def no_sequences():
     raise AssertionError("nothing is precomputed with LoRA")
 
 
+def reference_logps(cfg, policy, everything=no_sequences):
+    """examples -> their reference log-probs, asked for as one batch."""
+    reference = reference_of(cfg, policy, everything)
+    return lambda examples: reference([examples])[0]
+
+
 @pytest.mark.parametrize("case", ["new", "continued", "biases", "head", "markers"])
 def test_the_reference_is_the_policy_as_it_was(case, reference_cases):
     directory, flags = reference_cases[case]
     cfg = config(directory, *flags, kind=DPOConfig)
     policy = load_policy(cfg)
-    reference = load_reference(cfg, policy, no_sequences)
+    reference = reference_logps(cfg, policy)
     policy.lm.train()
     start = policy.lm(SEQUENCES).logps.detach()
     assert torch.allclose(reference(SEQUENCES), start, atol=1e-5)
@@ -306,7 +313,7 @@ def test_the_reference_takes_any_number_of_sequences(model_dir, monkeypatch):
     expected = policy.lm(SEQUENCES * 5).logps.detach()
     rows, whole = [], policy.lm.forward
     monkeypatch.setattr(policy.lm, "forward", lambda row: rows.append(row) or whole(row))
-    reference = load_reference(cfg, policy, no_sequences)
+    reference = reference_logps(cfg, policy)
     assert torch.allclose(reference(SEQUENCES * 5), expected, atol=1e-5)
     assert sum(rows, []) == SEQUENCES * 5 and 1 < len(rows) < 10
 
@@ -330,25 +337,25 @@ def test_another_model_as_the_reference(model_dir, tmp_path):
     cfg = config(model_dir, *flags, kind=DPOConfig)
     policy = load_policy(cfg)
     expected = load_policy(config(tmp_path / "other")).lm(SEQUENCES).logps
-    got = load_reference(cfg, policy, no_sequences)(SEQUENCES)
+    got = reference_logps(cfg, policy)(SEQUENCES)
     assert torch.allclose(got, expected, atol=1e-5) and not got.requires_grad
     assert (got - policy.lm(SEQUENCES).logps).abs().min() > 1e-3
 
     save_model(tmp_path / "small", tiny(Qwen2Config, vocab_size=290))
     cfg.ref_model_name_or_path = str(tmp_path / "small")
     with pytest.raises(InputError, match="small: has fewer tokens than the policy"):
-        load_reference(cfg, policy, no_sequences)
+        reference_of(cfg, policy, no_sequences)
 
 
 def test_full_fine_tuning_keeps_a_table(model_dir):
     cfg = config(model_dir, "--use_peft", "false", kind=DPOConfig)
     policy = load_policy(cfg)
     start = policy.lm(SEQUENCES).logps.detach()
-    reference = load_reference(cfg, policy, lambda: SEQUENCES * 2)
+    reference = reference_logps(cfg, policy, lambda: SEQUENCES * 2)
     disturb(policy, 0.05)
     assert torch.equal(reference(SEQUENCES[::-1]), start[[2, 0, 1]])
-    prompt, completions = SEQUENCES[0]
-    assert torch.equal(reference([(prompt, completions[1:])]), start[1:2])
+    second = replace(SEQUENCES[0], completions=SEQUENCES[0].completions[1:])
+    assert torch.equal(reference([second]), start[1:2])
 
 
 # ------------------------------------------------------------------------------------------ GGUF

@@ -19,14 +19,14 @@ from transformers import (
 from nanoalign import packing
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.packing import in_rows, pack, packed, packed_attention
+from nanoalign.packing import Example, in_rows, pack, packed, packed_attention
 from nanoalign.probe import probe
 
 # ------------------------------------------------------------------------------------ the row
 
 WORKED = [
-    ([10, 11, 12], [([20, 21, 22], [False, True, True]), ([30], [True])]),
-    ([40], [([50, 51], [True, True])]),
+    Example([10, 11, 12], [([20, 21, 22], [False, True, True]), ([30], [True])]),
+    Example([40], [([50, 51], [True, True])]),
 ]
 
 
@@ -45,7 +45,7 @@ def test_a_worked_row():
 
 
 def test_without_a_prompt_the_first_token_is_predicted_by_nothing():
-    row = pack([([], [([60, 61], [True, True])])])
+    row = pack([Example([], [([60, 61], [True, True])])])
     assert row.input_ids.tolist() == [60]
     assert row.predictors.tolist() == [0] and row.targets.tolist() == [61]
     assert row.trained == [1]
@@ -53,11 +53,10 @@ def test_without_a_prompt_the_first_token_is_predicted_by_nothing():
 
 def test_sequences_are_cut_in_rows_without_a_token_too_many():
     lengths = [3, 4, 9, 1, 1, 6, 2]
-    sequences = [(list(range(n - 1)), [([7], [True])]) for n in lengths]
+    sequences = [Example(list(range(n - 1)), [([7], [True])]) for n in lengths]
 
     def rows(tokens):
-        parts = in_rows(range(7), tokens, sequences.__getitem__)
-        return [[lengths[i] for i in part] for part in parts]
+        return [[len(example) for example in part] for part in in_rows(sequences, tokens)]
 
     assert rows(8) == [[3, 4], [9], [1, 1, 6], [2]]  # 9 is too long, and stands alone
     assert rows(7) == [[3, 4], [9], [1, 1], [6], [2]]
@@ -77,10 +76,10 @@ def random_sequences(seed=0, vocabulary=320):
         return ids(n), [*mask[:-1], True]
 
     return [
-        (ids(9), [completion(11)]),
-        (ids(7), [completion(1), completion(12)]),
-        (ids(12), [completion(6), completion(9), completion(3)]),
-        (ids(1), [completion(4), completion(1)]),
+        Example(ids(9), [completion(11)]),
+        Example(ids(7), [completion(1), completion(12)]),
+        Example(ids(12), [completion(6), completion(9), completion(3)]),
+        Example(ids(1), [completion(4), completion(1)]),
     ]
 
 
@@ -88,7 +87,8 @@ def random_sequences(seed=0, vocabulary=320):
 def test_the_predicate_against_a_brute_force_mask(window):
     sequences = random_sequences()
     tokens = []  # (example, branch, position) of each token of the row, written down plainly
-    for number, (prompt, completions) in enumerate(sequences):
+    for number, example in enumerate(sequences):
+        prompt, completions = example.prompt, example.completions
         tokens += [(number, None, i) for i in range(len(prompt))]
         for branch, (ids, _) in enumerate(completions):
             tokens += [(number, branch, len(prompt) + i) for i in range(len(ids) - 1)]
@@ -197,7 +197,8 @@ def a_model(kind, lora):
 def padded_logps(model, sequences):
     """As everybody computes them: every completion with its own prompt, padded on the right to the
     longest, an attention mask, all logits, cross-entropy. -> (C,)"""
-    examples = [(x + y, [False] * len(x) + m) for x, ys in sequences for y, m in ys]
+    pairs = [(e.prompt, e.completions) for e in sequences]
+    examples = [(x + y, [False] * len(x) + m) for x, ys in pairs for y, m in ys]
     longest = max(len(ids) for ids, _ in examples)
     rest = [longest - len(ids) for ids, _ in examples]
     ids = torch.tensor([ids + [0] * n for (ids, _), n in zip(examples, rest)])
@@ -268,6 +269,6 @@ def test_what_an_example_scores_does_not_depend_on_its_neighbours():
     lm, sequences = a_model("qwen2-window", lora=False), random_sequences()
     lm.model.set_attn_implementation(packed())
     together = lm(sequences)
-    alone = [lm([(prompt, [c])]).logps for prompt, completions in sequences for c in completions]
+    alone = [lm([Example(e.prompt, [c])]).logps for e in sequences for c in e.completions]
     assert torch.allclose(together.logps, torch.cat(alone), rtol=1e-5)
-    assert together.tokens == [sum(mask) for _, ys in sequences for _, mask in ys]
+    assert together.tokens == [sum(mask) for e in sequences for _, mask in e.completions]

@@ -31,11 +31,12 @@ from nanoalign.config import DPOConfig, SFTConfig  # noqa: E402
 from nanoalign.generate import generation  # noqa: E402
 from nanoalign.lora import Dropout, LoRALinear  # noqa: E402
 from nanoalign.model import load_policy, save_policy  # noqa: E402
-from nanoalign.reference import load_reference  # noqa: E402
+from nanoalign.packing import Example  # noqa: E402
+from nanoalign.reference import reference_of  # noqa: E402
 
 SEQUENCES = [
-    (list(range(7, 19)), [([40, 41, 42, 43], [True] * 4), ([50, 51], [True] * 2)]),
-    ([60, 3, 9], [(list(range(100, 109)), [True] * 9)]),
+    Example(list(range(7, 19)), [([40, 41, 42, 43], [True] * 4), ([50, 51], [True] * 2)]),
+    Example([60, 3, 9], [(list(range(100, 109)), [True] * 9)]),
 ]
 TARGETS = ["all-linear", ["q_proj", "down_proj"], ["v_proj"], r".*layers\.1\..*(k|up)_proj"]
 SETTINGS = {
@@ -107,7 +108,7 @@ def logits_of(model, ids):
 def plain_logps(model):
     """log-probs of the completions in SEQUENCES from all logits, one sequence at a time."""
     sums = []
-    for prompt, completions in SEQUENCES:
+    for prompt, completions in [(e.prompt, e.completions) for e in SEQUENCES]:
         for completion, _ in completions:
             ids = torch.tensor([prompt + completion])
             logps = logits_of(model, ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -339,9 +340,9 @@ def test_new_rows_start_as_the_mean(unmarked):
 
 def test_new_rows_get_the_gradient_of_a_whole_table(unmarked):
     """As input, as target and as every other word of the softmax, through tied tables as well."""
-    sequences = [([300, 7, 301], [([40, 301], [True] * 2), ([300, 41, 301], [True] * 3)])]
+    prompt, completions = [300, 7, 301], [([40, 301], [True] * 2), ([300, 41, 301], [True] * 3)]
     policy = policy_of(unmarked, disable_dropout=True)
-    policy.lm(sequences).logps.sum().backward()
+    policy.lm([Example(prompt, completions)]).logps.sum().backward()
 
     plain = AutoModelForCausalLM.from_pretrained(unmarked)
     plain.resize_token_embeddings(policy.model.vocab_size, mean_resizing=False)
@@ -351,7 +352,6 @@ def test_new_rows_get_the_gradient_of_a_whole_table(unmarked):
     ]
     for table, ours in tables:
         table.weight.data.copy_(ours.weight)
-    prompt, completions = sequences[0]
     for completion, _ in completions:
         ids = torch.tensor([prompt + completion])
         logps = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -411,18 +411,18 @@ def test_the_reference_with_new_markers(marked):
 def assert_reference_stays(policy):
     with torch.no_grad():
         before = policy.lm.eval()(SEQUENCES).logps
-    reference = load_reference(DPOConfig(), policy, lambda: SEQUENCES)
+    reference = reference_of(DPOConfig(), policy, lambda: SEQUENCES)
     parameters = [p for p in policy.lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     policy.lm.train()
     for _ in range(3):
-        during = reference(SEQUENCES)
+        (during,) = reference([SEQUENCES])
         torch.testing.assert_close(during, before, rtol=1e-6, atol=1e-5)
         (-policy.lm(SEQUENCES).logps.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert policy.lm.training
-    torch.testing.assert_close(reference(SEQUENCES), before, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(reference([SEQUENCES])[0], before, rtol=1e-6, atol=1e-5)
     with torch.no_grad():
         after = policy.lm.eval()(SEQUENCES).logps
     assert ((after - before).abs() > 0.5).all()

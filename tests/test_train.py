@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
 from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
-from nanoalign.train import epochs, learning_rate, optimizer_step, rescale, total_steps
+from nanoalign.record import rescale
+from nanoalign.train import epochs, learning_rate, optimizer_step, total_steps
 from train_dpo import run_dpo
 from train_kto import run_kto
 from train_sft import run_sft
@@ -381,11 +382,9 @@ def test_the_scale_is_taken_out_of_the_gradient():
     w = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
     optimizer = torch.optim.SGD([w], lr=1.0)
     x = torch.tensor([1.0, -4.0])
-    numbers, sums = optimizer_step(
-        optimizer, 0.5, 0.0, [[x, x]], lambda example: 1, lambda groups: [None],
-        lambda batch, _: (sum(example @ w for example in batch), {}), scale=1024.0,
-    )  # fmt: skip
-    assert numbers["grad_norm"] == pytest.approx(17**0.5) and sums["loss"] == (-20.0, 2)
+    batch = {"loss": (sum(example @ w for example in (x, x)), 2)}
+    sums, norm = optimizer_step(optimizer, 0.5, [batch], scale=1024.0)
+    assert norm == pytest.approx(17**0.5) and sums["loss"] == (-20.0, 2)
     assert w.tolist() == [1.5, 5.0]  # w - 0.5 * x
 
 
@@ -393,10 +392,7 @@ def test_a_group_of_parameters_has_its_own_share_of_the_rate():
     """LoRA+ in one place: B at 16 times the learning rate of A."""
     a, b = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.tensor(1.0))
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "times": 16.0}], lr=1.0)
-    optimizer_step(
-        optimizer, 0.01, 0.0, [[1]], lambda example: 1, lambda groups: [None],
-        lambda batch, _: (a + b, {}),
-    )  # fmt: skip
+    optimizer_step(optimizer, 0.01, [{"loss": (a + b, 1)}])
     assert a.item() == pytest.approx(0.99) and b.item() == pytest.approx(0.84)
 
 
@@ -410,7 +406,7 @@ def test_fp16_trains(method, run):
 
 @ALL
 def test_a_scale_that_is_too_high_costs_steps_and_nothing_else(method, run, monkeypatch):
-    monkeypatch.setattr("nanoalign.train.INITIAL_SCALE", 2.0**40)
+    monkeypatch.setattr("nanoalign.record.INITIAL_SCALE", 2.0**40)
     lines = run(method, "--fp16", "true", "--max_steps", "40")
     skipped = [line for line in lines if "loss" not in line]
     assert 0 < len(skipped) < 40 and all(math.isfinite(ln["loss"]) for ln in lines if "loss" in ln)
