@@ -6,12 +6,12 @@
 The policy is compared with a reference: itself, as it was at the start.
 """
 
-from nanoalign.config import DPOConfig
-from nanoalign.layouts import DPO
+from nanoalign.formats.layouts import DPO
 from nanoalign.losses import dpo_loss
-from nanoalign.metrics import reward_sums
-from nanoalign.reference import reference_of
-from nanoalign.run import Run, finish, main, start
+from nanoalign.run.flags import DPOConfig
+from nanoalign.run.log import reward_sums
+from nanoalign.run.reference import reference_of
+from nanoalign.run.session import Run, finish, main, start
 from nanoalign.train import train
 
 

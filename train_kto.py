@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 
 from nanoalign import InputError
-from nanoalign.config import KTOConfig
 from nanoalign.data import epoch_order, with_mismatches
-from nanoalign.layouts import KTO
+from nanoalign.formats.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
-from nanoalign.metrics import reward_sums
-from nanoalign.reference import reference_of, without_gradient
-from nanoalign.run import Run, finish, main, start
+from nanoalign.run.flags import KTOConfig
+from nanoalign.run.log import reward_sums
+from nanoalign.run.reference import reference_of, without_gradient
+from nanoalign.run.session import Run, finish, main, start
 from nanoalign.train import epochs, train
 
 

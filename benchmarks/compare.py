@@ -92,10 +92,10 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     reply are one string, as they are there, are left out, like those that fill max_length.
     Returns the tokens of the steps that are timed, and the FLOPs of a pass over them.
     """
-    from nanoalign import layouts
-    from nanoalign.config import SFTConfig
     from nanoalign.data import Limits, read_examples, with_mismatches
+    from nanoalign.formats import layouts
     from nanoalign.model import load_policy, save_policy
+    from nanoalign.run.flags import SFTConfig
 
     wanted = args.batch * (args.steps + 1)
     kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]
@@ -228,9 +228,9 @@ def clocked_steps(device: str) -> Clock:
 
 def run_ours(args) -> None:
     """The scripts as they are, on examples that are encoded already."""
-    import nanoalign.run
-    from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
+    import nanoalign.run.session
     from nanoalign.data import Example
+    from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
     from train_dpo import run_dpo
     from train_kto import run_kto
     from train_sft import run_sft
@@ -249,8 +249,8 @@ def run_ours(args) -> None:
         ]
         return examples, Counter(rows=len(rows), examples=len(rows))
 
-    clock, nanoalign.run.read_examples = clocked_steps(args.device), read
-    nanoalign.run.quiet()
+    clock, nanoalign.run.session.read_examples = clocked_steps(args.device), read
+    nanoalign.run.session.quiet()
     cfg = kind(
         model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",
         dataset_name=[args.directory + "/ours.jsonl"], shuffle_dataset=False,

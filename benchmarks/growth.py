@@ -35,8 +35,8 @@ def best(action, times: int = 3) -> float:
 def lengths_and_batches(args) -> None:
     import torch
 
-    from nanoalign.config import SFTConfig
     from nanoalign.model import load_policy
+    from nanoalign.run.flags import SFTConfig
 
     cfg = SFTConfig(model_name_or_path=args.model, device="cpu", dtype="bfloat16")
     policy = load_policy(cfg)
@@ -101,7 +101,7 @@ def pipeline(rows: int, home: Path, model: str) -> None:
 
     from nanoalign.chatml import CHATML_JINJA, ChatML
     from nanoalign.data import read_examples
-    from nanoalign.layouts import SFT
+    from nanoalign.formats.layouts import SFT
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHATML_JINJA
@@ -169,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.head:
         return head_memory(int(args.head[0]), bool(args.head[1]))
-    from nanoalign.run import quiet
+    from nanoalign.run.session import quiet
 
     quiet()
     with tempfile.TemporaryDirectory() as name:

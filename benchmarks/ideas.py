@@ -104,15 +104,15 @@ def variants() -> dict:
 
 
 def worker(args) -> None:
-    import nanoalign.run
-    from nanoalign.config import DPOConfig
+    import nanoalign.run.session
+    from nanoalign.run.flags import DPOConfig
     from train_dpo import run_dpo
 
     flags: dict = {}
     patches = []
     for change in variants()[args.idea]:
         flags.update(change) if isinstance(change, dict) else patches.append(change)
-    load = nanoalign.run.load_policy
+    load = nanoalign.run.session.load_policy
 
     def load_and_patch(*given):
         policy = load(*given)  # with the probe, which would notice
@@ -120,9 +120,9 @@ def worker(args) -> None:
             setattr(*patch)
         return policy
 
-    nanoalign.run.load_policy = load_and_patch
+    nanoalign.run.session.load_policy = load_and_patch
     clock = clocked_steps("cpu")
-    nanoalign.run.quiet()
+    nanoalign.run.session.quiet()
     with tempfile.TemporaryDirectory() as directory:
         run_dpo(DPOConfig(
             model_name_or_path=args.model, dataset_name=[args.data], output_dir=directory,

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from nanoalign.formats.probe import probe
+from nanoalign.formats.streaming import skeleton
 from nanoalign.model import load_lm
-from nanoalign.probe import probe
-from nanoalign.streaming import skeleton
 
 MB = 2**20
 

@@ -15,6 +15,7 @@ The street, in reading order; a file imports only from files above it:
 """
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/tools")  # python -m nanoalign.chat finds tools/chat.py
 
 
 class InputError(Exception):

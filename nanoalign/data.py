@@ -9,7 +9,7 @@ import gc
 import math
 import random
 import re
-import sys
+import runpy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.chatml import encode
-from nanoalign.files import read_rows
-from nanoalign.layouts import KTO, label_of, layout_of, read_case, untrainable
+from nanoalign.formats.layouts import KTO, label_of, layout_of, read_case, untrainable
+from nanoalign.formats.rows import read_rows
 from nanoalign.packing import Example
 
 # ------------------------------------------------------------------------ conversations -> examples
@@ -219,6 +219,4 @@ def batches(items: list, size: int) -> list[list]:
 
 
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on
-    from nanoalign.show import run
-
-    run(sys.argv[1:])
+    runpy.run_module("nanoalign.tools.data", run_name="__main__")

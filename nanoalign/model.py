@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoalign import InputError
-from nanoalign.adapter import load_adapter, read_adapter_config, save_adapter
 from nanoalign.chatml import (
     CHATML_JINJA,
     IM_END,
@@ -24,13 +23,14 @@ from nanoalign.chatml import (
     ChatML,
     NativeTemplate,
 )
-from nanoalign.config import Config
+from nanoalign.formats.peft import load_adapter, read_adapter_config, save_adapter
+from nanoalign.formats.probe import probe
+from nanoalign.formats.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
+from nanoalign.formats.streaming import local_file, shard_path
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference, add_lora
 from nanoalign.packing import Example, packed
-from nanoalign.probe import probe
-from nanoalign.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
-from nanoalign.streaming import local_file, shard_path
+from nanoalign.run.flags import Config
 
 
 @dataclass

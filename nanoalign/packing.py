@@ -31,7 +31,7 @@ Completion = tuple[list[int], list[bool]]  # ids; which of them train
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and the completions that share it: one for SFT and KTO; chosen and rejected for DPO."""
+    """A prompt and the completions that share it: one for SFT and KTO, two for DPO."""
 
     prompt: list[int]  # ids, the reply's header included
     completions: list[Completion]

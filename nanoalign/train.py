@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from nanoalign.config import Config
 from nanoalign.data import batches, epoch_order
-from nanoalign.metrics import Sums, add, means
 from nanoalign.packing import Example, in_rows, row_tokens
-from nanoalign.record import Record
-from nanoalign.run import Run
+from nanoalign.run.flags import Config
+from nanoalign.run.log import Sums, add, means
+from nanoalign.run.record import Record
+from nanoalign.run.session import Run
 
 Batches = list[list[Example]]
 Method = Callable[[Batches], Iterator[Sums]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from train_dpo import run_dpo
 from train_kto import run_kto
 from train_sft import run_sft

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
 
 from nanoalign import InputError, world
-from nanoalign.chat import printable
 from nanoalign.chatml import CHATML_JINJA
-from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.generate import generate
 from nanoalign.model import load_policy, save_policy
-from nanoalign.reference import reference_of
-from nanoalign.run import check_output_dir, main, one_line, start
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.reference import reference_of
+from nanoalign.run.session import check_output_dir, main, one_line, start
+from nanoalign.tools.chat import printable
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),

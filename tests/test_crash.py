@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait
 
-import nanoalign.record
+import nanoalign.run.record
 import nanoalign.train
 import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
-from nanoalign.config import SFTConfig, parse
+from nanoalign.run.flags import SFTConfig, parse
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -499,7 +499,7 @@ def test_a_damaged_checkpoint(damage, flags, halfway, whole, tmp_path, capsys):
 
 def test_no_pickle(flags, halfway, tmp_path, monkeypatch):
     """Not imported, not named, not called; nor is there one in a checkpoint."""
-    for path in [*(ROOT / "nanoalign").glob("*.py"), *ROOT.glob("train_*.py")]:
+    for path in [*(ROOT / "nanoalign").rglob("*.py"), *ROOT.glob("train_*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -591,7 +591,7 @@ def test_faults_of_ours_are_not_taken_for_a_full_disk(flags, tmp_path, monkeypat
     def broken(*args):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(nanoalign.record, "save_state", broken)
+    monkeypatch.setattr(nanoalign.run.record, "save_state", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         call("sft", flags("sft", tmp_path, save_steps=2))
 

@@ -21,7 +21,7 @@ from nanoalign.data import (
     read_examples,
     with_mismatches,
 )
-from nanoalign.layouts import DPO, KTO, SFT
+from nanoalign.formats.layouts import DPO, KTO, SFT
 
 
 def message(role, content):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoalign import InputError
-from nanoalign.files import read_rows
+from nanoalign.formats.rows import read_rows
 
 OK = b'{"prompt": "p", "completion": "c"}\n'
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from nanoalign import InputError
-from nanoalign.config import DPOConfig, SFTConfig, parse
+from nanoalign.formats.probe import probe
 from nanoalign.generate import generate
 from nanoalign.model import load_policy, save_policy
 from nanoalign.packing import Example, packed
-from nanoalign.probe import probe
-from nanoalign.reference import reference_of
+from nanoalign.run.flags import DPOConfig, SFTConfig, parse
+from nanoalign.run.reference import reference_of
 
 TALK = [
     [{"role": "user", "content": "What is the capital of France?"}],

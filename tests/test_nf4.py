@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import InputError, nf4
-from nanoalign.bnb import from_bitsandbytes, to_bitsandbytes
+from nanoalign.formats.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from nanoalign.nf4 import (
     NF4Linear,
     dequantize_nf4,

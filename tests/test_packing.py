@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from nanoalign import packing
+from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
 from nanoalign.packing import Example, in_rows, pack, packed, packed_attention
-from nanoalign.probe import probe
 
 # ------------------------------------------------------------------------------------ the row
 

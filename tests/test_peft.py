@@ -25,14 +25,14 @@ from transformers import (  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from nanoalign import InputError  # noqa: E402
-from nanoalign.adapter import trained_tensors  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
-from nanoalign.config import DPOConfig, SFTConfig  # noqa: E402
+from nanoalign.formats.peft import trained_tensors  # noqa: E402
 from nanoalign.generate import generation  # noqa: E402
 from nanoalign.lora import Dropout, LoRALinear  # noqa: E402
 from nanoalign.model import load_policy, save_policy  # noqa: E402
 from nanoalign.packing import Example  # noqa: E402
-from nanoalign.reference import reference_of  # noqa: E402
+from nanoalign.run.flags import DPOConfig, SFTConfig  # noqa: E402
+from nanoalign.run.reference import reference_of  # noqa: E402
 
 SEQUENCES = [
     Example(list(range(7, 19)), [([40, 41, 42, 43], [True] * 4), ([50, 51], [True] * 2)]),

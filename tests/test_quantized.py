@@ -18,14 +18,15 @@ from transformers import (
 )
 
 from nanoalign import InputError
-from nanoalign.config import SFTConfig, parse
+from nanoalign.formats.quantized import NOTE, nf4_layers, quantize, save_4bit
+from nanoalign.formats.streaming import skeleton, tensor_files
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.merge import main as merge_main
-from nanoalign.merge import merge
 from nanoalign.model import load_lm, load_policy, save_policy
 from nanoalign.nf4 import NF4Linear
-from nanoalign.quantized import NOTE, nf4_layers, quantize, save_4bit
-from nanoalign.streaming import skeleton, tensor_files
+from nanoalign.packing import Example
+from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.tools.merge import main as merge_main
+from nanoalign.tools.merge import merge
 from train_sft import run_sft
 
 CPU = torch.device("cpu")
@@ -324,8 +325,8 @@ def test_gradient_is_that_of_a_dense_model_with_the_same_weights(double, checkpo
 
     ids = IDS[0].tolist()
     batch = [
-        (ids[:9], [(ids[9:20], [True] * 11), (ids[15:30], [True] * 15)]),
-        (ids[:5], [(ids[5:9], [True] * 4)]),
+        Example(ids[:9], [(ids[9:20], [True] * 11), (ids[15:30], [True] * 15)]),
+        Example(ids[:5], [(ids[5:9], [True] * 4)]),
     ]
     gradients = []
     for lm in (policy.lm, dense):
@@ -370,9 +371,8 @@ def test_a_step_moves_only_the_adapter(tmp_path):
     assert all(policy.lm.get_parameter(n).dtype == torch.float32 for n in trained)
     optimizer = torch.optim.AdamW([policy.lm.get_parameter(n) for n in trained], lr=0.1)
     policy.lm.train()
-    policy.lm(
-        [(IDS[0, :9].tolist(), [(IDS[0, 9:30].tolist(), [True] * 21)])]
-    ).logps.sum().backward()
+    example = Example(IDS[0, :9].tolist(), [(IDS[0, 9:30].tolist(), [True] * 21)])
+    policy.lm([example]).logps.sum().backward()
     optimizer.step()
     moved = {n for n, t in policy.lm.state_dict().items() if not torch.equal(t, before[n])}
     assert moved <= trained and {n for n in moved if "lora_B" in n} == {

@@ -6,12 +6,14 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from nanoalign import InputError, plot, show
-from nanoalign.advice import advice, afterthought, suggested_weights
-from nanoalign.card import write_card
-from nanoalign.config import DPOConfig, KTOConfig, SFTConfig
+from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.lora import LoRAConfig
+from nanoalign.run.advice import advice, afterthought, suggested_weights
+from nanoalign.run.card import write_card
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.tools import data as show
+from nanoalign.tools import plot
 
 # ---------------------------------------------------------------------------------- the mask, shown
 

@@ -10,8 +10,8 @@ from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
-from nanoalign.config import DPOConfig, KTOConfig, SFTConfig, parse
-from nanoalign.record import rescale
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.record import rescale
 from nanoalign.train import epochs, learning_rate, optimizer_step, total_steps
 from train_dpo import run_dpo
 from train_kto import run_kto
@@ -406,7 +406,7 @@ def test_fp16_trains(method, run):
 
 @ALL
 def test_a_scale_that_is_too_high_costs_steps_and_nothing_else(method, run, monkeypatch):
-    monkeypatch.setattr("nanoalign.record.INITIAL_SCALE", 2.0**40)
+    monkeypatch.setattr("nanoalign.run.record.INITIAL_SCALE", 2.0**40)
     lines = run(method, "--fp16", "true", "--max_steps", "40")
     skipped = [line for line in lines if "loss" not in line]
     assert 0 < len(skipped) < 40 and all(math.isfinite(ln["loss"]) for ln in lines if "loss" in ln)

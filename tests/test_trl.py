@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import train_kto  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
-from nanoalign.config import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
 from nanoalign.data import batches  # noqa: E402
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
 from train_dpo import run_dpo  # noqa: E402
 from train_kto import run_kto  # noqa: E402
 from train_sft import run_sft  # noqa: E402

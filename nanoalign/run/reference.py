@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign import InputError
-from nanoalign.config import ReferenceConfig
 from nanoalign.data import Example, batches
 from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, load_lm
 from nanoalign.packing import in_rows, packed, row_tokens
+from nanoalign.run.flags import ReferenceConfig
 
 LogpsOf = Callable[[list[Example]], Tensor]  # examples -> (C,) log-probs of their completions
 Reference = Callable[[list[list[Example]]], Sequence[Tensor]]  # batches -> those of each batch

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoalign import InputError
 from nanoalign.chatml import ROLES, Message
-from nanoalign.files import shown
+from nanoalign.formats.rows import shown
 
 MESSAGE_KEYS = ("role", "content"), ("from", "value")
 

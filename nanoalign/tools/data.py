@@ -11,10 +11,11 @@ import os
 import sys
 import unicodedata
 
-from nanoalign import InputError, layouts
-from nanoalign.advice import suggested_weights
+from nanoalign import InputError
 from nanoalign.data import Example, Limits, describe, read_examples
-from nanoalign.files import read_rows
+from nanoalign.formats import layouts
+from nanoalign.formats.rows import read_rows
+from nanoalign.run.advice import suggested_weights
 
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
@@ -126,3 +127,7 @@ def run(argv: list[str]) -> None:
     except InputError as error:
         print(f"data: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -17,13 +17,19 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.advice import advice, afterthought
-from nanoalign.card import write_card
-from nanoalign.checkpoint import data_fingerprint, flag_differences, meant, saving, write_text
-from nanoalign.config import Config, parse
 from nanoalign.data import Example, Limits, describe, read_examples
 from nanoalign.model import Policy, load_policy, tokenizer_of
-from nanoalign.plot import draw, read_run
+from nanoalign.run.advice import advice, afterthought
+from nanoalign.run.card import write_card
+from nanoalign.run.checkpoint import (
+    data_fingerprint,
+    flag_differences,
+    meant,
+    saving,
+    write_text,
+)
+from nanoalign.run.flags import Config, parse
+from nanoalign.tools.plot import draw, read_run
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import nanoalign
-from nanoalign.config import Config
 from nanoalign.data import on_hub
 from nanoalign.lora import LoRAConfig
+from nanoalign.run.flags import Config
 
 CARD = """\
 ---

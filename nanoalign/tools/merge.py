@@ -27,12 +27,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.adapter import load_adapter, read_adapter_config
-from nanoalign.config import Parser
+from nanoalign.formats.peft import load_adapter, read_adapter_config
+from nanoalign.formats.quantized import read_note
 from nanoalign.lora import LoRALinear, TokenRows, TrainedModule, add_lora
 from nanoalign.model import load_lm
 from nanoalign.nf4 import NF4Linear
-from nanoalign.quantized import read_note
+from nanoalign.run.flags import Parser
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 

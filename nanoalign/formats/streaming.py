@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from nanoalign import InputError
-from nanoalign.bnb import BUFFERS, MAPS, STATE, from_bitsandbytes
+from nanoalign.formats.bitsandbytes import BUFFERS, MAPS, STATE, from_bitsandbytes
 from nanoalign.nf4 import NF4Linear
 
 PACKED = [STATE, *BUFFERS.values(), *MAPS]  # what follows a linear layer's name in 4-bit files

@@ -3,8 +3,8 @@
 The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their code).
 """
 
-from nanoalign.config import Config, KTOConfig, ReferenceConfig
 from nanoalign.data import Example
+from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
 
 def advice(cfg: Config, examples: list[Example], cut: int = 0) -> list[str]:

@@ -20,12 +20,12 @@ from transformers import TextStreamer
 
 from nanoalign import InputError
 from nanoalign.chatml import encode
-from nanoalign.config import Config
 from nanoalign.generate import generation
 from nanoalign.lora import without_adapter
 from nanoalign.model import Policy, load_policy
-from nanoalign.run import quiet
-from nanoalign.show import printable
+from nanoalign.run.flags import Config
+from nanoalign.run.session import quiet
+from nanoalign.tools.data import printable
 
 
 class Printer(TextStreamer):

@@ -11,13 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanoalign import InputError
-from nanoalign.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
-from nanoalign.config import Config
 from nanoalign.data import Example
 from nanoalign.generate import generate_ids
-from nanoalign.metrics import Log, Sums, add, means
 from nanoalign.model import Policy, save_policy
-from nanoalign.run import Run
+from nanoalign.run.checkpoint import (
+    claim,
+    fingerprint,
+    prune,
+    resume,
+    save_state,
+    write_whole,
+)
+from nanoalign.run.flags import Config
+from nanoalign.run.log import Log, Sums, add, means
+from nanoalign.run.session import Run
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
 

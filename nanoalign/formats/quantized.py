@@ -20,9 +20,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from nanoalign import InputError
-from nanoalign.bnb import DTYPES, to_bitsandbytes
+from nanoalign.formats.bitsandbytes import DTYPES, to_bitsandbytes
+from nanoalign.formats.streaming import local_file, mismatch, skeleton, stream, tensor_files
 from nanoalign.nf4 import NF4Linear
-from nanoalign.streaming import local_file, mismatch, skeleton, stream, tensor_files
 
 NOTE = "base_quantization.json"  # in an adapter's directory: the 4-bit base it was trained on
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoalign.checkpoint import saving, write_text
 from nanoalign.logps import Scores
+from nanoalign.run.checkpoint import saving, write_text
 
 Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
 

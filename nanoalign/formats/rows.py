@@ -16,7 +16,7 @@ import math
 import re
 from pathlib import Path
 
-from . import InputError
+from nanoalign import InputError
 
 MAX_DEPTH = 100  # of nested lists and objects: Python's parser recurses, and can overflow
 MAX_NUMBER = 640  # characters: the most digits that every setting of Python turns into an int

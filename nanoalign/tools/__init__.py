@@ -1,0 +1,1 @@
+"""Commands: python -m nanoalign.chat, .data, .merge, .plot."""
