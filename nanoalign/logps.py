@@ -195,14 +195,14 @@ class PackedLM(nn.Module):
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
             if neftune_alpha > 0 and self.training:
-                lengths = torch.tensor(row.lengths, device=self.device)[row.layout.example]
+                lengths = torch.tensor(row.lengths, device=self.device)[row.geometry.example]
                 bound = neftune_alpha / (lengths * embeds.shape[2]).sqrt()  # (T,)
                 noise = torch.rand_like(embeds, dtype=torch.float32) * 2 - 1
                 embeds = embeds + (noise * bound[:, None]).to(embeds.dtype)
             hidden = self.model.get_decoder()(
                 inputs_embeds=embeds,
-                position_ids=row.layout.position[None],
-                layout=row.layout,
+                position_ids=row.geometry.position[None],
+                geometry=row.geometry,
                 use_cache=False,
             ).last_hidden_state[0]  # (T, d)
         h = hidden.index_select(0, row.predictors)  # (N, d)

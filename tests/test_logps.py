@@ -265,7 +265,7 @@ def test_neftune_noise_is_uniform_within_alpha_over_root_length_times_width():
     noise, row = noise_of(lm, 5.0)
     # tokens of an example: 7 + 3 + 2 and 1 + 4, of which the row leaves out each last one
     for example, length, in_row in ((0, 12, 10), (1, 5, 4)):
-        part = noise[row.layout.example == example]
+        part = noise[row.geometry.example == example]
         bound = 5.0 / (length * 32) ** 0.5  # the width is 32
         assert len(part) == in_row
         assert 0.9 * bound < part.abs().max() < bound * 1.0001

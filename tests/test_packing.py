@@ -16,11 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from nanoalign import packing
+from nanoalign.fast import attention as fast
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.packing import Example, in_rows, pack, packed, packed_attention
+from nanoalign.packing import Example, attention, in_rows, pack, packed, packed_attention
 
 # ------------------------------------------------------------------------------------ the row
 
@@ -34,9 +34,9 @@ def test_a_worked_row():
     """| 10 11 12 | 20 21 | | 40 | 50 |: 22, 30 and 51 are last tokens and predict nothing."""
     row = pack(WORKED)
     assert row.input_ids.tolist() == [10, 11, 12, 20, 21, 40, 50]
-    assert row.layout.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert row.layout.example.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert row.layout.branch.tolist() == [-1, -1, -1, 0, 0, -1, 0]
+    assert row.geometry.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert row.geometry.example.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert row.geometry.branch.tolist() == [-1, -1, -1, 0, 0, -1, 0]
     # 21 is predicted where 20 stands, 22 where 21 does, 30 at the prompt's end (12), ...
     assert row.predictors.tolist() == [3, 4, 2, 5, 6]
     assert row.targets.tolist() == [21, 22, 30, 50, 51]
@@ -102,9 +102,9 @@ def test_the_predicate_against_a_brute_force_mask(window):
             and (window is None or i - j < window)
         )
 
-    layout = pack(sequences).layout
+    geometry = pack(sequences).geometry
     index = torch.arange(len(tokens))
-    mask = layout.allowed(index[:, None], index[None], window)
+    mask = geometry.allowed(index[:, None], index[None], window)
     assert mask.tolist() == [[sees(q, k) for k in tokens] for q in tokens]
 
 
@@ -113,41 +113,46 @@ def test_the_predicate_against_a_brute_force_mask(window):
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "softcap"])
 @pytest.mark.parametrize("window", [None, 5], ids=["", "window"])
-def test_flex_attention_and_the_dense_calls_agree(window, softcap, monkeypatch):
-    """The way of a GPU and the way of a CPU, both against one dense mask. Forward only, as flex has
-    no backward on a CPU; and traced as for a GPU, but run without making a kernel."""
+def test_every_way_is_the_definition(window, softcap, monkeypatch):
+    """The way of a GPU and the ways of a CPU. Flex forward only, as it has no backward on a CPU;
+    and traced as for a GPU, but run without making a kernel."""
     traced = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(packing, "_compiled_flex", packing._compiled_flex.__wrapped__)
-    layout = pack(random_sequences()).layout
-    tokens = len(layout.position)
+    monkeypatch.setattr(fast, "compiled_flex", fast.compiled_flex.__wrapped__)
+    geometry = pack(random_sequences()).geometry
+    tokens = len(geometry.position)
     g = torch.Generator().manual_seed(1)
     q = torch.randn(1, 4, tokens, 16, generator=g)
     k, v = (torch.randn(1, 2, tokens, 16, generator=g) for _ in range(2))
-    flex = packing._flex(q, k, v, layout, 0.3, window, softcap)
-    again = packing._flex(q.double(), k.double(), v, layout, 0.3, window, softcap)  # v's dtype wins
-    dense = [packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap)]
-    monkeypatch.setattr(packing, "BLOCK", 3)
-    dense.append(packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap))
-    monkeypatch.setattr(packing, "SHORT", 2)  # torch's own attention from three keys on
-    dense.append(packing._by_example(q, k, v, layout, 0.3, 0.0, window, softcap))
+    how = geometry, 0.3, window, softcap
+    flex = fast.flex(q, k, v, *how)
+    again = fast.flex(q.double(), k.double(), v, *how)  # v's dtype wins
+    dense = [fast.attention(q, k, v, *how)]
+    monkeypatch.setattr(fast, "BLOCK", 3)
+    dense.append(fast.attention(q, k, v, *how))
+    monkeypatch.setattr(fast, "SHORT", 2)  # torch's own attention from three keys on
+    dense.append(fast.attention(q, k, v, *how))
 
-    index = torch.arange(tokens)
-    scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    scores.masked_fill_(~layout.allowed(index[:, None], index[None], window), float("-inf"))
-    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    expected = attention(q, k, v, *how)
     for way in dense:
         assert torch.allclose(way, expected, atol=1e-5)
     assert torch.allclose(flex, expected, atol=1e-5) and torch.equal(flex, again)
-    assert list(layout.block_masks) == [window]  # made once a row
+    assert list(geometry.block_masks) == [window]  # made once a row
+
+
+def test_the_definition_of_attention_by_hand():
+    """One head, values 1, 10, 100: a token sees its prompt and its own branch, evenly where all
+    scores are alike."""
+    geometry = pack([Example([5], [([6, 7], [True] * 2), ([8, 9], [True] * 2)])]).geometry
+    value = torch.tensor([1.0, 10.0, 100.0]).view(1, 1, 3, 1)
+    out = attention(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), value, geometry, 1.0)
+    assert out.flatten().tolist() == [1.0, 5.5, 50.5]
 
 
 def test_a_keyword_that_changes_attention_is_refused():
-    layout = pack(WORKED).layout
+    geometry = pack(WORKED).geometry
     q = torch.randn(1, 2, 7, 8)
-    known = dict(layout=layout, scaling=1.0)
+    known = dict(geometry=geometry, scaling=1.0)
     packed_attention(None, q, q, q, None, **known, s_aux=None)  # given, but not in use
     with pytest.raises(NotImplementedError, match="s_aux"):
         packed_attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
@@ -230,8 +235,8 @@ def deviation(got, expected):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_packed_equals_padded(kind, lora, way, monkeypatch):
-    monkeypatch.setattr(packing, "BLOCK", way[0])  # three ways to compute attention on a CPU
-    monkeypatch.setattr(packing, "SHORT", way[1])
+    monkeypatch.setattr(fast, "BLOCK", way[0])  # three ways to compute attention on a CPU
+    monkeypatch.setattr(fast, "SHORT", way[1])
     lm, sequences = a_model(kind, lora), random_sequences()
     expected = padded_logps(lm.model, sequences)
     expected_gradients = gradients(lm.model, expected)
@@ -246,22 +251,22 @@ def test_packed_equals_padded(kind, lora, way, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral-window"])
-def test_a_layer_recomputed_in_backward_keeps_its_layout(kind, monkeypatch):
+def test_a_layer_recomputed_in_backward_keeps_its_geometry(kind, monkeypatch):
     """Gradient checkpointing calls the layers a second time: same keywords, same gradients."""
     lm, sequences = a_model(kind, lora=True), random_sequences()
     lm.model.set_attn_implementation(packed())
     lm.train()
     expected = gradients(lm.model, lm(sequences).logps)
     lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    calls, by_example = [], packing._by_example
+    calls, by_example = [], fast.by_example
 
     def counted(*args):
-        calls.append(args[3])  # the layout
+        calls.append(args[3])  # the geometry
         return by_example(*args)
 
-    monkeypatch.setattr(packing, "_by_example", counted)
+    monkeypatch.setattr(fast, "by_example", counted)
     got = gradients(lm.model, lm(sequences).logps)
-    assert len(calls) == 4 and len({id(layout) for layout in calls}) == 1  # 2 layers, twice
+    assert len(calls) == 4 and len({id(geometry) for geometry in calls}) == 1  # 2 layers, twice
     assert deviation(got, expected) < 1e-6
 
 
