@@ -60,7 +60,8 @@ def head_memory(vocabulary: int, plain: bool) -> None:
     """In a process of its own: the memory that 2,048 tokens add to the head's own weights."""
     import torch
 
-    from nanoalign.logps import Head, token_logps
+    from nanoalign.fast.head import token_logps
+    from nanoalign.logps import Head
 
     torch.manual_seed(0)
     weight = torch.randn(vocabulary, 576, dtype=torch.bfloat16)

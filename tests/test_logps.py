@@ -1,5 +1,7 @@
 """Log-probs without logits, against log_softmax(logits).gather: values, gradients, memory."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny
@@ -7,12 +9,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nanoalign.logps import Head, PackedLM, Scores, token_logps
+from nanoalign.fast.head import token_logps
+from nanoalign.logps import Head, PackedLM, Scores
+from nanoalign.logps import token_logps as definition
 from nanoalign.packing import Example, pack, packed
 
 N, D, V = 37, 24, 97
 ROWS = [5, 96]  # vocabulary entries that train on their own
 BOTH = "weight and bias"
+HEADS = {
+    "product": {},
+    "scale": dict(scale=0.25),
+    "softcap": dict(softcap=2.0),
+    "both": dict(scale=3.0, softcap=4.0),
+}
 
 
 def tensors(dtype=torch.float32, seed=0):
@@ -26,20 +36,34 @@ def tensors(dtype=torch.float32, seed=0):
     return h, weight, bias, targets, torch.rand(N, generator=g) - 0.3
 
 
+def test_the_definition_by_hand():
+    """Logits 0, ln 2 and ln 5 are probabilities 1/8, 2/8 and 5/8."""
+    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+    logps = definition(torch.ones(2, 1), Head(weight), torch.tensor([1, 2]))
+    assert logps.exp().tolist() == pytest.approx([2 / 8, 5 / 8])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_fast_way_is_the_definition(kind):
+    """Values and gradients, of rows that train too."""
+    h, weight, bias, targets, upstream = tensors()
+    results = []
+    for way in (definition, token_logps):
+        states, rows = h.clone().requires_grad_(), nn.Parameter(weight[ROWS].clone())
+        head = Head(weight, bias, **HEADS[kind], rows=torch.tensor(ROWS), row_weight=rows)
+        logps = way(states, head, targets)
+        (logps * upstream).sum().backward()
+        results.append((logps, states.grad, rows.grad))
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def plain(h, weight, bias, targets, scale=1.0, softcap=None):
     """The usual way: all the logits, then log_softmax, then gather."""
     z = scale * nn.functional.linear(h, weight, bias).float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-HEADS = {
-    "product": {},
-    "scale": dict(scale=0.25),
-    "softcap": dict(softcap=2.0),
-    "both": dict(scale=3.0, softcap=4.0),
-}
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 128])
