@@ -7,7 +7,7 @@ The policy is compared with a reference: itself, as it was at the start.
 """
 
 from nanoalign.formats.layouts import DPO
-from nanoalign.losses import dpo_loss
+from nanoalign.losses import DPO_LOSSES, dpo_loss, numbers
 from nanoalign.run.flags import DPOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.reference import reference_of
@@ -16,8 +16,8 @@ from nanoalign.train import train
 
 
 def run_dpo(cfg: DPOConfig) -> Run:
-    run = start(cfg, DPO)
-    reference = reference_of(cfg, run.policy, lambda: run.examples + run.held_out)
+    run, loss = start(cfg, DPO), DPO_LOSSES[cfg.loss_type]
+    reference = reference_of(cfg, run.policy, loss, lambda: run.examples + run.held_out)
 
     def dpo(batches):
         """The loss is a mean over pairs; a batch's completions are chosen, rejected, chosen, ..."""
@@ -31,10 +31,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
                 ref_logps[1::2],
                 chosen.lengths,
                 rejected.lengths,
-                cfg.beta,
-                cfg.loss_type,
-                cfg.label_smoothing,
-                cfg.rpo_alpha,
+                **numbers(cfg, dpo_loss, loss),
             )
             won = (rewards[0] > rewards[1]).float().sum()
             yield {

@@ -15,7 +15,7 @@ import torch
 from nanoalign import InputError
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
-from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
+from nanoalign.losses import KTO_LOSSES, kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.reference import reference_of, without_gradient
@@ -29,7 +29,8 @@ def run_kto(cfg: KTOConfig) -> Run:
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
     if up in (0, len(run.examples)):
         print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
-    with_z0 = cfg.loss_type in NEEDS_Z0
+    loss = KTO_LOSSES[cfg.loss_type]
+    with_z0 = "z0" in needs(loss)
     pair = with_mismatches if with_z0 else list
     pair(run.examples)  # refused here, before anything is written, if it can't be done
     try:
@@ -53,7 +54,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
         return both(first + run.held_out) + mismatched(sum(later, []))
 
-    reference = reference_of(cfg, run.policy, everything)
+    reference = reference_of(cfg, run.policy, loss, everything)
     policy_now = without_gradient(run.policy.lm, cfg)
 
     def kto(batches):
@@ -67,16 +68,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
             scores = run.policy(batch)
             up = torch.tensor([e.label for e in batch], device=ref.device)
-            losses, rewards = kto_loss(
-                scores.logps,
-                ref,
-                up,
-                z0,
-                cfg.beta,
-                cfg.loss_type,
-                cfg.desirable_weight,
-                cfg.undesirable_weight,
-            )
+            losses, rewards = kto_loss(scores.logps, ref, up, z0, **numbers(cfg, kto_loss, loss))
             sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]

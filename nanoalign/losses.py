@@ -3,18 +3,35 @@
 Every method here is a function of one quantity, log pi(y | x): the sum of the log-probs of a
 completion's trained tokens. The functions take (B,) tensors of it, one entry for each example, and
 return (B,) losses, not yet averaged, plus the rewards as detached (B,) tensors. They know no model,
-no tokenizer and no flags. A loss of your own is one more entry in DPO_LOSSES or KTO_LOSSES, and
-its name is a valid --loss_type from then on.
+no tokenizer and no flags.
+
+A loss says in its parameters what it needs, and gets nothing else: `policy` and, if it compares
+with one, `reference`; `lengths`, if it averages over tokens; and its numbers, each of which is a
+flag of that name (run/flags.py). So a loss without `reference` neither loads nor computes one. A
+loss of your own is one more function and one more entry in DPO_LOSSES or KTO_LOSSES; its name is a
+valid --loss_type from then on.
 
 The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
-without the term that depends on the prompt alone.
+without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x).
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def needs(loss) -> set[str]:
+    """What a loss asks for: the names of its parameters."""
+    return set(inspect.signature(loss).parameters)
+
+
+def numbers(cfg, *functions) -> dict[str, object]:
+    """What the functions ask for and a config has: their numbers, by name."""
+    names = set().union(*map(needs, functions))
+    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
 
 
 def sft_loss(logps: Tensor) -> Tensor:
@@ -24,6 +41,9 @@ def sft_loss(logps: Tensor) -> Tensor:
     short and in a long reply, and in whatever micro-batch it comes.
     """
     return -logps
+
+
+# -------------------------------------------------------------------------------------------- DPO
 
 
 class Pair(NamedTuple):
@@ -38,7 +58,11 @@ def margin(policy: Pair, reference: Pair) -> Tensor:
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
-def sigmoid(policy, reference, lengths, beta, label_smoothing):
+def per_token(logps: Pair, lengths: Pair) -> Pair:
+    return Pair(logps.chosen / lengths.chosen, logps.rejected / lengths.rejected)
+
+
+def sigmoid(policy, reference, beta, label_smoothing=0.0):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(beta * margin).
 
     With label_smoothing e this is conservative DPO, which takes a label to be wrong with
@@ -48,7 +72,7 @@ def sigmoid(policy, reference, lengths, beta, label_smoothing):
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
-def robust(policy, reference, lengths, beta, label_smoothing):
+def robust(policy, reference, beta, label_smoothing=0.0):
     """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased when labels are flipped with
     probability e: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta * margin."""
     z = beta * margin(policy, reference)
@@ -56,50 +80,66 @@ def robust(policy, reference, lengths, beta, label_smoothing):
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo(policy, reference, lengths, beta, label_smoothing):
+def ipo(policy, reference, lengths, beta):
     """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, log-ratios being
     averaged over each reply's tokens, as in its authors' experiments."""
-    policy, reference = (Pair(*(x / n for x, n in zip(p, lengths))) for p in (policy, reference))
+    policy, reference = per_token(policy, lengths), per_token(reference, lengths)
     return (margin(policy, reference) - 1 / (2 * beta)) ** 2
 
 
-def hinge(policy, reference, lengths, beta, label_smoothing):
+def hinge(policy, reference, beta):
     """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards: a pair whose
     margin is past 1 trains no more."""
     return torch.relu(1 - beta * margin(policy, reference))
 
 
-# name -> f(policy, reference, lengths, beta, label_smoothing) -> (B,)
-DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
+def simpo(policy, lengths, beta, simpo_gamma=0.5):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): -log sigmoid(beta * (log pi per token of
+    the chosen reply - that of the rejected one) - gamma). It has no reference."""
+    policy = per_token(policy, lengths)
+    return -F.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
+
+
+DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust, "simpo": simpo}
 
 
 def dpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | float,
+    ref_rejected_logps: Tensor | float,
     chosen_lengths: Tensor | int = 1,
     rejected_lengths: Tensor | int = 1,
     beta: float = 0.1,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
     rpo_alpha: float = 0.0,
+    **numbers: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Direct preference optimization: prefer the chosen reply to the rejected one.
 
     All tensors (B,): log-probs in nats, lengths in trained tokens (1: the log-probs are averages
-    already). beta > 0 is the price of leaving the reference. rpo_alpha adds the chosen reply's
-    negative log-likelihood per token (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1), so that its
-    own probability does not fall. Returns losses, chosen rewards and rejected rewards, each (B,).
-    At the first step the policy is the reference and the sigmoid loss is ln 2.
+    already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
+    0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
+    arXiv 2404.19733, eq. 1), so that its own probability does not fall. `numbers` are the loss's
+    own (label_smoothing, simpo_gamma). Returns losses, chosen rewards and rejected rewards, each
+    (B,). At the first step the policy is the reference and the sigmoid loss is ln 2.
     """
     policy = Pair(chosen_logps, rejected_logps)
     reference = Pair(ref_chosen_logps, ref_rejected_logps)
-    lengths = Pair(chosen_lengths, rejected_lengths)
-    losses = DPO_LOSSES[loss_type](policy, reference, lengths, beta, label_smoothing)
-    losses = losses - rpo_alpha * policy.chosen / lengths.chosen
-    rewards = (beta * (p - r).detach() for p, r in zip(policy, reference))
-    return losses, *rewards
+    known = {"policy": policy, "reference": reference, "beta": beta}
+    known["lengths"] = Pair(chosen_lengths, rejected_lengths)
+    loss = DPO_LOSSES[loss_type]
+    losses = loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
+    if rpo_alpha:
+        losses = losses - rpo_alpha * chosen_logps / chosen_lengths
+    return (
+        losses,
+        beta * (chosen_logps - ref_chosen_logps).detach(),
+        beta * (rejected_logps - ref_rejected_logps).detach(),
+    )
+
+
+# -------------------------------------------------------------------------------------------- KTO
 
 
 def kto(delta, sign, beta, z0):
@@ -111,15 +151,15 @@ def kto(delta, sign, beta, z0):
     return 1 - torch.sigmoid(sign * beta * (delta - z0))
 
 
-def apo_zero_unpaired(delta, sign, beta, z0):
+def apo_zero_unpaired(delta, sign, beta):
     """APO-zero for single labels (D'Oosterlinck et al. 2024, arXiv 2408.06266): KTO with the
     reference point held at zero, for desirable outputs better than the model's own."""
     return 1 - torch.sigmoid(sign * beta * delta)
 
 
-# name -> f(delta, sign, beta, z0) -> (B,); delta is log pi - log pi_ref, sign +1 or -1
+# Of (B,) delta = log pi - log pi_ref and sign = +1 or -1. One without z0 saves what z0 costs: two
+# passes without gradient in each step.
 KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
-NEEDS_Z0 = {"kto"}  # the others save the two passes that z0 costs
 
 
 def kto_loss(
@@ -131,6 +171,7 @@ def kto_loss(
     loss_type: str = "kto",
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    **numbers: float,
 ) -> tuple[Tensor, Tensor]:
     """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
 
@@ -138,10 +179,11 @@ def kto_loss(
     Returns losses and rewards, each (B,). At the first step the loss is 1/2 times the weight.
     """
     delta = logps - ref_logps
-    sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
-    losses = weight * KTO_LOSSES[loss_type](delta, sign, beta, z0)
-    return losses, beta * delta.detach()
+    known = {"delta": delta, "sign": torch.where(desirable, 1.0, -1.0), "beta": beta, "z0": z0}
+    loss = KTO_LOSSES[loss_type]
+    losses = loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
+    return weight * losses, beta * delta.detach()
 
 
 def kl_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:

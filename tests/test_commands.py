@@ -21,6 +21,7 @@ from transformers import dynamic_module_utils as remote
 from nanoalign import InputError, world
 from nanoalign.chatml import CHATML_JINJA
 from nanoalign.generate import generate
+from nanoalign.losses import sigmoid
 from nanoalign.model import load_policy, save_policy
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.reference import reference_of
@@ -698,9 +699,9 @@ def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, mon
         trace.unlink()
         cfg = config(model_dir, "--ref_model_name_or_path", str(directory), kind=DPOConfig)
         with pytest.raises(InputError, match="runs only with --trust_remote_code$"):
-            reference_of(cfg, load_policy(cfg), list)
+            reference_of(cfg, load_policy(cfg), sigmoid, list)
         cfg.trust_remote_code = True
-        reference_of(cfg, load_policy(cfg), list)
+        reference_of(cfg, load_policy(cfg), sigmoid, list)
 
 
 def test_a_tokenizer_that_skips_ids(tmp_path):
@@ -891,4 +892,4 @@ def test_the_checks_look_at_both_kinds_of_reference(model_dir, tmp_path):
     LlamaForCausalLM(tiny(LlamaConfig, vocab_size=290)).save_pretrained(tmp_path)
     cfg = config(model_dir, "--ref_model_name_or_path", str(tmp_path), kind=KTOConfig)
     with pytest.raises(InputError, match="has fewer tokens than the policy"):
-        reference_of(cfg, load_policy(cfg), list)
+        reference_of(cfg, load_policy(cfg), sigmoid, list)

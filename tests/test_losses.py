@@ -1,6 +1,7 @@
 """The losses by hand: each number is worked out in the comment beside it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ import torch
 from nanoalign.losses import (
     DPO_LOSSES,
     KTO_LOSSES,
-    NEEDS_Z0,
     dpo_loss,
     kl_baseline,
     kto_loss,
+    needs,
+    numbers,
     sft_loss,
 )
 
@@ -81,6 +83,29 @@ def test_ipo_averages_over_tokens():
 def test_hinge():
     # 1 - 1.5 < 0, and 1 + 1.5
     assert close(dpo(loss_type="hinge")[0], [0.0, 2.5])
+
+
+def test_simpo_has_no_reference():
+    # per token: -10/2 - -16/4 = -1 and -20/5 - -21/3 = 3; beta 0.5, gamma 0.2: z = -0.7 and 1.3;
+    # -log sigmoid(-0.7) = 1.1031860 and -log sigmoid(1.3) = 0.2410085
+    pair = dict(chosen_logps=torch.tensor([-10.0, -20.0]), chosen_lengths=torch.tensor([2, 5]))
+    pair |= dict(rejected_logps=torch.tensor([-16.0, -21.0]), rejected_lengths=torch.tensor([4, 3]))
+    simpo = dict(loss_type="simpo", beta=0.5, simpo_gamma=0.2)
+    losses, chosen, rejected = dpo_loss(**pair, ref_chosen_logps=0, ref_rejected_logps=0, **simpo)
+    assert close(losses, [1.1031860, 0.2410085])
+    assert close(chosen, [-5.0, -10.0]) and close(rejected, [-8.0, -10.5])  # 0.5 * log pi
+    assert [n for n, loss in DPO_LOSSES.items() if "reference" not in needs(loss)] == ["simpo"]
+
+
+def test_a_loss_gets_its_numbers_and_no_others():
+    cfg = SimpleNamespace(beta=0.3, label_smoothing=0.1, simpo_gamma=0.7, rpo_alpha=2.0, seed=1)
+    of = {name: numbers(cfg, loss) for name, loss in DPO_LOSSES.items()}
+    assert of["sigmoid"] == of["robust"] == {"beta": 0.3, "label_smoothing": 0.1}
+    assert of["ipo"] == of["hinge"] == {"beta": 0.3}
+    assert of["simpo"] == {"beta": 0.3, "simpo_gamma": 0.7}
+    assert numbers(cfg, dpo_loss, DPO_LOSSES["hinge"]) == {"beta": 0.3, "rpo_alpha": 2.0}
+    with pytest.raises(TypeError, match="label_smoothing"):  # and not dropped without a word
+        dpo(loss_type="hinge", label_smoothing=0.1)
 
 
 def test_rpo_adds_the_chosen_reply_s_own_loss_per_token():
@@ -169,7 +194,7 @@ def test_apo_zero_unpaired():
     for z0 in (0.0, 7.0):
         losses, _ = kto_loss(LOGPS, REF, mixed, torch.tensor(z0), 0.5, "apo_zero_unpaired")
         assert close(losses, [0.2689414, 0.3775407, 0.5])
-    assert NEEDS_Z0 == {"kto"} and "apo_zero_unpaired" in KTO_LOSSES
+    assert [name for name, loss in KTO_LOSSES.items() if "z0" in needs(loss)] == ["kto"]
 
 
 @pytest.mark.parametrize("loss_type", KTO_LOSSES)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from nanoalign import InputError
 from nanoalign.formats.probe import probe
 from nanoalign.generate import generate
+from nanoalign.losses import sigmoid, simpo
 from nanoalign.model import load_policy, save_policy
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
@@ -283,7 +284,7 @@ def no_sequences():
 
 def reference_logps(cfg, policy, everything=no_sequences):
     """examples -> their reference log-probs, asked for as one batch."""
-    reference = reference_of(cfg, policy, everything)
+    reference = reference_of(cfg, policy, sigmoid, everything)
     return lambda examples: reference([examples])[0]
 
 
@@ -344,7 +345,17 @@ def test_another_model_as_the_reference(model_dir, tmp_path):
     save_model(tmp_path / "small", tiny(Qwen2Config, vocab_size=290))
     cfg.ref_model_name_or_path = str(tmp_path / "small")
     with pytest.raises(InputError, match="small: has fewer tokens than the policy"):
-        reference_of(cfg, policy, no_sequences)
+        reference_of(cfg, policy, sigmoid, no_sequences)
+
+
+def test_a_loss_without_a_reference_loads_and_computes_none(model_dir, monkeypatch):
+    cfg = config(model_dir, "--ref_model_name_or_path", "nowhere", kind=DPOConfig)
+    policy = load_policy(cfg)
+    monkeypatch.setattr(policy.lm, "forward", no_sequences)
+    reference = reference_of(cfg, policy, simpo, no_sequences)
+    assert [logps.tolist() for logps in reference([SEQUENCES, SEQUENCES[1:]])] == [[0] * 3, [0]]
+    with pytest.raises(InputError, match="nowhere"):
+        reference_of(cfg, policy, sigmoid, no_sequences)
 
 
 def test_full_fine_tuning_keeps_a_table(model_dir):

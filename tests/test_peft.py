@@ -29,6 +29,7 @@ from nanoalign.chatml import IM_END, IM_START  # noqa: E402
 from nanoalign.formats.peft import trained_tensors  # noqa: E402
 from nanoalign.generate import generation  # noqa: E402
 from nanoalign.lora import Dropout, LoRALinear  # noqa: E402
+from nanoalign.losses import sigmoid  # noqa: E402
 from nanoalign.model import load_policy, save_policy  # noqa: E402
 from nanoalign.packing import Example  # noqa: E402
 from nanoalign.run.flags import DPOConfig, SFTConfig  # noqa: E402
@@ -411,7 +412,7 @@ def test_the_reference_with_new_markers(marked):
 def assert_reference_stays(policy):
     with torch.no_grad():
         before = policy.lm.eval()(SEQUENCES).logps
-    reference = reference_of(DPOConfig(), policy, lambda: SEQUENCES)
+    reference = reference_of(DPOConfig(), policy, sigmoid, lambda: SEQUENCES)
     parameters = [p for p in policy.lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     policy.lm.train()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nanoalign import InputError
 from nanoalign.data import Example, batches
 from nanoalign.logps import PackedLM
+from nanoalign.losses import needs
 from nanoalign.model import Policy, load_lm
 from nanoalign.packing import in_rows, packed, row_tokens
 from nanoalign.run.flags import ReferenceConfig
@@ -22,17 +23,23 @@ Reference = Callable[[list[list[Example]]], Sequence[Tensor]]  # batches -> thos
 
 
 def reference_of(
-    cfg: ReferenceConfig, policy: Policy, everything: Callable[[], list[Example]]
+    cfg: ReferenceConfig, policy: Policy, loss: Callable, everything: Callable[[], list[Example]]
 ) -> Reference:
     """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
 
     It is asked for all batches of a step at once, in rows of its own. With full fine-tuning there
     is no copy of "now", so the log-probs of `everything()`, all that the run will ask for, are
-    computed here; with --precompute_ref_log_probs too.
+    computed here; with --precompute_ref_log_probs too. For a `loss` that compares with none
+    nothing is loaded or computed, and the log-probs are 0.
     """
+    if not needs(loss) & {"reference", "delta"}:
+        return lambda batches: [
+            torch.zeros(sum(len(e.completions) for e in batch), device=policy.lm.device)
+            for batch in batches
+        ]
     logps = _logps_of(cfg, policy)
-    no_copy = policy.lora is None and not cfg.ref_model_name_or_path
-    if cfg.precompute_ref_log_probs or no_copy:
+    all_train = policy.lora is None and not cfg.ref_model_name_or_path
+    if cfg.precompute_ref_log_probs or all_train:
         logps = _precomputed(logps, everything())
 
     def reference(batches):
