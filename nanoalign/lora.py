@@ -9,13 +9,13 @@ With r = 16 and a 4096 x 4096 weight that is 131 thousand trained numbers instea
 and so much less memory for gradients and optimizer states. Since B = 0 the model starts as itself,
 and switching the change off gives the model as it was: DPO's and KTO's reference costs nothing.
 
-Everything here wraps modules and patches nothing. The names of the wrappers' parameters are those
-of PEFT, so that "what trains" and "what an adapter file holds" (adapter.py) are the same list.
-Trained weights are fp32 whatever the base is.
+Everything here wraps modules and patches nothing, and a wrapper's `merge` gives the plain module
+that it amounts to. The names of the wrappers' parameters are those of PEFT, so that "what trains"
+and "what an adapter file holds" (formats/peft.py) are the same list. Trained weights are fp32
+whatever the base is.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign import InputError
+from nanoalign.fast.dropout import Dropout  # nn.Dropout, but quicker on a CPU
 
 
 @dataclass
@@ -44,21 +45,6 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU an element's fate is 16 random bits: torch draws a double there,
-    which takes as long as the layer's product. p is rounded to 1/65536, and the scale fits it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or not x.is_cpu:
-            return super().forward(x)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view_as(x)  # uniform on [-2^15, 2^15)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values
-        keep = (bits >= dropped - 2**15).to(x.dtype)
-        return x * keep.mul_(2**16 / (2**16 - dropped))
 
 
 class LoRALinear(nn.Module):
@@ -88,33 +74,16 @@ class LoRALinear(nn.Module):
         """The learned change of the weight, (out, in) in fp32."""
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
+    def merge(self) -> nn.Module:
+        """The linear layer whose weight is W + scaling * B A, in fp32."""
+        base = plain(self.base_layer).float()
+        base.weight.data += self.delta()
+        return base
 
-class TrainedModule(nn.Module):
-    """A module of which some parameters train: kept in fp32, cast to its own dtype at each use.
 
-    PEFT's modules_to_save train whole; of a layer whose bias trains it is the bias alone.
-    """
-
-    def __init__(self, module: nn.Module, names: list[str]):
-        super().__init__()
-        self.dtype = next(module.parameters()).dtype
-        self.modules_to_save, self.names = module, names
-        for name in names:
-            parameter = module.get_parameter(name)
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.modules_to_save.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.modules_to_save.bias
-
-    def forward(self, *args, **kwargs):
-        cast = {n: self.modules_to_save.get_parameter(n).to(self.dtype) for n in self.names}
-        return torch.func.functional_call(self.modules_to_save, cast, args, kwargs)
+def plain(module: nn.Module) -> nn.Module:
+    """What a wrapper (or a 4-bit layer) amounts to; any other module is plain already."""
+    return module.merge() if hasattr(module, "merge") else module
 
 
 class TokenRows(nn.Module):
@@ -130,7 +99,7 @@ class TokenRows(nn.Module):
         start = base_layer.weight.detach()[rows].float()
         delta = nn.Parameter(start) if tied is None else tied
         self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": delta})  # PEFT's name
-        self.register_buffer("rows", torch.tensor(rows), persistent=False)
+        self.register_buffer("rows", torch.tensor(rows, device=start.device), persistent=False)
 
     @property
     def row_weight(self) -> Tensor:
@@ -154,87 +123,47 @@ class TokenRows(nn.Module):
         new = F.embedding(here.int().argmax(-1), self.row_weight).to(out.dtype)
         return torch.where(here.any(-1, keepdim=True), new, out)
 
+    def merge(self) -> nn.Module:
+        """The embedding or head with the trained rows in their places, in fp32."""
+        table = plain(self.base_layer).float()
+        table.weight.data[self.rows] = self.row_weight.data
+        return table
+
+
+# --------------------------------------------------------------------------- what of a model trains
+
 
 def is_linear(module: nn.Module) -> bool:
     """Anything that LoRALinear can wrap: nn.Linear, NF4Linear, or a layer of your own."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
-    """The names of the linear layers that `target` means.
-
-    "all-linear": all but the output head. A name means each layer whose path ends in it; a string
-    that is no layer's name is a regex for the whole path. What hits nothing is an InputError.
-    """
+def linear_names(model: nn.Module) -> list[str]:
+    """All linear layers but the output head: where LoRA usually goes."""
     head = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
-    linears = [name for name, module in linears.items() if module is not head]
-    if target == "all-linear":
-        return linears
-    hits = set()
-    for pattern in [target] if isinstance(target, str) else target:
-        found = {n for n in linears if f".{n}".endswith(f".{pattern}")}
-        if not found and (isinstance(target, str) or len(target) == 1):
-            try:
-                found = {n for n in linears if re.fullmatch(pattern, n)}
-            except re.error as error:
-                raise InputError(f"--lora_target_modules {pattern}: no regex: {error}") from None
-        if not found:
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise InputError(
-                f"--lora_target_modules {pattern}: no linear layer; there are: {names}"
-            )
-        hits |= found
-    return [name for name in linears if name in hits]
+    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
+def add_lora(model: nn.Module, config: LoRAConfig, names: list[str] | None = None) -> None:
+    """Freeze the model, and put LoRA on the linear layers `names` (None: on all but the head)."""
     model.requires_grad_(False)
-    names = target_names(model, config.target_modules)
-    for name in names:
+    for name in linear_names(model) if names is None else names:
         base = model.get_submodule(name)
         layer = LoRALinear(base, config.r, config.scaling, config.lora_dropout)
         device = next(t for t in (*base.parameters(), *base.buffers())).device
-        _replace(model, name, layer.to(device))
-    for name in config.modules_to_save:
-        paths = [n for n, _ in model.named_modules() if f".{n}".endswith(f".{name}")]
-        if not paths:
-            raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
-        for path in paths:
-            module = model.get_submodule(path)
-            if any(is_linear(m) and not hasattr(m, "weight") for m in module.modules()):
-                raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
-            tables = (model.get_input_embeddings(), model.get_output_embeddings())
-            if any(module is table for table in tables) and _tied(model):
-                # a head that trains on its own is no longer the embedding, nor the other way round
-                module.weight = nn.Parameter(module.weight.detach().clone())
-            _replace(model, path, TrainedModule(module, [n for n, _ in module.named_parameters()]))
-    if config.trainable_token_indices:
-        _add_token_rows(model, config.trainable_token_indices)
-    if config.bias != "none":
-        biased = [
-            n.removesuffix(".bias") for n, _ in model.named_parameters() if n.endswith(".bias")
-        ]
-        for path in biased:
-            if config.bias == "all" or path.endswith(".base_layer"):
-                _replace(model, path, TrainedModule(model.get_submodule(path), ["bias"]))
-    return names
+        model.set_submodule(name, layer.to(device))
 
 
-def _tied(model) -> bool:
+def tied(model: nn.Module) -> bool:
+    """Is the output head's weight the embedding's?"""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _add_token_rows(model, indices: dict[str, list[int]]) -> None:
+def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
+    """Let rows of embedding and head train: {the last part of a table's name: its rows}."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = _tied(model)
-    if type(embedding) is not nn.Embedding:
+    one_table = tied(model)
+    if indices and type(embedding) is not nn.Embedding:
         raise InputError(f"new tokens can't be trained in a {type(embedding).__name__}")
     paths = {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():
@@ -242,13 +171,16 @@ def _add_token_rows(model, indices: dict[str, list[int]]) -> None:
             raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
         if paths[id(embedding)].endswith(name):
             wrapped = TokenRows(embedding, rows, None)
-            _replace(model, paths[id(embedding)], wrapped)
-            if tied:
-                _replace(model, paths[id(head)], TokenRows(head, rows, wrapped.row_weight))
-        elif paths[id(head)].endswith(name) and not tied:
-            _replace(model, paths[id(head)], TokenRows(head, rows, None))
+            model.set_submodule(paths[id(embedding)], wrapped)
+            if one_table:
+                model.set_submodule(paths[id(head)], TokenRows(head, rows, wrapped.row_weight))
+        elif paths[id(head)].endswith(name) and not one_table:
+            model.set_submodule(paths[id(head)], TokenRows(head, rows, None))
         else:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
+
+
+# ---------------------------------------------------------------------------- the model as it was
 
 
 class Reference:

@@ -23,12 +23,12 @@ from nanoalign.chatml import (
     ChatML,
     NativeTemplate,
 )
-from nanoalign.formats.peft import load_adapter, read_adapter_config, save_adapter
+from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
 from nanoalign.formats.probe import probe
 from nanoalign.formats.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
 from nanoalign.formats.streaming import local_file, shard_path
 from nanoalign.logps import PackedLM, Scores
-from nanoalign.lora import LoRAConfig, Reference, add_lora
+from nanoalign.lora import LoRAConfig, Reference
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import Config
 
@@ -113,7 +113,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
             trainable_token_indices=new,
             base_model_name_or_path=str(name),
         )
-        layers = add_lora(model, lora)
+        layers = add_adapter(model, lora)
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError(f"{name}: has nothing that trains")
         if adapter:

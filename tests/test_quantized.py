@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from nanoalign import InputError
+from nanoalign.formats.peft import add_adapter
 from nanoalign.formats.quantized import NOTE, nf4_layers, quantize, save_4bit
 from nanoalign.formats.streaming import skeleton, tensor_files
-from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
+from nanoalign.lora import LoRAConfig, LoRALinear
 from nanoalign.model import load_lm, load_policy, save_policy
 from nanoalign.nf4 import NF4Linear
 from nanoalign.packing import Example
@@ -301,7 +302,7 @@ def test_all_linear_is_pefts_all_linear(tmp_path):
     )
     found = [n.removesuffix(".lora_A.default.weight") for n, _ in theirs.named_parameters()
              if n.endswith("lora_A.default.weight")]  # fmt: skip
-    ours = add_lora(open_4bit(directory), LoRAConfig())
+    ours = add_adapter(open_4bit(directory), LoRAConfig())
     assert [n.removeprefix("base_model.model.") for n in found] == ours and len(ours) == 14
 
 

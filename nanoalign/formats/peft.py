@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's format: what is written here opens there and the other way round.
+"""Adapters in PEFT's format: what is written here opens there and the other way round.
 
     adapter_model.safetensors    everything that trains, in fp32, under PEFT's names
     adapter_config.json          where it belongs: rank, targets, scale (LoRAConfig)
@@ -8,14 +8,119 @@ this code does not know is refused, never left out.
 """
 
 import json
+import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.lora import LoRAConfig, LoRALinear
+from nanoalign.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    add_token_rows,
+    is_linear,
+    linear_names,
+    plain,
+    tied,
+)
+
+# --------------------------------------------------------------------------- what an adapter trains
+
+
+def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
+    """The names of the linear layers that PEFT's target_modules means.
+
+    "all-linear": all but the output head. A name means each layer whose path ends in it; a string
+    that is no layer's name is a regex for the whole path. What hits nothing is an InputError.
+    """
+    linears = linear_names(model)
+    if target == "all-linear":
+        return linears
+    hits = set()
+    for pattern in [target] if isinstance(target, str) else target:
+        found = {n for n in linears if f".{n}".endswith(f".{pattern}")}
+        if not found and (isinstance(target, str) or len(target) == 1):
+            try:
+                found = {n for n in linears if re.fullmatch(pattern, n)}
+            except re.error as error:
+                raise InputError(f"--lora_target_modules {pattern}: no regex: {error}") from None
+        if not found:
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise InputError(
+                f"--lora_target_modules {pattern}: no linear layer; there are: {names}"
+            )
+        hits |= found
+    return [name for name in linears if name in hits]
+
+
+class TrainedModule(nn.Module):
+    """A module of which some parameters train: kept in fp32, cast to its own dtype at each use.
+
+    PEFT's modules_to_save train whole; of a layer whose bias trains it is the bias alone.
+    """
+
+    def __init__(self, module: nn.Module, names: list[str]):
+        super().__init__()
+        self.dtype = next(module.parameters()).dtype
+        self.modules_to_save, self.names = module, names
+        for name in names:
+            parameter = module.get_parameter(name)
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.modules_to_save.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.modules_to_save.bias
+
+    def forward(self, *args, **kwargs):
+        cast = {n: self.modules_to_save.get_parameter(n).to(self.dtype) for n in self.names}
+        return torch.func.functional_call(self.modules_to_save, cast, args, kwargs)
+
+    def merge(self) -> nn.Module:
+        return plain(self.modules_to_save)  # what trained is in fp32 there
+
+
+def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
+    names = target_names(model, config.target_modules)
+    add_lora(model, config, names)
+    for name in config.modules_to_save:
+        _train_whole(model, name)
+    add_token_rows(model, config.trainable_token_indices)
+    if config.bias != "none":
+        named = [n for n, _ in model.named_parameters() if n.endswith(".bias")]
+        for path in [n.removesuffix(".bias") for n in named]:
+            if config.bias == "all" or path.endswith(".base_layer"):
+                model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
+    return names
+
+
+def _train_whole(model: nn.Module, name: str) -> None:
+    """PEFT's modules_to_save: every module of that name trains with all its parameters."""
+    paths = [n for n, _ in model.named_modules() if f".{n}".endswith(f".{name}")]
+    if not paths:
+        raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
+    for path in paths:
+        module = model.get_submodule(path)
+        if any(is_linear(m) and not hasattr(m, "weight") for m in module.modules()):
+            raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(module is table for table in tables) and tied(model):
+            # a head that trains on its own is no longer the embedding, nor the other way round
+            module.weight = nn.Parameter(module.weight.detach().clone())
+        every = [n for n, _ in module.named_parameters()]
+        model.set_submodule(path, TrainedModule(module, every))
+
+
+# ---------------------------------------------------------------------------------------- on disk
 
 PREFIX = "base_model.model."  # before every tensor's name in PEFT's files
 

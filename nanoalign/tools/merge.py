@@ -27,9 +27,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.formats.peft import load_adapter, read_adapter_config
+from nanoalign.formats.peft import TrainedModule, add_adapter, load_adapter, read_adapter_config
 from nanoalign.formats.quantized import read_note
-from nanoalign.lora import LoRALinear, TokenRows, TrainedModule, add_lora
+from nanoalign.lora import LoRALinear, TokenRows
 from nanoalign.model import load_lm
 from nanoalign.nf4 import NF4Linear
 from nanoalign.run.flags import Parser
@@ -122,7 +122,7 @@ def merge(
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if out_dtype == torch.float32:
         to_dtype(model, torch.float32)  # computes in it; 4-bit weights remain what they were
-    add_lora(model, lora)
+    add_adapter(model, lora)
     load_adapter(model, adapter)
     model.eval()
     before = sample_logits(model, tokenizer)
