@@ -9,10 +9,10 @@ The policy is compared with a reference: itself, as it was at the start.
 from nanoalign.formats.layouts import DPO
 from nanoalign.losses import DPO_LOSSES, dpo_loss, numbers
 from nanoalign.run.flags import DPOConfig
-from nanoalign.run.log import reward_sums
+from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import Run, finish, main, start
-from nanoalign.train import train
+from nanoalign.train import reward_sums
 
 
 def run_dpo(cfg: DPOConfig) -> Run:
@@ -41,7 +41,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
                 "rewards/accuracies": (won, len(batch)),
             }
 
-    train(cfg, run, dpo)
+    fit(cfg, run, dpo)
     return finish(cfg, run)
 
 

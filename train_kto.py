@@ -17,10 +17,10 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import KTO_LOSSES, kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
-from nanoalign.run.log import reward_sums
+from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of, without_gradient
 from nanoalign.run.session import Run, finish, main, start
-from nanoalign.train import epochs, train
+from nanoalign.train import epochs, reward_sums
 
 
 def run_kto(cfg: KTOConfig) -> Run:
@@ -75,7 +75,7 @@ def run_kto(cfg: KTOConfig) -> Run:
                 sums |= reward_sums(side, rewards[index], scores.take(index))
             yield sums
 
-    train(cfg, run, kto, order)
+    fit(cfg, run, kto, order)
     return finish(cfg, run)
 
 

@@ -19,21 +19,52 @@ step before it, it can ask first for what the batches share: the reference's log
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from nanoalign.data import batches, epoch_order
+from nanoalign.logps import Scores
+from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, row_tokens
-from nanoalign.run.flags import Config
-from nanoalign.run.log import Sums, add, means
-from nanoalign.run.record import Record
-from nanoalign.run.session import Run
 
 Batches = list[list[Example]]
+Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
 Method = Callable[[Batches], Iterator[Sums]]
 
+# ---------------------------------------------------------------------------- sums and their means
 
-def learning_rate(cfg: Config, step: int, total: int) -> float:
+
+def add(total: Sums, more: Sums) -> None:
+    for name, (value, count) in more.items():
+        old = total.get(name, (0.0, 0))
+        total[name] = old[0] + value, old[1] + count
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """Each sum over its count. The margin is a difference of means, so that KTO has one too."""
+    out = {name: value / count for name, (value, count) in sums.items() if count}
+    if "rewards/chosen" in out and "rewards/rejected" in out:
+        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+    return out
+
+
+def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
+    """The metrics of one side, "chosen" or "rejected": (n,) rewards and their scores."""
+    sums = {
+        f"rewards/{side}": (rewards.sum(), len(rewards)),
+        f"logps/{side}": (scores.logps.detach().sum(), len(rewards)),
+    }
+    if scores.logits is not None:
+        sums[f"logits/{side}"] = scores.logits.sum(), sum(scores.tokens)
+    return sums
+
+
+# --------------------------------------------------------------------------- how long, and how fast
+
+
+def learning_rate(cfg, step: int, total: int) -> float:
     """At step 0, 1, ... of `total`: linear warm-up from 0, then linear, cosine or constant."""
     warmup = cfg.warmup_steps or math.ceil(total * cfg.warmup_ratio)
     if step < warmup:
@@ -43,30 +74,30 @@ def learning_rate(cfg: Config, step: int, total: int) -> float:
     return cfg.learning_rate * shape[cfg.lr_scheduler_type]
 
 
-def steps_per_epoch(cfg: Config, examples: int) -> int:
+def steps_per_epoch(cfg, examples: int) -> int:
     per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     return math.ceil(examples / per_step)
 
 
-def total_steps(cfg: Config, examples: int) -> int:
+def total_steps(cfg, examples: int) -> int:
     if cfg.max_steps > 0:
         return cfg.max_steps
     return max(1, math.ceil(cfg.num_train_epochs * steps_per_epoch(cfg, examples)))
 
 
-def epochs(cfg: Config, examples: int) -> int:
+def epochs(cfg, examples: int) -> int:
     """The epochs that the run begins."""
     return math.ceil(total_steps(cfg, examples) / steps_per_epoch(cfg, examples))
 
 
-def fitting(examples: list[Example], size: int, tokens: int) -> Batches:
-    """Micro-batches of `size` examples, cut where they would be rows of more than `tokens`."""
-    return [part for batch in batches(examples, size) for part in in_rows(batch, tokens)]
+# ---------------------------------------------------------------------------------------- the loop
 
 
-def make_optimizer(cfg: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on all that trains. A group of parameters may have its own share of the learning rate,
+    {"params": [...], "times": 16}, as LoRA+ gives to B."""
     return torch.optim.AdamW(
-        parameters,
+        [p for p in lm.parameters() if p.requires_grad],
         lr=cfg.learning_rate,
         betas=(cfg.adam_beta1, cfg.adam_beta2),
         weight_decay=cfg.weight_decay,
@@ -74,36 +105,62 @@ def make_optimizer(cfg: Config, parameters: Iterable[torch.nn.Parameter]) -> tor
     )
 
 
-def train(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
-    """Train run.policy in place as `cfg` says; `order` gives the examples of an epoch.
+def fitting(examples: list[Example], size: int, tokens: int) -> Batches:
+    """Batches of `size` examples, cut where they would be rows of more than `tokens`."""
+    return [part for batch in batches(examples, size) for part in in_rows(batch, tokens)]
 
-    Metrics, checkpoints, what happens at Ctrl-C or after a loss that is not finite: record.py.
+
+@dataclass
+class Step:
+    """An optimizer step that was done."""
+
+    number: int  # counted from 1
+    examples: list[Example]  # that it trained on
+    sums: Sums | None  # None: loss or gradient were not finite, and nothing has changed
+    learning_rate: float
+    grad_norm: float  # before clipping
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return means(self.sums or {})
+
+
+def train(
+    cfg,
+    policy: Policy,
+    examples: list[Example],
+    method: Method,
+    optimizer: torch.optim.Optimizer | None = None,
+    first: int = 0,
+    order: Callable = epoch_order,
+    scale: Callable[[], float] = lambda: 1.0,
+) -> Iterator[Step]:
+    """Train the policy in place, and yield each step when it is done:
+
+        for step in train(cfg, policy, examples, sft):
+            print(step.number, step.metrics["loss"])
+
+    `cfg` holds the numbers, under TRL's names (run/flags.py); `first` is where a resumed run goes
+    on, `order` gives the examples of an epoch, and `scale` the factor that keeps float16's small
+    gradients alive.
     """
-    lm = run.policy.lm
-    optimizer = make_optimizer(cfg, [p for p in lm.parameters() if p.requires_grad])
-    total = total_steps(cfg, len(run.examples))
-    per_epoch = steps_per_epoch(cfg, len(run.examples))
+    optimizer = optimizer or make_optimizer(cfg, policy.lm)
+    total, per_epoch = total_steps(cfg, len(examples)), steps_per_epoch(cfg, len(examples))
     per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    longest = row_tokens(cfg.max_row_tokens, lm.device)
-    lm.train()
-    with Record(cfg, run, optimizer, total, per_epoch) as record:
-        examples = None
-        for step in range(record.step, total):
-            epoch, place = divmod(step, per_epoch)
-            if examples is None or place == 0:
-                examples = order(run.examples, epoch, cfg.seed, cfg.shuffle_dataset)
-            drawn = examples[place * per_step : (place + 1) * per_step]  # the last: what is left
-            micro_batches = fitting(drawn, cfg.per_device_train_batch_size, longest)
-            rate = learning_rate(cfg, step, total)
-            sums, norm = optimizer_step(
-                optimizer, rate, method(micro_batches), cfg.max_grad_norm, record.scale
-            )
-            record.advance(drawn, sums, {"learning_rate": rate, "grad_norm": norm})
-            if run.held_out and (record.ended or record.due(cfg.eval_steps)):
-                held_out = fitting(run.held_out, cfg.per_device_eval_batch_size, longest)
-                with record.evaluation() as metrics:
-                    metrics |= evaluate(lm, method(held_out))
-            record.save_if_due()
+    longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
+    ordered: list[Example] = []
+    policy.lm.train()
+    for done in range(first, total):
+        epoch, place = divmod(done, per_epoch)
+        if place == 0 or not ordered:
+            ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
+        drawn = ordered[place * per_step : (place + 1) * per_step]  # the last step: what is left
+        micro_batches = fitting(drawn, cfg.per_device_train_batch_size, longest)
+        rate = learning_rate(cfg, done, total)
+        sums, norm = optimizer_step(
+            optimizer, rate, method(micro_batches), cfg.max_grad_norm, scale()
+        )
+        yield Step(done + 1, drawn, sums, rate, norm)
 
 
 def optimizer_step(
@@ -130,7 +187,7 @@ def optimizer_step(
     norm, *values = torch.stack([norm, *values]).tolist()
     sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
     if math.isfinite(norm) and math.isfinite(sums["loss"][0]):
-        for group in optimizer.param_groups:  # LoRA+ would give its B matrices "times" 16
+        for group in optimizer.param_groups:
             group["lr"] = rate * group.get("times", 1.0)
         optimizer.step()
     else:

@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert metrics(tmp_path / "run") == expected[0]
     assert tensors(tmp_path / "run") == expected[1]
     steps = [line["step"] for line in expected[0] if "loss" in line]
-    assert steps == [3, 6] and len(expected[0]) == 2 + 3  # and evaluations at 3, 6 and 8
+    assert steps == [3, 6, 8] and len(expected[0]) == 3 + 3  # and evaluations there
 
 
 def test_what_a_resumed_run_depends_on(flags, whole, tmp_path, monkeypatch):

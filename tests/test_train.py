@@ -353,6 +353,12 @@ def test_gradients_are_clipped(run):
     assert abs(tight[2]["loss"] - run("sft", "--learning_rate", "0")[2]["loss"]) < 0.01
 
 
+def test_the_last_step_is_always_logged(run):
+    lines = run("sft", "--logging_steps", "4", "--max_steps", "6")
+    assert [line["step"] for line in lines] == [4, 6] and "loss" in lines[1]
+    assert [line["step"] for line in run("sft", "--logging_steps", "100", "--max_steps", "3")] == [3]
+
+
 def test_checkpoints(run):
     run("sft", "--save_steps", "2", "--max_steps", "5")
     names = sorted(path.name for path in run.directory.iterdir() if path.is_dir())

@@ -5,38 +5,10 @@ import json
 import time
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from nanoalign.logps import Scores
 from nanoalign.run.checkpoint import saving, write_text
-
-Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
-
-
-def add(total: Sums, more: Sums) -> None:
-    for name, (value, count) in more.items():
-        old = total.get(name, (0.0, 0))
-        total[name] = old[0] + value, old[1] + count
-
-
-def means(sums: Sums) -> dict[str, float]:
-    """Each sum over its count. The margin is a difference of means, so that KTO has one too."""
-    out = {name: value / count for name, (value, count) in sums.items() if count}
-    if "rewards/chosen" in out and "rewards/rejected" in out:
-        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
-    return out
-
-
-def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
-    """The metrics of one side, "chosen" or "rejected": (n,) rewards and their scores."""
-    sums = {
-        f"rewards/{side}": (rewards.sum(), len(rewards)),
-        f"logps/{side}": (scores.logps.detach().sum(), len(rewards)),
-    }
-    if scores.logits is not None:
-        sums[f"logits/{side}"] = scores.logits.sum(), sum(scores.tokens)
-    return sums
+from nanoalign.train import Sums, means
 
 
 def keep_lines(path: Path, until: int) -> None:

@@ -1,32 +1,47 @@
 """The record of a run: where it stands, what it says, how it stops and goes on.
 
-train.py says WHAT a step does; this file is about everything that can happen to a run meanwhile:
+train.py says what a step does; this file is about everything that can happen to a run meanwhile:
 it logs, it is stopped and resumed, its disk fills up, a loss is not finite, float16 overflows.
 """
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nanoalign import InputError
-from nanoalign.data import Example
+from nanoalign.data import epoch_order
 from nanoalign.generate import generate_ids
 from nanoalign.model import Policy, save_policy
-from nanoalign.run.checkpoint import (
-    claim,
-    fingerprint,
-    prune,
-    resume,
-    save_state,
-    write_whole,
-)
+from nanoalign.packing import Example, row_tokens
+from nanoalign.run.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
 from nanoalign.run.flags import Config
-from nanoalign.run.log import Log, Sums, add, means
+from nanoalign.run.log import Log
 from nanoalign.run.session import Run
+from nanoalign.train import (
+    Method,
+    Step,
+    add,
+    evaluate,
+    fitting,
+    make_optimizer,
+    means,
+    steps_per_epoch,
+    total_steps,
+    train,
+)
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
+
+
+def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
+    """Train run.policy as `cfg` says, from where it stands to its end, and save it."""
+    with Record(cfg, run) as record:
+        start = record.optimizer, record.step, order, lambda: record.scale
+        for step in train(cfg, run.policy, run.examples, method, *start):
+            record.advance(step)
+            if run.held_out and (record.ended or record.due(cfg.eval_steps)):
+                record.evaluate(method)
+            record.save_if_due()
 
 
 class Record:
@@ -37,16 +52,18 @@ class Record:
     the step's rows), once `cfg.skip_nonfinite` such steps have been passed over.
     """
 
-    def __init__(self, cfg: Config, run: Run, optimizer, total: int, per_epoch: int):
-        self.cfg, self.run, self.optimizer = cfg, run, optimizer
-        self.total, self.per_epoch, self.directory = total, per_epoch, Path(cfg.output_dir)
+    def __init__(self, cfg: Config, run: Run):
+        self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
+        self.total = total_steps(cfg, len(run.examples))
+        self.per_epoch = steps_per_epoch(cfg, len(run.examples))
+        self.optimizer = make_optimizer(cfg, run.policy.lm)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.identity = fingerprint(vars(cfg), run.examples, run.policy.lm)
         # what a checkpoint keeps of a run, beside weights and generators
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
         which = cfg.resume_from_checkpoint
-        self.state |= resume(which, self.directory, self.named, optimizer, self.identity)
+        self.state |= resume(which, self.directory, self.named, self.optimizer, self.identity)
         claim(self.directory, fresh=which is None)
         prune(self.directory, cfg.save_total_limit, self.step)
 
@@ -84,46 +101,46 @@ class Record:
     def due(self, every: int | None) -> bool:
         return bool(every) and self.step % every == 0
 
-    def advance(self, examples: list[Example], sums: Sums | None, numbers: dict) -> None:
-        """One step more, on these examples. `sums` is None if it was left out, because loss or
-        gradient were not finite."""
+    def advance(self, step: Step) -> None:
+        """A step was done, or left out because loss or gradient were not finite."""
         cfg, state = self.cfg, self.state
-        if sums is None:
-            del numbers["grad_norm"]  # JSON knows no NaN
-        if cfg.fp16 and (sums is not None or state["scale"] > 1):
-            rescale(state, overflow=sums is None)
-        elif sums is None:
+        if cfg.fp16 and (step.sums is not None or state["scale"] > 1):
+            rescale(state, overflow=step.sums is None)
+        elif step.sums is None:
             state["skipped"] += 1
-            where = ", ".join(example.where for example in examples)
-            what = f"step {self.step + 1}: loss or gradient is not finite; its rows: {where}"
+            where = ", ".join(example.where for example in step.examples)
+            what = f"step {step.number}: loss or gradient is not finite; its rows: {where}"
             if state["skipped"] > cfg.skip_nonfinite:
                 raise InputError(what)
             self.log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
-        add(state["window"], sums or {})
-        tokens = sum(map(len, examples))
-        state["step"] += 1
+        add(state["window"], step.sums or {})
+        tokens = sum(map(len, step.examples))
+        state["step"] = step.number
         state["num_tokens"] += tokens
-        self.log.advance(sums, tokens)
-        if self.due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
-            self._line(numbers)
+        self.log.advance(step.sums, tokens)
+        if self.ended or self.due(cfg.logging_steps) or (self.step == 1 and cfg.logging_first_step):
+            self._line(step)
 
-    def _line(self, numbers: dict) -> None:
+    def _line(self, step: Step) -> None:
         """A line of metrics: means over the steps since the last one."""
         state, now = self.state, time.monotonic()
         speed = (state["num_tokens"] - self.since[1]) / max(1e-9, now - self.since[0])
-        line = {"step": self.step, "epoch": self.step / self.per_epoch}
-        line |= {**means(state["window"]), **numbers, "num_tokens": state["num_tokens"]}
+        line = {"step": self.step, "epoch": self.step / self.per_epoch, **means(state["window"])}
+        line["learning_rate"] = step.learning_rate
+        if step.sums is not None:  # the norm may be NaN otherwise, which JSON does not know
+            line["grad_norm"] = step.grad_norm
+        line["num_tokens"] = state["num_tokens"]
         self.log.line({**line, "tokens_per_second": round(speed, 1)})
         state["window"], self.since = {}, (now, state["num_tokens"])
 
-    @contextmanager
-    def evaluation(self) -> Iterator[dict[str, float]]:
-        """Fill the dict that it gives. The time that takes does not count as training."""
-        started, metrics = time.monotonic(), {}
-        yield metrics
-        named = {f"eval_{name}": value for name, value in metrics.items()}
+    def evaluate(self, method: Method) -> None:
+        """Measure the held-out examples. The time that takes does not count as training."""
+        started, cfg, lm = time.monotonic(), self.cfg, self.run.policy.lm
+        longest = row_tokens(cfg.max_row_tokens, lm.device)
+        held_out = fitting(self.run.held_out, cfg.per_device_eval_batch_size, longest)
+        named = {f"eval_{name}": value for name, value in evaluate(lm, method(held_out)).items()}
         self.log.line({"step": self.step, "epoch": self.step / self.per_epoch, **named})
-        if self.cfg.generate_during_eval:
+        if cfg.generate_during_eval:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + time.monotonic() - started, self.since[1]
 
