@@ -93,14 +93,7 @@ def hinge(policy, reference, beta):
     return torch.relu(1 - beta * margin(policy, reference))
 
 
-def simpo(policy, lengths, beta, simpo_gamma=0.5):
-    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): -log sigmoid(beta * (log pi per token of
-    the chosen reply - that of the rejected one) - gamma). It has no reference."""
-    policy = per_token(policy, lengths)
-    return -F.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
-
-
-DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust, "simpo": simpo}
+DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 
 def dpo_loss(
@@ -121,7 +114,7 @@ def dpo_loss(
     already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
     0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
     arXiv 2404.19733, eq. 1), so that its own probability does not fall. `numbers` are the loss's
-    own (label_smoothing, simpo_gamma). Returns losses, chosen rewards and rejected rewards, each
+    own (label_smoothing). Returns losses, chosen rewards and rejected rewards, each
     (B,). At the first step the policy is the reference and the sigmoid loss is ln 2.
     """
     policy = Pair(chosen_logps, rejected_logps)

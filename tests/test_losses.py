@@ -14,6 +14,7 @@ from nanoalign.losses import (
     kto_loss,
     needs,
     numbers,
+    per_token,
     sft_loss,
 )
 
@@ -85,16 +86,22 @@ def test_hinge():
     assert close(dpo(loss_type="hinge")[0], [0.0, 2.5])
 
 
-def test_simpo_has_no_reference():
+def simpo(policy, lengths, beta, simpo_gamma):
+    """README's example: no reference, and a number of its own."""
+    policy = per_token(policy, lengths)
+    return -torch.nn.functional.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
+
+
+def test_a_loss_without_a_reference_and_with_a_number_of_its_own(monkeypatch):
     # per token: -10/2 - -16/4 = -1 and -20/5 - -21/3 = 3; beta 0.5, gamma 0.2: z = -0.7 and 1.3;
     # -log sigmoid(-0.7) = 1.1031860 and -log sigmoid(1.3) = 0.2410085
+    monkeypatch.setitem(DPO_LOSSES, "simpo", simpo)
     pair = dict(chosen_logps=torch.tensor([-10.0, -20.0]), chosen_lengths=torch.tensor([2, 5]))
     pair |= dict(rejected_logps=torch.tensor([-16.0, -21.0]), rejected_lengths=torch.tensor([4, 3]))
-    simpo = dict(loss_type="simpo", beta=0.5, simpo_gamma=0.2)
-    losses, chosen, rejected = dpo_loss(**pair, ref_chosen_logps=0, ref_rejected_logps=0, **simpo)
+    how = dict(loss_type="simpo", beta=0.5, simpo_gamma=0.2)
+    losses, chosen, rejected = dpo_loss(**pair, ref_chosen_logps=0, ref_rejected_logps=0, **how)
     assert close(losses, [1.1031860, 0.2410085])
     assert close(chosen, [-5.0, -10.0]) and close(rejected, [-8.0, -10.5])  # 0.5 * log pi
-    assert [n for n, loss in DPO_LOSSES.items() if "reference" not in needs(loss)] == ["simpo"]
 
 
 def test_a_loss_gets_its_numbers_and_no_others():
@@ -102,7 +109,7 @@ def test_a_loss_gets_its_numbers_and_no_others():
     of = {name: numbers(cfg, loss) for name, loss in DPO_LOSSES.items()}
     assert of["sigmoid"] == of["robust"] == {"beta": 0.3, "label_smoothing": 0.1}
     assert of["ipo"] == of["hinge"] == {"beta": 0.3}
-    assert of["simpo"] == {"beta": 0.3, "simpo_gamma": 0.7}
+    assert numbers(cfg, simpo) == {"beta": 0.3, "simpo_gamma": 0.7}
     assert numbers(cfg, dpo_loss, DPO_LOSSES["hinge"]) == {"beta": 0.3, "rpo_alpha": 2.0}
     with pytest.raises(TypeError, match="label_smoothing"):  # and not dropped without a word
         dpo(loss_type="hinge", label_smoothing=0.1)

@@ -356,7 +356,9 @@ def test_gradients_are_clipped(run):
 def test_the_last_step_is_always_logged(run):
     lines = run("sft", "--logging_steps", "4", "--max_steps", "6")
     assert [line["step"] for line in lines] == [4, 6] and "loss" in lines[1]
-    assert [line["step"] for line in run("sft", "--logging_steps", "100", "--max_steps", "3")] == [3]
+    assert [line["step"] for line in run("sft", "--logging_steps", "100", "--max_steps", "3")] == [
+        3
+    ]
 
 
 def test_checkpoints(run):

@@ -140,7 +140,6 @@ class ReferenceConfig(Config):
 class DPOConfig(ReferenceConfig):
     loss_type: str = flag("sigmoid", "see losses.py", choices=list(DPO_LOSSES))
     label_smoothing: float = flag(0.0, "probability that a pair is the wrong way round")
-    simpo_gamma: float = flag(0.5, "simpo's margin between the two replies' rewards")
     rpo_alpha: float = flag(0.0, "weight of the chosen reply's own SFT loss")
 
 
@@ -252,7 +251,6 @@ def check(cfg: Config, given: set[str]) -> None:
     }
     if isinstance(cfg, DPOConfig):
         idle["label_smoothing"] = cfg.loss_type not in ("sigmoid", "robust")
-        idle["simpo_gamma"] = cfg.loss_type != "simpo"
     if isinstance(cfg, ReferenceConfig):
         table = not cfg.use_peft and not cfg.ref_model_name_or_path  # computed anyway
         idle["precompute_ref_log_probs"] = cfg.precompute_ref_log_probs and table
