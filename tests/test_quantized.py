@@ -18,10 +18,18 @@ from transformers import (
 )
 
 from nanoalign import InputError
-from nanoalign.formats.quantized import NOTE, nf4_layers, quantize, save_4bit
-from nanoalign.formats.streaming import skeleton, tensor_files
+from nanoalign.formats.bitsandbytes import save_4bit
+from nanoalign.formats.files import tensor_files
+from nanoalign.formats.weights import (
+    FORMATS,
+    NOTE,
+    freeze_linears,
+    frozen_layers,
+    load_lm,
+    skeleton,
+)
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
-from nanoalign.model import load_lm, load_policy, save_policy
+from nanoalign.model import load_policy, save_policy
 from nanoalign.nf4 import NF4Linear
 from nanoalign.packing import Example
 from nanoalign.run.flags import SFTConfig, parse
@@ -48,7 +56,7 @@ def make(directory, kind=LlamaConfig, dtype=torch.bfloat16, shard="5GB", biases=
 
 
 def open_4bit(directory, double=False, dtype="auto"):
-    lm = load_lm(str(directory), dtype, "cpu", load_in_4bit=True, double_quant=double)
+    lm = load_lm(str(directory), dtype=dtype, device="cpu", load_in_4bit=True, double_quant=double)
     return lm.model
 
 
@@ -87,12 +95,12 @@ def test_streaming_gives_what_quantizing_a_loaded_model_gives(name, tmp_path):
     directory = make(tmp_path, **MODELS[name])
     streamed = open_4bit(directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory)
-    quantize(loaded, CPU)
+    freeze_linears(loaded, CPU)
     same_model(streamed, loaded)
     tables = [m.get_output_embeddings().weight is m.get_input_embeddings().weight
               for m in (streamed, loaded)]  # fmt: skip
     assert tables[0] == tables[1]
-    assert len(nf4_layers(streamed)) == 14 and not streamed.training
+    assert len(frozen_layers(streamed)) == 14 and not streamed.training
     assert not any(p.requires_grad for p in streamed.parameters())
     assert streamed.generation_config.to_dict() == loaded.generation_config.to_dict()
 
@@ -104,7 +112,7 @@ def test_shards_and_another_dtype(double, dtype, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     streamed = open_4bit(directory, double, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    quantize(loaded, CPU, double)
+    freeze_linears(loaded, CPU, double_quant=double)
     same_model(streamed, loaded)
     assert streamed.dtype == getattr(torch, dtype)
 
@@ -162,7 +170,7 @@ def test_what_needs_conversion_is_loaded_first(kind, tmp_path, capsys):
     assert "the dense model is loaded first and then quantized" in lines[0]
     assert "4.50 bits per parameter" in lines[1]
     loaded = AutoModelForCausalLM.from_pretrained(directory)
-    quantize(loaded, CPU)
+    freeze_linears(loaded, CPU)
     same_model(model, loaded)
 
 
@@ -265,8 +273,9 @@ def test_theirs_opens_here_without_being_quantized_again(double, shard, tmp_path
     theirs.save_pretrained(tmp_path / "four", max_shard_size=shard)
     monkeypatch.setattr(NF4Linear, "pack", None)
     ours = load_lm(str(tmp_path / "four"), device="cpu").model
-    assert len(nf4_layers(ours)) == 14 and ours.model.layers[0].mlp.up_proj.double_quant is double
-    for name, layer in nf4_layers(ours).items():
+    assert len(frozen_layers(ours)) == 14
+    assert ours.model.layers[0].mlp.up_proj.double_quant is double
+    for name, layer in frozen_layers(ours).items():
         assert torch.equal(layer.packed, theirs.get_submodule(name).weight.data.view(-1, 1))
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -316,12 +325,12 @@ def test_gradient_is_that_of_a_dense_model_with_the_same_weights(double, checkpo
     for layer in [m for m in policy.model.modules() if isinstance(m, LoRALinear)]:
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     dense = copy.deepcopy(policy.lm)
-    for name, layer in nf4_layers(dense).items():
+    for name, layer in frozen_layers(dense).items():
         linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
         linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
         linear.bias = layer.bias
         dense.set_submodule(name, linear)
-    assert not nf4_layers(dense) and len(nf4_layers(policy.lm)) == 14
+    assert not frozen_layers(dense) and len(frozen_layers(policy.lm)) == 14
 
     ids = IDS[0].tolist()
     batch = [
@@ -446,7 +455,7 @@ def test_merge_is_exact(flags, tied, four, tmp_path, capsys):
     said = capsys.readouterr().out
     assert float(said.split("sample tokens: ")[1].split(";")[0]) < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
-    assert merged.dtype == torch.float32 and not nf4_layers(merged)
+    assert merged.dtype == torch.float32 and not frozen_layers(merged)
     # the unmerged model, computing in fp32 with the very weights it was trained on
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.float()

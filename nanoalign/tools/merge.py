@@ -13,7 +13,7 @@ are a model that nobody trained or measured. Rounding the sum to 4 bits again wo
 the adapter's own effect, so it is never done here; who wants it can quantize the merged model, and
 see what it costs.
 
-Training writes beside the adapter that its base was in 4 bits, and how (quantized.NOTE). Adapters
+Training writes beside the adapter that its base was in 4 bits, and how (weights.NOTE). Adapters
 of other tools don't say: --load_in_4bit does.
 """
 
@@ -28,27 +28,16 @@ from transformers import AutoTokenizer
 
 from nanoalign import InputError
 from nanoalign.formats.peft import load_adapter, read_adapter_config
-from nanoalign.formats.quantized import read_note
+from nanoalign.formats.weights import FORMATS, from_pretrained, load_lm, read_note
 from nanoalign.lora import LoRALinear, TokenRows, TrainedModule, add_lora
-from nanoalign.model import load_lm
-from nanoalign.nf4 import NF4Linear
+from nanoalign.nf4 import FrozenLinear
 from nanoalign.run.flags import Parser
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 
 
-def dense_linear(layer: nn.Module) -> nn.Module:
-    """An NF4Linear -> the nn.Linear that it computes; anything else as it is."""
-    if not isinstance(layer, NF4Linear):
-        return layer
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-    linear.bias = layer.bias
-    return linear
-
-
 def merged(module: nn.Module) -> nn.Module:
-    """What a wrapper of lora.py, or a 4-bit layer, amounts to, as a plain module in fp32."""
+    """What a wrapper of lora.py amounts to, as a plain module in fp32; what a frozen layer does."""
     if isinstance(module, TrainedModule):
         return merged(module.modules_to_save)  # holds what trained, in fp32
     if isinstance(module, TokenRows):
@@ -59,13 +48,13 @@ def merged(module: nn.Module) -> nn.Module:
         base = merged(module.base_layer).float()
         base.weight.data += module.delta()
         return base
-    return dense_linear(module)
+    return module.dense() if isinstance(module, FrozenLinear) else module
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     """Merge what add_lora added, in place; the model is dense afterwards, in `dtype`."""
-    wrappers = (LoRALinear, TrainedModule, TokenRows, NF4Linear)
+    wrappers = (LoRALinear, TrainedModule, TokenRows, FrozenLinear)
     names = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
     for name in names:
         if not any(name.startswith(f"{outer}.") for outer in names):  # one may wrap another
@@ -96,6 +85,7 @@ def merge(
     dtype: str = "auto",
     device: str = "auto",
     load_in_4bit: bool | None = None,
+    quant_type: str = "nf4",
     double_quant: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -108,15 +98,15 @@ def merge(
     if not base:
         raise InputError(f"{adapter}: does not name its base; give --model_name_or_path")
     _make_empty(Path(directory))
-    loaded = dtype
+    frozen = {}
     if load_in_4bit is None and note:
-        load_in_4bit, double_quant, loaded = True, note["double_quant"], note["dtype"]
-    elif load_in_4bit:
-        loaded = "auto"  # what the weights were rounded from, whatever is written
+        frozen = {"load_in_4bit": True, **note}
+    elif load_in_4bit:  # in the dtype that the weights were rounded from, whatever is written
+        frozen = {"load_in_4bit": True, "quant_type": quant_type, "double_quant": double_quant}
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
 
-    lm = load_lm(base, loaded, device, False, trust_remote_code, bool(load_in_4bit), double_quant)
-    model = lm.model
+    how = {"device": device, "trust_remote_code": trust_remote_code, **(frozen or {"dtype": dtype})}
+    model = load_lm(base, **how).model
     out_dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if lora.trainable_token_indices and len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -150,10 +140,7 @@ def _tokenizer(adapter: str, base: str, trust_remote_code: bool):
     """The adapter's own, with its new tokens and its chat template, or else that of the base."""
     own = (Path(adapter) / "tokenizer_config.json").exists()
     name = adapter if own else base
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no tokenizer: {str(error).splitlines()[0]}") from None
+    return from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def main(argv: list[str]) -> None:
@@ -167,6 +154,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--model_name_or_path", dest="base", help="another base than it names")
     parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
+    parser.add_argument("--bnb_4bit_quant_type", dest="quant_type", default="nf4", choices=FORMATS)
     parser.add_argument("--use_bnb_nested_quant", dest="double_quant", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true")
