@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ from nanoalign.formats.weights import (
 )
 from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
 from nanoalign.model import load_policy, save_policy
-from nanoalign.nf4 import NF4Linear
-from nanoalign.packing import Example
+from nanoalign.nf4 import FrozenLinear, NF4Linear
+from nanoalign.packing import Example, packed
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.tools.merge import main as merge_main
 from nanoalign.tools.merge import merge
@@ -112,7 +113,7 @@ def test_shards_and_another_dtype(double, dtype, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     streamed = open_4bit(directory, double, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    freeze_linears(loaded, CPU, double_quant=double)
+    freeze_linears(loaded, CPU, partial(NF4Linear.from_linear, double_quant=double))
     same_model(streamed, loaded)
     assert streamed.dtype == getattr(torch, dtype)
 
@@ -546,3 +547,74 @@ def test_merge_errors_are_one_line(tmp_path, capsys):
     )
     (tmp_path / "adapter" / NOTE).write_text("{}")
     assert NOTE in fails(adapter, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------- a format of your own
+
+
+class Int8Linear(FrozenLinear):
+    """Eight bits: a row is divided by its absmax and rounded to steps of 1 / 127."""
+
+    def pack(self, weight):
+        weight = weight.float()
+        self.register_buffer("absmax", weight.abs().amax(1, keepdim=True))  # (out, 1)
+        steps = 127 * weight / self.absmax.clamp(min=1e-38)
+        self.register_buffer("codes", steps.round().to(torch.int8))  # (out, in)
+
+    def dequantize(self):
+        return (self.codes * (self.absmax / 127)).to(self.dtype)
+
+
+def test_another_format_is_one_class_and_one_line(tmp_path, monkeypatch, capsys):
+    """Trained by its name in the table, named in the note, merged with the very weights trained."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    data = [{"messages": [{"role": "user", "content": "Why?"},
+                          {"role": "assistant", "content": "Light is scattered."}]}]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(data * 8))
+    base, adapter = make(tmp_path / "base", Qwen2Config, torch.float32), tmp_path / "adapter"
+    flags = (
+        f"--model_name_or_path {base} --output_dir {adapter} --dataset_name {tmp_path}/data.json "
+        "--load_in_4bit --bnb_4bit_quant_type int8 --max_steps 2 --learning_rate 0.05 --device cpu"
+    )
+    policy = run_sft(parse(SFTConfig, flags.split(), {})).policy
+    assert "14 linear layers in INT8: 8." in capsys.readouterr().out
+    layers = frozen_layers(policy.model)
+    assert len(layers) == 14 and {type(layer) for layer in layers.values()} == {Int8Linear}
+    assert json.loads((adapter / NOTE).read_text())["bnb_4bit_quant_type"] == "int8"
+
+    ids = IDS[0].tolist()
+    batch = [Example(ids[:9], [(ids[9:20], [True] * 11), (ids[15:30], [True] * 15)])]
+
+    @torch.no_grad()
+    def logps_of_merged(name, *flags):
+        merge_main([str(adapter), str(tmp_path / name), "--device", "cpu", *flags])
+        lm = load_lm(str(tmp_path / name), device="cpu").eval()
+        lm.model.set_attn_implementation(packed())
+        return lm(batch).logps
+
+    trained = policy.lm.eval()(batch).logps.detach()
+    torch.testing.assert_close(logps_of_merged("merged"), trained, rtol=1e-6, atol=1e-5)
+    named = logps_of_merged("named", "--load_in_4bit", "--bnb_4bit_quant_type", "int8")
+    torch.testing.assert_close(named, trained, rtol=1e-6, atol=1e-5)
+    for wrong in "--no-load_in_4bit", "--load_in_4bit":  # in full; in NF4: other weights
+        assert (logps_of_merged(wrong, wrong) - trained).abs().max() > 1e-3
+
+
+def test_a_note_of_an_unknown_format_is_refused(tmp_path, monkeypatch):
+    base, adapter = make(tmp_path / "base"), tmp_path / "adapter"
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "int8", Int8Linear)
+        cfg = SFTConfig(base, load_in_4bit=True, bnb_4bit_quant_type="int8", device="cpu")
+        save_policy(load_policy(cfg), adapter)
+    with pytest.raises(InputError, match=f"{NOTE}.*int8"):
+        merge(str(adapter), str(tmp_path / "merged"), device="cpu")
+
+
+def test_a_move_of_dtype_leaves_the_scales_of_any_format():
+    linear = torch.nn.Linear(64, 32)
+    layer = Int8Linear.from_linear(linear)
+    before = layer.absmax.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.absmax, before) and layer.bias.dtype == torch.bfloat16
+    error = (layer.dequantize().float() - linear.weight).abs().amax(1)
+    assert (error <= before[:, 0] / 127 * 0.5 + 1e-6).all()

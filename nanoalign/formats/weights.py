@@ -14,6 +14,8 @@ dense model is loaded first after all, and one printed line says so.
 
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 
 FORMATS = {"nf4": NF4Linear}  # --bnb_4bit_quant_type: what a frozen linear layer becomes
+Freeze = Callable[[nn.Linear, str], FrozenLinear]  # the string names it in errors
 NOTE = "base_quantization.json"  # in an adapter's directory: the frozen base it was trained on
 
 
@@ -70,8 +73,8 @@ def load_lm(
     if load_in_4bit or is_nf4(config):
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
-        kind = FORMATS[quant_type]
-        model = load_frozen(name, config, dtype, device, kind, double_quant, trust_remote_code)
+        freeze = partial(FORMATS[quant_type].from_linear, double_quant=double_quant)
+        model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
     else:
         model = load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
     autocast = dtype if train_all and dtype != torch.float32 else None
@@ -146,11 +149,10 @@ def load_frozen(
     config,
     dtype: torch.dtype,
     device: torch.device,
-    kind: type[FrozenLinear],
-    double_quant: bool = False,
+    freeze: Freeze,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model with its linear layers as `kind`, streamed from its files where that can be.
+    """The model with its linear layers frozen, streamed from its files where that can be.
 
     `dtype` is that of all other weights, and what frozen ones are rounded to.
     """
@@ -169,9 +171,9 @@ def load_frozen(
     if reason:
         print(f"{name}: {reason}; so the dense model is loaded first and then quantized")
         model = load_dense(name, dtype, trust_remote_code)
-        freeze_linears(model, device, kind, double_quant)
+        freeze_linears(model, device, freeze)
     else:
-        stream(model, files, device, kind, double_quant)
+        stream(model, files, device, freeze)
         if local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
@@ -184,15 +186,11 @@ def load_frozen(
 
 
 def freeze_linears(
-    model: nn.Module,
-    device: torch.device,
-    kind: type[FrozenLinear] = NF4Linear,
-    double_quant: bool = False,
+    model: nn.Module, device: torch.device, freeze: Freeze = NF4Linear.from_linear
 ) -> None:
     """A dense model's linear layers, in place, one after the other."""
     for name, linear in linears(model).items():
-        layer = kind.from_linear(linear.to(device), f"{name}.weight", double_quant=double_quant)
-        model.set_submodule(name, layer)
+        model.set_submodule(name, freeze(linear.to(device), f"{name}.weight"))
 
 
 def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -234,14 +232,8 @@ def mismatch(model: nn.Module, files: dict[str, Path]) -> str | None:
     return None
 
 
-def stream(
-    model: nn.Module,
-    files: dict[str, Path],
-    device: torch.device,
-    kind: type[FrozenLinear],
-    double_quant: bool,
-) -> None:
-    """Fill a skeleton, tensor by tensor. Its linear layers become `kind`; but where files are in
+def stream(model: nn.Module, files: dict[str, Path], device: torch.device, freeze: Freeze) -> None:
+    """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
     dense = linears(model)
     packed = {name for name in dense if name + STATE in files}
@@ -251,14 +243,15 @@ def stream(
         if key not in files:
             continue  # tied to a tensor that is there
         if leaf == "weight" and name in (packed or dense):
+            linear = dense[name]
             if packed:
                 layer = read_packed(files, name, like.shape, device)
+                layer.bias = linear.bias
             else:
-                out, inp = like.shape
-                layer = kind(inp, out, dtype=like.dtype, double_quant=double_quant, device="meta")
                 weight = read_tensor(files[key], key, device, like.dtype)
-                layer.fill(weight, f"{files[key]}: {key}")
-            layer.bias = dense[name].bias
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+                layer = freeze(linear, f"{files[key]}: {key}")
+                linear.weight, weight = like, None  # nothing dense is kept
             model.set_submodule(name, layer)
             continue
         tensor = read_finite(files[key], key, device, like)
