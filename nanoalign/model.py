@@ -22,14 +22,9 @@ from nanoalign.chatml import (
     ChatML,
     NativeTemplate,
 )
+from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import load_adapter, read_adapter_config, save_adapter
-from nanoalign.formats.weights import (
-    from_pretrained,
-    frozen_weights,
-    load_lm,
-    read_note,
-    write_note,
-)
+from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference, add_lora
 from nanoalign.packing import Example, packed

@@ -118,15 +118,10 @@ def from_bitsandbytes(tensors, name, shape=None):
 # ------------------------------------------------------------------------------------ whole models
 
 
-def quantization(config) -> dict:
-    """What config.json says of it: {} for a dense model."""
-    found = getattr(config, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else found.to_dict()
-
-
 def is_nf4(config) -> bool:
     """Was the model saved in bitsandbytes' NF4?"""
-    found = quantization(config)
+    found = getattr(config, "quantization_config", None) or {}
+    found = found if isinstance(found, dict) else found.to_dict()
     return bool(found.get("load_in_4bit")) and found.get("bnb_4bit_quant_type") == "nf4"
 
 

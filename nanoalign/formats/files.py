@@ -40,29 +40,29 @@ def local_file(name: str, file: str) -> Path | None:
         return None
 
 
-def tensor_files(name: str) -> dict[str, Path] | None:
-    """Directory or hub id -> {tensor: its file}, or None if there are no safetensors files."""
+def tensor_files(name: str) -> dict[str, Path]:
+    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
     if str(name).endswith(".gguf"):
-        return None
+        return {}
     if path := local_file(name, "model.safetensors"):
         return dict.fromkeys(tensor_names(path), path)
     index = "model.safetensors.index.json"
-    files = read_index(name, index)
-    held = {path: tensor_names(path) for path in set((files or {}).values())}
-    for key, path in (files or {}).items():
+    file_of = read_index(name, index)
+    held = {path: tensor_names(path) for path in set(file_of.values())}
+    for key, path in file_of.items():
         if key not in held[path]:
             raise InputError(f"{path}: {key} is missing; {index} says it is here")
-    return files
+    return file_of
 
 
-def read_index(name: str, index_name: str) -> dict[str, Path] | None:
-    """The index of a model in shards -> {tensor: its shard}, all of which are there.
+def read_index(name: str, index_name: str) -> dict[str, Path]:
+    """The index of a model in shards -> {tensor: its shard}; {} if there is no such index.
 
-    A shard may not lead out of the directory. None if the model has no such index.
+    All shards are there, and none may lead out of the directory: transformers takes any path.
     """
     index = local_file(name, index_name)
     if index is None:
-        return None
+        return {}
     try:
         shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         places = {shard: PurePosixPath(shard) for shard in set(shard_of.values())}
@@ -105,6 +105,11 @@ def read_finite(path: Path, key: str, device: torch.device, like: Tensor) -> Ten
     tensor = read_tensor(path, key, device, like.dtype)
     if tensor.shape != like.shape:
         raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
-    if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise InputError(f"{path}: {key} holds NaN or infinity")
     return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """By its extremes: no mask as large as the tensor, and NaN shows in them as well."""
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())

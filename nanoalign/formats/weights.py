@@ -24,22 +24,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nanoalign import InputError
-from nanoalign.formats.bitsandbytes import (
-    DTYPES,
-    PACKED,
-    STATE,
-    from_bitsandbytes,
-    is_nf4,
-    quantization,
-)
-from nanoalign.formats.files import (
-    from_pretrained,
-    local_file,
-    read_finite,
-    read_index,
-    read_tensor,
-    tensor_files,
-)
+from nanoalign.formats import files
+from nanoalign.formats.bitsandbytes import DTYPES, PACKED, STATE, from_bitsandbytes, is_nf4
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.nf4 import FrozenLinear, NF4Linear
@@ -66,7 +52,7 @@ def load_lm(
     `load_in_4bit` its linear layers are in FORMATS[quant_type]; those of a model that was saved in
     NF4 always are. InputError names the file and the tensor that is wrong.
     """
-    config = from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     dtype, device = dtype or torch.float32, pick_device(device)
@@ -95,10 +81,10 @@ def pick_device(name: str) -> torch.device:
 def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
     gguf = str(name).endswith(".gguf")
-    if not gguf:  # the shards that an index names are checked: transformers takes any path
+    if not gguf:  # checks the shards that an index names
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            read_index(name, index)
-    model, info = from_pretrained(
+            files.read_index(name, index)
+    model, info = files.from_pretrained(
         AutoModelForCausalLM,
         name,
         dtype=dtype,
@@ -117,7 +103,7 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     if extra := info["unexpected_keys"]:
         print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
     for tensor_name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor.detach().abs().max()):
+        if not files.is_finite(tensor):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model.requires_grad_(False)  # until load_policy says what trains
 
@@ -144,14 +130,7 @@ def format_of(layer: FrozenLinear) -> str:
     return next(name for name, kind in FORMATS.items() if type(layer) is kind)
 
 
-def load_frozen(
-    name: str,
-    config,
-    dtype: torch.dtype,
-    device: torch.device,
-    freeze: Freeze,
-    trust_remote_code: bool = False,
-) -> nn.Module:
+def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=False) -> nn.Module:
     """The model with its linear layers frozen, streamed from its files where that can be.
 
     `dtype` is that of all other weights, and what frozen ones are rounded to.
@@ -159,13 +138,10 @@ def load_frozen(
     config, in_nf4 = copy.deepcopy(config), is_nf4(config)
     if in_nf4:
         del config.quantization_config  # it would call for bitsandbytes' own layers
-    elif quantization(config):
+    elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
-    files = tensor_files(name)
-    reason = "has no safetensors files"
-    if files is not None:
-        model = skeleton(config, dtype, trust_remote_code)
-        reason = mismatch(model, files)
+    model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
+    reason = mismatch(model, file_of)
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
@@ -173,8 +149,8 @@ def load_frozen(
         model = load_dense(name, dtype, trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
-        stream(model, files, device, freeze)
-        if local_file(name, "generation_config.json"):
+        stream(model, file_of, device, freeze)
+        if files.local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
     if not layers:
@@ -185,9 +161,7 @@ def load_frozen(
     return model.requires_grad_(False).eval()
 
 
-def freeze_linears(
-    model: nn.Module, device: torch.device, freeze: Freeze = NF4Linear.from_linear
-) -> None:
+def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:
     """A dense model's linear layers, in place, one after the other."""
     for name, linear in linears(model).items():
         model.set_submodule(name, freeze(linear.to(device), f"{name}.weight"))
@@ -211,66 +185,68 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
         hook.remove()
 
 
-def mismatch(model: nn.Module, files: dict[str, Path]) -> str | None:
+def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
     """Why the files can't be streamed into a skeleton, if transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
     transformers used to save, are passed over. A tied tensor may stand under either of its names.
     """
+    if not file_of:
+        return "has no safetensors files"
     ours = model.state_dict(keep_vars=True)
-    there = {id(tensor) for key, tensor in ours.items() if key in files}
+    there = {id(tensor) for key, tensor in ours.items() if key in file_of}
     missing = [key for key, tensor in ours.items() if id(tensor) not in there]
     known = ours.keys() | {name + suffix for name in linears(model) for suffix in PACKED}
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    extra = sorted(k for k in files.keys() - known if k.rpartition(".")[2] not in computed)
+    extra = sorted(k for k in file_of.keys() - known if k.rpartition(".")[2] not in computed)
     if missing and extra:
         return f"has {extra[0]} and not {missing[0]}"
     if missing:
-        raise InputError(f"{next(iter(files.values())).parent}: no file holds {missing[0]}")
+        raise InputError(f"{next(iter(file_of.values())).parent}: no file holds {missing[0]}")
     if extra:
-        raise InputError(f"{files[extra[0]]}: {extra[0]} is not in the model")
+        raise InputError(f"{file_of[extra[0]]}: {extra[0]} is not in the model")
     return None
 
 
-def stream(model: nn.Module, files: dict[str, Path], device: torch.device, freeze: Freeze) -> None:
+def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
     dense = linears(model)
-    packed = {name for name in dense if name + STATE in files}
+    packed = {name for name in dense if name + STATE in file_of}
     ours, read = model.state_dict(keep_vars=True), {}
     for key, like in ours.items():
         name, _, leaf = key.rpartition(".")
-        if key not in files:
+        if key not in file_of:
             continue  # tied to a tensor that is there
         if leaf == "weight" and name in (packed or dense):
             linear = dense[name]
             if packed:
-                layer = read_packed(files, name, like.shape, device)
+                layer = read_packed(file_of, name, like.shape, device)
                 layer.bias = linear.bias
             else:
-                weight = read_tensor(files[key], key, device, like.dtype)
+                weight = files.read_tensor(file_of[key], key, device, like.dtype)
                 linear.weight = nn.Parameter(weight, requires_grad=False)
-                layer = freeze(linear, f"{files[key]}: {key}")
+                layer = freeze(linear, f"{file_of[key]}: {key}")
                 linear.weight, weight = like, None  # nothing dense is kept
             model.set_submodule(name, layer)
             continue
-        tensor = read_finite(files[key], key, device, like)
+        tensor = files.read_finite(file_of[key], key, device, like)
         if id(like) in read and not torch.equal(tensor, read[id(like)]):
-            raise InputError(f"{files[key]}: {key} differs from what config.json ties it to")
+            raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
         read[id(like)] = tensor
         for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
             name, _, leaf = twin.rpartition(".")
             setattr(model.get_submodule(name), leaf, tensor)
 
 
-def read_packed(files: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
+def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
     """What bitsandbytes quantized, as it is."""
-    keys = [name + suffix for suffix in PACKED if name + suffix in files]
+    keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
     try:
-        tensors = {key: read_tensor(files[key], key, device) for key in keys}
+        tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
         return from_bitsandbytes(tensors, name, shape)
     except InputError as error:
-        raise InputError(f"{files[name + STATE]}: {error}") from None
+        raise InputError(f"{file_of[name + STATE]}: {error}") from None
 
 
 # ------------------------------------------------------------------ an adapter and its frozen base
@@ -304,6 +280,6 @@ def read_note(directory: str | Path) -> dict | None:
         kind, dtype = note["bnb_4bit_quant_type"], note["dtype"]
         FORMATS[kind], DTYPES[dtype]
         double_quant = bool(note["bnb_4bit_use_double_quant"])
+        return {"quant_type": kind, "double_quant": double_quant, "dtype": dtype}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what was written here: {error!r}") from None
-    return {"quant_type": kind, "double_quant": double_quant, "dtype": dtype}

@@ -27,8 +27,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
+from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import load_adapter, read_adapter_config
-from nanoalign.formats.weights import FORMATS, from_pretrained, load_lm, read_note
+from nanoalign.formats.weights import FORMATS, load_lm, read_note
 from nanoalign.lora import LoRALinear, TokenRows, TrainedModule, add_lora
 from nanoalign.nf4 import FrozenLinear
 from nanoalign.run.flags import Parser
