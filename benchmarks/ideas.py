@@ -62,7 +62,8 @@ def variants() -> dict:
     import torch
     from torch.nn import functional as F
 
-    from nanoalign import logps, lora, nf4, packing
+    from nanoalign import logps, lora, packing
+    from nanoalign.fast import nf4
 
     pack, token_logps = logps.pack, logps.token_logps
     fused = torch.compile(nf4.decode, dynamic=True)
@@ -74,10 +75,7 @@ def variants() -> dict:
         return logps, "token_logps", partial(token_logps, chunk=rows)
 
     def dequantized_by(decode):
-        def decode_cpu(packed, absmax, dtype):
-            return decode(packed, absmax, nf4.LEVELS, dtype)
-
-        return nf4, "decode_cpu", decode_cpu
+        return nf4, "decode_cpu", decode
 
     def plain_dropout(self, x):
         return F.dropout(x, self.p, self.training)

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from nanoalign.formats.probe import probe
-from nanoalign.formats.streaming import skeleton
-from nanoalign.model import load_lm
+from nanoalign.formats.weights import load_lm, skeleton
 
 MB = 2**20
 

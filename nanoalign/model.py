@@ -6,13 +6,12 @@ packing.packed_attention, which transformers' AttentionInterface allows, and its
 (logps.py).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoalign import InputError
 from nanoalign.chatml import (
@@ -23,10 +22,9 @@ from nanoalign.chatml import (
     ChatML,
     NativeTemplate,
 )
+from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
-from nanoalign.formats.probe import probe
-from nanoalign.formats.quantized import is_nf4, load_4bit, packed_weights, read_note, write_note
-from nanoalign.formats.streaming import local_file, shard_path
+from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference
 from nanoalign.packing import Example, packed
@@ -83,12 +81,13 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     tokenizer, template, added = opened or tokenizer_of(cfg)
     lm = load_lm(
         name,
-        cfg.dtype,
-        cfg.device,
-        not cfg.use_peft,
-        cfg.trust_remote_code,
-        cfg.load_in_4bit,
-        cfg.use_bnb_nested_quant,
+        dtype=cfg.dtype,
+        device=cfg.device,
+        train_all=not cfg.use_peft,
+        trust_remote_code=cfg.trust_remote_code,
+        load_in_4bit=cfg.load_in_4bit,
+        quant_type=cfg.bnb_4bit_quant_type,
+        double_quant=cfg.use_bnb_nested_quant,
     )
     model = lm.model
     attention = model.config._attn_implementation
@@ -119,10 +118,10 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         if adapter:
             load_adapter(model, adapter)
             print(f"goes on from the adapter {adapter}")
-            if read_note(adapter) and not packed_weights(model):
+            if read_note(adapter) and not frozen_weights(model):
                 print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters()) + packed_weights(model)
+        total = sum(p.numel() for p in model.parameters()) + frozen_weights(model)
         print(
             f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
             f"({trained / total:.2%}); "
@@ -150,7 +149,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
 
 def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
     """-> (tokenizer, template, ids of the ChatML markers that had to be added)."""
-    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     missing = []
     if chat_template == "chatml":
         missing = [marker for marker in (IM_START, IM_END) if marker not in tokenizer.get_vocab()]
@@ -163,108 +162,8 @@ def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = Fals
     return tokenizer, template, tokenizer.convert_tokens_to_ids(missing)
 
 
-def load_lm(
-    name: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    train_all: bool = False,
-    trust_remote_code: bool = False,
-    load_in_4bit: bool = False,
-    double_quant: bool = False,
-) -> PackedLM:
-    """A model of transformers, checked, on its device.
-
-    With `train_all` the weights are fp32 and `dtype` is what autocast computes in. With
-    `load_in_4bit` its linear layers are in NF4, as those of a model that was saved so always are.
-    """
-    config = _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
-    scale, softcap = probe(config, name, trust_remote_code)
-    dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    dtype, device = dtype or torch.float32, pick_device(device)
-    if load_in_4bit or is_nf4(config):
-        if train_all:
-            raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
-
-        def load_dense():
-            return _load_dense(name, dtype, trust_remote_code)
-
-        model = load_4bit(name, config, dtype, device, double_quant, load_dense, trust_remote_code)
-    else:
-        model = _load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
-    autocast = dtype if train_all and dtype != torch.float32 else None
-    return PackedLM(model.to(device), scale, softcap, autocast)
-
-
-def _load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    if not str(name).endswith(".gguf"):
-        check_index(name)
-    model, info = _from_pretrained(
-        AutoModelForCausalLM,
-        name,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-    )
-    if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
-        model.hf_quantizer = None
-        vars(model.config).pop("quantization_config", None)
-    if info["missing_keys"]:
-        raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
-    if info["mismatched_keys"]:
-        key, found, expected = min(info["mismatched_keys"])
-        raise InputError(f"{name}: {key}: shape {tuple(found)}, expected {tuple(expected)}")
-    if extra := info["unexpected_keys"]:
-        print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
-    for tensor_name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor.detach().abs().max()):
-            raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
-    return model.requires_grad_(False)  # until load_policy says what trains
-
-
-def check_index(name: str) -> None:
-    """The shards that an index names must lie in its directory: transformers takes any path."""
-    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if index := local_file(name, file):
-            try:
-                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                for shard in set(shard_of.values()):
-                    shard_path(name, index, shard)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{index}: no index of shards: {error!r}") from None
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
 def _one(values: list[str]) -> list[str] | str:
     return values[0] if len(values) == 1 else values
-
-
-def _from_pretrained(kind, name: str, **more):
-    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
-    source = name
-    if str(name).endswith(".gguf"):
-        more["gguf_file"], source = Path(name).name, Path(name).parent
-    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
-        raise InputError(f"{name}: no such directory")
-    try:
-        return kind.from_pretrained(source, **more)
-    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
-        why = " ".join(str(error).split()) or type(error).__name__
-        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
-            why = "pickled weights that are more than tensors; expected safetensors"
-        if "trust_remote_code" in why:
-            why = "comes with code of its own, which runs only with --trust_remote_code"
-        raise InputError(f"{name}: {why[:300]}") from None
 
 
 def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -18,13 +19,21 @@ from transformers import (
 )
 
 from nanoalign import InputError
+from nanoalign.formats.bitsandbytes import save_4bit
+from nanoalign.formats.files import tensor_files
 from nanoalign.formats.peft import add_adapter
-from nanoalign.formats.quantized import NOTE, nf4_layers, quantize, save_4bit
-from nanoalign.formats.streaming import skeleton, tensor_files
+from nanoalign.formats.weights import (
+    FORMATS,
+    NOTE,
+    freeze_linears,
+    frozen_layers,
+    load_lm,
+    skeleton,
+)
 from nanoalign.lora import LoRAConfig, LoRALinear
-from nanoalign.model import load_lm, load_policy, save_policy
-from nanoalign.nf4 import NF4Linear
-from nanoalign.packing import Example
+from nanoalign.model import load_policy, save_policy
+from nanoalign.nf4 import FrozenLinear, NF4Linear
+from nanoalign.packing import Example, packed
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.tools.merge import main as merge_main
 from nanoalign.tools.merge import merge
@@ -49,7 +58,7 @@ def make(directory, kind=LlamaConfig, dtype=torch.bfloat16, shard="5GB", biases=
 
 
 def open_4bit(directory, double=False, dtype="auto"):
-    lm = load_lm(str(directory), dtype, "cpu", load_in_4bit=True, double_quant=double)
+    lm = load_lm(str(directory), dtype=dtype, device="cpu", load_in_4bit=True, double_quant=double)
     return lm.model
 
 
@@ -88,12 +97,12 @@ def test_streaming_gives_what_quantizing_a_loaded_model_gives(name, tmp_path):
     directory = make(tmp_path, **MODELS[name])
     streamed = open_4bit(directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory)
-    quantize(loaded, CPU)
+    freeze_linears(loaded, CPU)
     same_model(streamed, loaded)
     tables = [m.get_output_embeddings().weight is m.get_input_embeddings().weight
               for m in (streamed, loaded)]  # fmt: skip
     assert tables[0] == tables[1]
-    assert len(nf4_layers(streamed)) == 14 and not streamed.training
+    assert len(frozen_layers(streamed)) == 14 and not streamed.training
     assert not any(p.requires_grad for p in streamed.parameters())
     assert streamed.generation_config.to_dict() == loaded.generation_config.to_dict()
 
@@ -105,7 +114,7 @@ def test_shards_and_another_dtype(double, dtype, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     streamed = open_4bit(directory, double, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    quantize(loaded, CPU, double)
+    freeze_linears(loaded, CPU, partial(NF4Linear.from_linear, double_quant=double))
     same_model(streamed, loaded)
     assert streamed.dtype == getattr(torch, dtype)
 
@@ -163,7 +172,7 @@ def test_what_needs_conversion_is_loaded_first(kind, tmp_path, capsys):
     assert "the dense model is loaded first and then quantized" in lines[0]
     assert "4.50 bits per parameter" in lines[1]
     loaded = AutoModelForCausalLM.from_pretrained(directory)
-    quantize(loaded, CPU)
+    freeze_linears(loaded, CPU)
     same_model(model, loaded)
 
 
@@ -266,8 +275,9 @@ def test_theirs_opens_here_without_being_quantized_again(double, shard, tmp_path
     theirs.save_pretrained(tmp_path / "four", max_shard_size=shard)
     monkeypatch.setattr(NF4Linear, "pack", None)
     ours = load_lm(str(tmp_path / "four"), device="cpu").model
-    assert len(nf4_layers(ours)) == 14 and ours.model.layers[0].mlp.up_proj.double_quant is double
-    for name, layer in nf4_layers(ours).items():
+    assert len(frozen_layers(ours)) == 14
+    assert ours.model.layers[0].mlp.up_proj.double_quant is double
+    for name, layer in frozen_layers(ours).items():
         assert torch.equal(layer.packed, theirs.get_submodule(name).weight.data.view(-1, 1))
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -317,12 +327,12 @@ def test_gradient_is_that_of_a_dense_model_with_the_same_weights(double, checkpo
     for layer in [m for m in policy.model.modules() if isinstance(m, LoRALinear)]:
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     dense = copy.deepcopy(policy.lm)
-    for name, layer in nf4_layers(dense).items():
+    for name, layer in frozen_layers(dense).items():
         linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
         linear.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
         linear.bias = layer.bias
         dense.set_submodule(name, linear)
-    assert not nf4_layers(dense) and len(nf4_layers(policy.lm)) == 14
+    assert not frozen_layers(dense) and len(frozen_layers(policy.lm)) == 14
 
     ids = IDS[0].tolist()
     batch = [
@@ -447,7 +457,7 @@ def test_merge_is_exact(flags, tied, four, tmp_path, capsys):
     said = capsys.readouterr().out
     assert float(said.split("sample tokens: ")[1].split(";")[0]) < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
-    assert merged.dtype == torch.float32 and not nf4_layers(merged)
+    assert merged.dtype == torch.float32 and not frozen_layers(merged)
     # the unmerged model, computing in fp32 with the very weights it was trained on
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.float()
@@ -538,3 +548,74 @@ def test_merge_errors_are_one_line(tmp_path, capsys):
     )
     (tmp_path / "adapter" / NOTE).write_text("{}")
     assert NOTE in fails(adapter, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------- a format of your own
+
+
+class Int8Linear(FrozenLinear):
+    """Eight bits: a row is divided by its absmax and rounded to steps of 1 / 127."""
+
+    def pack(self, weight):
+        weight = weight.float()
+        self.register_buffer("absmax", weight.abs().amax(1, keepdim=True))  # (out, 1)
+        steps = 127 * weight / self.absmax.clamp(min=1e-38)
+        self.register_buffer("codes", steps.round().to(torch.int8))  # (out, in)
+
+    def dequantize(self):
+        return (self.codes * (self.absmax / 127)).to(self.dtype)
+
+
+def test_another_format_is_one_class_and_one_line(tmp_path, monkeypatch, capsys):
+    """Trained by its name in the table, named in the note, merged with the very weights trained."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    data = [{"messages": [{"role": "user", "content": "Why?"},
+                          {"role": "assistant", "content": "Light is scattered."}]}]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(data * 8))
+    base, adapter = make(tmp_path / "base", Qwen2Config, torch.float32), tmp_path / "adapter"
+    flags = (
+        f"--model_name_or_path {base} --output_dir {adapter} --dataset_name {tmp_path}/data.json "
+        "--load_in_4bit --bnb_4bit_quant_type int8 --max_steps 2 --learning_rate 0.05 --device cpu"
+    )
+    policy = run_sft(parse(SFTConfig, flags.split(), {})).policy
+    assert "14 linear layers in INT8: 8." in capsys.readouterr().out
+    layers = frozen_layers(policy.model)
+    assert len(layers) == 14 and {type(layer) for layer in layers.values()} == {Int8Linear}
+    assert json.loads((adapter / NOTE).read_text())["bnb_4bit_quant_type"] == "int8"
+
+    ids = IDS[0].tolist()
+    batch = [Example(ids[:9], [(ids[9:20], [True] * 11), (ids[15:30], [True] * 15)])]
+
+    @torch.no_grad()
+    def logps_of_merged(name, *flags):
+        merge_main([str(adapter), str(tmp_path / name), "--device", "cpu", *flags])
+        lm = load_lm(str(tmp_path / name), device="cpu").eval()
+        lm.model.set_attn_implementation(packed())
+        return lm(batch).logps
+
+    trained = policy.lm.eval()(batch).logps.detach()
+    torch.testing.assert_close(logps_of_merged("merged"), trained, rtol=1e-6, atol=1e-5)
+    named = logps_of_merged("named", "--load_in_4bit", "--bnb_4bit_quant_type", "int8")
+    torch.testing.assert_close(named, trained, rtol=1e-6, atol=1e-5)
+    for wrong in "--no-load_in_4bit", "--load_in_4bit":  # in full; in NF4: other weights
+        assert (logps_of_merged(wrong, wrong) - trained).abs().max() > 1e-3
+
+
+def test_a_note_of_an_unknown_format_is_refused(tmp_path, monkeypatch):
+    base, adapter = make(tmp_path / "base"), tmp_path / "adapter"
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "int8", Int8Linear)
+        cfg = SFTConfig(base, load_in_4bit=True, bnb_4bit_quant_type="int8", device="cpu")
+        save_policy(load_policy(cfg), adapter)
+    with pytest.raises(InputError, match=f"{NOTE}.*int8"):
+        merge(str(adapter), str(tmp_path / "merged"), device="cpu")
+
+
+def test_a_move_of_dtype_leaves_the_scales_of_any_format():
+    linear = torch.nn.Linear(64, 32)
+    layer = Int8Linear.from_linear(linear)
+    before = layer.absmax.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.absmax, before) and layer.bias.dtype == torch.bfloat16
+    error = (layer.dequantize().float() - linear.weight).abs().amax(1)
+    assert (error <= before[:, 0] / 127 * 0.5 + 1e-6).all()

@@ -15,6 +15,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from nanoalign import InputError
+from nanoalign.formats.weights import FORMATS
 from nanoalign.losses import DPO_LOSSES, KTO_LOSSES
 
 
@@ -50,7 +51,7 @@ class Config:
     # QLoRA
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in 4 bits (nf4.py)")
     use_bnb_nested_quant: bool = flag(False, "quantize their scales too: 4.13 bits, not 4.50")
-    bnb_4bit_quant_type: Literal["nf4"] = flag("nf4", "the levels of 4 bits")
+    bnb_4bit_quant_type: str = flag("nf4", "the frozen format", choices=FORMATS)
     # LoRA
     use_peft: bool = flag(True, "LoRA; false trains all weights")
     lora_r: int = flag(16, "rank of the change")

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from nanoalign import InputError
 from nanoalign.data import Example, batches
+from nanoalign.formats.weights import load_lm
 from nanoalign.logps import PackedLM
 from nanoalign.losses import needs
-from nanoalign.model import Policy, load_lm
+from nanoalign.model import Policy
 from nanoalign.packing import in_rows, packed, row_tokens
 from nanoalign.run.flags import ReferenceConfig
 
@@ -81,10 +82,11 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     if cfg.ref_model_name_or_path:
         other = load_lm(
             cfg.ref_model_name_or_path,
-            cfg.dtype,
-            cfg.device,
+            dtype=cfg.dtype,
+            device=cfg.device,
             trust_remote_code=cfg.trust_remote_code,
             load_in_4bit=cfg.load_in_4bit,
+            quant_type=cfg.bnb_4bit_quant_type,
             double_quant=cfg.use_bnb_nested_quant,
         )
         other.model.set_attn_implementation(packed())

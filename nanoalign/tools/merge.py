@@ -13,7 +13,7 @@ are a model that nobody trained or measured. Rounding the sum to 4 bits again wo
 the adapter's own effect, so it is never done here; who wants it can quantize the merged model, and
 see what it costs.
 
-Training writes beside the adapter that its base was in 4 bits, and how (quantized.NOTE). Adapters
+Training writes beside the adapter that its base was in 4 bits, and how (weights.NOTE). Adapters
 of other tools don't say: --load_in_4bit does.
 """
 
@@ -27,53 +27,24 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.formats.peft import TrainedModule, add_adapter, load_adapter, read_adapter_config
-from nanoalign.formats.quantized import read_note
-from nanoalign.lora import LoRALinear, TokenRows
-from nanoalign.model import load_lm
-from nanoalign.nf4 import NF4Linear
+from nanoalign.formats.files import from_pretrained
+from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config
+from nanoalign.formats.weights import FORMATS, load_lm, read_note
+from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 
 
-def dense_linear(layer: nn.Module) -> nn.Module:
-    """An NF4Linear -> the nn.Linear that it computes; anything else as it is."""
-    if not isinstance(layer, NF4Linear):
-        return layer
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-    linear.bias = layer.bias
-    return linear
-
-
-def merged(module: nn.Module) -> nn.Module:
-    """What a wrapper of lora.py, or a 4-bit layer, amounts to, as a plain module in fp32."""
-    if isinstance(module, TrainedModule):
-        return merged(module.modules_to_save)  # holds what trained, in fp32
-    if isinstance(module, TokenRows):
-        table = module.base_layer.float()
-        table.weight.data[module.rows] = module.row_weight.data
-        return table
-    if isinstance(module, LoRALinear):
-        base = merged(module.base_layer).float()
-        base.weight.data += module.delta()
-        return base
-    return dense_linear(module)
-
-
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Merge what add_lora added, in place; the model is dense afterwards, in `dtype`."""
-    wrappers = (LoRALinear, TrainedModule, TokenRows, NF4Linear)
-    names = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
+    """Merge what add_adapter added, in place; the model is dense afterwards, in `dtype`."""
+    names = [name for name, module in model.named_modules() if hasattr(module, "merge")]
     for name in names:
         if not any(name.startswith(f"{outer}.") for outer in names):  # one may wrap another
-            module = merged(model.get_submodule(name))
-            model.set_submodule(name, to_dtype(module, dtype))
+            model.set_submodule(name, to_dtype(plain(model.get_submodule(name)), dtype))
     to_dtype(model, dtype)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = head.weight is embedding.weight  # a trained head is not
+    model.config.tie_word_embeddings = tied(model)  # a head that trained on its own is not
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -96,6 +67,7 @@ def merge(
     dtype: str = "auto",
     device: str = "auto",
     load_in_4bit: bool | None = None,
+    quant_type: str = "nf4",
     double_quant: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -108,15 +80,15 @@ def merge(
     if not base:
         raise InputError(f"{adapter}: does not name its base; give --model_name_or_path")
     _make_empty(Path(directory))
-    loaded = dtype
+    frozen = {}
     if load_in_4bit is None and note:
-        load_in_4bit, double_quant, loaded = True, note["double_quant"], note["dtype"]
-    elif load_in_4bit:
-        loaded = "auto"  # what the weights were rounded from, whatever is written
+        frozen = {"load_in_4bit": True, **note}
+    elif load_in_4bit:  # in the dtype that the weights were rounded from, whatever is written
+        frozen = {"load_in_4bit": True, "quant_type": quant_type, "double_quant": double_quant}
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
 
-    lm = load_lm(base, loaded, device, False, trust_remote_code, bool(load_in_4bit), double_quant)
-    model = lm.model
+    how = {"device": device, "trust_remote_code": trust_remote_code, **(frozen or {"dtype": dtype})}
+    model = load_lm(base, **how).model
     out_dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
     if lora.trainable_token_indices and len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -150,10 +122,7 @@ def _tokenizer(adapter: str, base: str, trust_remote_code: bool):
     """The adapter's own, with its new tokens and its chat template, or else that of the base."""
     own = (Path(adapter) / "tokenizer_config.json").exists()
     name = adapter if own else base
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no tokenizer: {str(error).splitlines()[0]}") from None
+    return from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def main(argv: list[str]) -> None:
@@ -167,6 +136,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--model_name_or_path", dest="base", help="another base than it names")
     parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
+    parser.add_argument("--bnb_4bit_quant_type", dest="quant_type", default="nf4", choices=FORMATS)
     parser.add_argument("--use_bnb_nested_quant", dest="double_quant", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true")

@@ -1,0 +1,285 @@
+"""A directory, a hub id or a .gguf file -> a model of transformers, ready for examples.
+
+`load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
+one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too.
+
+The usual way to a 4-bit model is to load it and then quantize it, and the peak of memory is the
+dense model that 4 bits were meant to avoid. Here weights stream: the model is built with its
+parameters on the meta device, where they have a shape and no memory; then each tensor is read,
+cast, packed, and forgotten before the next one is read. At no time is there more than the 4-bit
+model and what one tensor needs on its way. Where the files hold other tensors than the model,
+because transformers converts while it loads (some models' experts are merged; GGUF; .bin), the
+dense model is loaded first after all, and one printed line says so.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from nanoalign import InputError
+from nanoalign.formats import files
+from nanoalign.formats.bitsandbytes import DTYPES, PACKED, STATE, from_bitsandbytes, is_nf4
+from nanoalign.formats.probe import probe
+from nanoalign.logps import PackedLM
+from nanoalign.nf4 import FrozenLinear, NF4Linear
+
+FORMATS = {"nf4": NF4Linear}  # --bnb_4bit_quant_type: what a frozen linear layer becomes
+Freeze = Callable[[nn.Linear, str], FrozenLinear]  # the string names it in errors
+NOTE = "base_quantization.json"  # in an adapter's directory: the frozen base it was trained on
+
+
+def load_lm(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    train_all: bool = False,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+    quant_type: str = "nf4",
+    double_quant: bool = False,
+) -> PackedLM:
+    """A model of transformers, checked, on its device.
+
+    With `train_all` the weights are fp32 and `dtype` is what autocast computes in. With
+    `load_in_4bit` its linear layers are in FORMATS[quant_type]; those of a model that was saved in
+    NF4 always are. InputError names the file and the tensor that is wrong.
+    """
+    config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    scale, softcap = probe(config, name, trust_remote_code)
+    dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    dtype, device = dtype or torch.float32, pick_device(device)
+    if load_in_4bit or is_nf4(config):
+        if train_all:
+            raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
+        freeze = partial(FORMATS[quant_type].from_linear, double_quant=double_quant)
+        model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
+    else:
+        model = load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
+    autocast = dtype if train_all and dtype != torch.float32 else None
+    return PackedLM(model.to(device), scale, softcap, autocast)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """What transformers loads, on the CPU; what it would only warn of is an InputError."""
+    gguf = str(name).endswith(".gguf")
+    if not gguf:  # checks the shards that an index names
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            files.read_index(name, index)
+    model, info = files.from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+    )
+    if gguf:  # the weights are dense now, and can be saved
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+    if info["missing_keys"]:
+        raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
+    if info["mismatched_keys"]:
+        key, found, expected = min(info["mismatched_keys"])
+        raise InputError(f"{name}: {key}: shape {tuple(found)}, expected {tuple(expected)}")
+    if extra := info["unexpected_keys"]:
+        print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
+    for tensor_name, tensor in model.named_parameters():
+        if not files.is_finite(tensor):
+            raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
+    return model.requires_grad_(False)  # until load_policy says what trains
+
+
+# ---------------------------------------------------------------------------------- frozen weights
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """What is frozen in few bits: all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+
+
+def frozen_weights(model: nn.Module) -> int:
+    """How many weights are in few bits: model.parameters() does not list them."""
+    return sum(m.in_features * m.out_features for m in frozen_layers(model).values())
+
+
+def format_of(layer: FrozenLinear) -> str:
+    return next(name for name, kind in FORMATS.items() if type(layer) is kind)
+
+
+def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=False) -> nn.Module:
+    """The model with its linear layers frozen, streamed from its files where that can be.
+
+    `dtype` is that of all other weights, and what frozen ones are rounded to.
+    """
+    config, in_nf4 = copy.deepcopy(config), is_nf4(config)
+    if in_nf4:
+        del config.quantization_config  # it would call for bitsandbytes' own layers
+    elif getattr(config, "quantization_config", None):
+        raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
+    model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
+    reason = mismatch(model, file_of)
+    if reason and in_nf4:
+        raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
+    if reason:
+        print(f"{name}: {reason}; so the dense model is loaded first and then quantized")
+        model = load_dense(name, dtype, trust_remote_code)
+        freeze_linears(model, device, freeze)
+    else:
+        stream(model, file_of, device, freeze)
+        if files.local_file(name, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    layers = list(frozen_layers(model).values())
+    if not layers:
+        raise InputError(f"{name}: has no linear layers to hold in 4 bits")
+    bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
+    form = format_of(layers[0]).upper()
+    print(f"{len(layers)} linear layers in {form}: {bits:.2f} bits per parameter")
+    return model.requires_grad_(False).eval()
+
+
+def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:
+    """A dense model's linear layers, in place, one after the other."""
+    for name, linear in linears(model).items():
+        model.set_submodule(name, freeze(linear.to(device), f"{name}.weight"))
+
+
+def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model with its parameters on meta and its buffers computed.
+
+    Buffers that a constructor computes (rotary frequencies, say) are in no file. So only parameters
+    go to meta; torch has a hook for the moment in which a module registers one.
+    """
+
+    def to_meta(module, name, parameter):
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"))
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        kind = AutoModelForCausalLM
+        return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    finally:
+        hook.remove()
+
+
+def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
+    """Why the files can't be streamed into a skeleton, if transformers may know a conversion.
+
+    Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
+    transformers used to save, are passed over. A tied tensor may stand under either of its names.
+    """
+    if not file_of:
+        return "has no safetensors files"
+    ours = model.state_dict(keep_vars=True)
+    there = {id(tensor) for key, tensor in ours.items() if key in file_of}
+    missing = [key for key, tensor in ours.items() if id(tensor) not in there]
+    known = ours.keys() | {name + suffix for name in linears(model) for suffix in PACKED}
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    extra = sorted(k for k in file_of.keys() - known if k.rpartition(".")[2] not in computed)
+    if missing and extra:
+        return f"has {extra[0]} and not {missing[0]}"
+    if missing:
+        raise InputError(f"{next(iter(file_of.values())).parent}: no file holds {missing[0]}")
+    if extra:
+        raise InputError(f"{file_of[extra[0]]}: {extra[0]} is not in the model")
+    return None
+
+
+def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
+    """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
+    bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
+    dense = linears(model)
+    packed = {name for name in dense if name + STATE in file_of}
+    ours, read = model.state_dict(keep_vars=True), {}
+    for key, like in ours.items():
+        name, _, leaf = key.rpartition(".")
+        if key not in file_of:
+            continue  # tied to a tensor that is there
+        if leaf == "weight" and name in (packed or dense):
+            linear = dense[name]
+            if packed:
+                layer = read_packed(file_of, name, like.shape, device)
+                layer.bias = linear.bias
+            else:
+                weight = files.read_tensor(file_of[key], key, device, like.dtype)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+                layer = freeze(linear, f"{file_of[key]}: {key}")
+                linear.weight, weight = like, None  # nothing dense is kept
+            model.set_submodule(name, layer)
+            continue
+        tensor = files.read_finite(file_of[key], key, device, like)
+        if id(like) in read and not torch.equal(tensor, read[id(like)]):
+            raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
+        read[id(like)] = tensor
+        for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
+            name, _, leaf = twin.rpartition(".")
+            setattr(model.get_submodule(name), leaf, tensor)
+
+
+def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
+    """What bitsandbytes quantized, as it is."""
+    keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
+    try:
+        tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
+        return from_bitsandbytes(tensors, name, shape)
+    except InputError as error:
+        raise InputError(f"{file_of[name + STATE]}: {error}") from None
+
+
+# ------------------------------------------------------------------ an adapter and its frozen base
+
+
+def write_note(model: nn.Module, directory: Path) -> None:
+    """Say beside an adapter in which format its base was frozen, if it was.
+
+    An adapter learns to live with the rounding of its base, so a merge has to know of it. PEFT's
+    adapter_config.json has no place for that (it warns of each key it does not know), hence a file.
+    """
+    path, layers = Path(directory) / NOTE, list(frozen_layers(model).values())
+    if not layers:
+        path.unlink(missing_ok=True)  # of another adapter, which is overwritten
+        return
+    note = {
+        "bnb_4bit_quant_type": format_of(layers[0]),
+        "bnb_4bit_use_double_quant": layers[0].double_quant,
+        "dtype": str(layers[0].dtype).removeprefix("torch."),
+    }
+    path.write_text(json.dumps(note, indent=2) + "\n")
+
+
+def read_note(directory: str | Path) -> dict | None:
+    """What write_note wrote, as load_lm's quant_type, double_quant and dtype; None without one."""
+    path = Path(directory) / NOTE
+    if not path.exists():
+        return None
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        kind, dtype = note["bnb_4bit_quant_type"], note["dtype"]
+        FORMATS[kind], DTYPES[dtype]
+        double_quant = bool(note["bnb_4bit_use_double_quant"])
+        return {"quant_type": kind, "double_quant": double_quant, "dtype": dtype}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not what was written here: {error!r}") from None
