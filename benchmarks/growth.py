@@ -100,8 +100,7 @@ def pipeline(rows: int, home: Path, model: str) -> None:
     import trl
 
     from nanoalign.chatml import ChatML
-    from nanoalign.data import read_examples
-    from nanoalign.formats.layouts import SFT
+    from nanoalign.formats.layouts import SFT, read_examples
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = ChatML.jinja

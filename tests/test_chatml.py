@@ -600,7 +600,7 @@ class Llama3:
 
 
 def test_a_template_of_ones_own(tmp_path, monkeypatch):
-    """One class and one entry: a tokenizer opens, and the ids are what `native` makes of the jinja."""
+    """A tokenizer opens with it, and the ids are those that `native` makes of its jinja."""
     monkeypatch.setitem(TEMPLATES, "llama3", Llama3)
     bare = make_tokenizer(("<s>", "</s>"))
     bare.bos_token = "<s>"

@@ -18,10 +18,9 @@ from nanoalign.data import (
     batches,
     describe,
     epoch_order,
-    read_examples,
     with_mismatches,
 )
-from nanoalign.formats.layouts import DPO, KTO, SFT
+from nanoalign.formats.layouts import DPO, KTO, SFT, read_examples
 
 
 def message(role, content):
@@ -128,7 +127,6 @@ SFT_ROWS = {
         Q, A + TURN + B),
     "completion with its prompt": (
         {"prompt": "Q", "completion": [user("Q"), assistant("A")]}, Q, A),
-    "no prompt at all": ({"prompt": [], "completion": "A"}, chatml(), A),
     "alpaca": ({"instruction": "Q", "output": "A"}, Q, A),
     "alpaca, empty input": ({"instruction": "Q", "input": "", "output": "A"}, Q, A),
     "alpaca, null input": ({"instruction": "Q", "input": None, "output": "A"}, Q, A),
@@ -172,6 +170,7 @@ DPO_ROWS = {
         "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
     "alpaca": {"instruction": "Q", "input": "", "output": ["A", "B"]},
     "alpaca, mixed": {"instruction": [user("Q")], "output": ["A", [assistant("B")]]},
+    "orca": {"question": "Q", "chosen": "A", "rejected": "B"},
     "sharegpt": {"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")},
     "sharegpt lists": {"conversations": [human("Q")], "chosen": [gpt("A")], "rejected": "B"},
 }  # fmt: skip
@@ -460,7 +459,22 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
     "completion from the user": (prompt(completion=[user("A")]), "no assistant turn", "a reply"),
     "completion begins with user": (
         prompt(completion=[user("R"), assistant("A")]), "begins with the user", "the assistant"),
-    "completion without a turn": (prompt(completion=[]), "no assistant turn", "a reply"),
+    "completion without a turn": (
+        prompt(completion=[]), "completion: an empty list", "at least one message"),
+    "prompt without a turn": (prompt(prompt=[]), "prompt: an empty list", "at least one message"),
+    "pair without a prompt": (pair(prompt=[]), "prompt: an empty list", "at least one message"),
+    "chosen without a turn": (pair(chosen=[]), "chosen: an empty list", "at least one message"),
+    "rejected without a turn": (pair(rejected=[]), "rejected: an empty list", "at least one"),
+    "implicit, rejected without a turn": (
+        ("DPO chosen", {**DPO_ROWS["implicit"], "rejected": []}), "rejected: an empty list", "one"),
+    "good output without a turn": (
+        ("DPO instruction", {"instruction": "Q", "output": [[], "B"]}),
+        "good output: an empty list", "at least one message"),
+    "thumb without a prompt": (
+        ("KTO prompt", {"prompt": [], "completion": "A", "label": True}),
+        "prompt: an empty list", "at least one message"),
+    "sharegpt without a turn": (
+        ("SFT conversations", {"conversations": []}), "conversations: an empty list", "one"),
     "prompt that answers itself": (
         prompt(prompt=[user("Q"), assistant("O")]), "turns 2 and 3 are both", "another's"),
     "completion that is its prompt": (
@@ -475,7 +489,8 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
         ("SFT messages", {"messages": user("Q")}), "messages: an object", "a list of messages"),
     "messages a string": (
         ("SFT messages", {"messages": "Q"}), "messages: a string", "a list of messages"),
-    "messages empty": (talk(), "no assistant turn", "a reply"),
+    "messages empty": (talk(), "messages: an empty list", "at least one message"),
+    "messages without a reply": (talk(user("Q")), "no assistant turn", "a reply"),
     "message null": (talk(user("Q"), None), "message 2: null", '{"role": ..., "content": ...}'),
     "message a list": (talk([]), "message 1: a list", '{"role": ..., "content": ...}'),
     "message without content": (talk({"role": "user"}), "keys role", '{"role": ..., "con'),
@@ -608,7 +623,7 @@ def test_unknown_layouts_name_the_columns_and_the_choices(layouts, read):
     message = str(caught.value)
     assert r"line 1: columns text, multi\nline make no known layout" in message
     assert message.isprintable()
-    for columns in layouts:
+    for columns in layouts.by_columns:
         assert ", ".join(columns) in message.partition("expected one of: ")[2]
     with pytest.raises(InputError, match="columns none make no known layout"):
         read(layouts, [{}])
@@ -731,6 +746,11 @@ def example(number, label=None, prompt=None):
     return Example(ids, [([number], [True])], label, number=number)
 
 
+def partners(paired):
+    """The numbers of the examples whose completions are y'."""
+    return [number for (number,), _ in (e.mismatch for e in paired)]
+
+
 def test_epoch_order_is_a_function_of_seed_and_epoch():
     data = [example(i) for i in range(50)]
     orders = {
@@ -793,7 +813,7 @@ def by_definition(order):
 def test_mismatches_worked():
     order = [example(i, True, prompt) for i, prompt in enumerate([[1], [1], [2], [2], [1], [3]])]
     paired = with_mismatches(order)
-    assert [e.mismatch.number for e in paired] == [5, 5, 1, 1, 3, 4]
+    assert partners(paired) == [5, 5, 1, 1, 3, 4]
     assert [e.number for e in paired] == [0, 1, 2, 3, 4, 5]
     assert all(e.mismatch is None for e in order)  # copies: the data stays as it was
 
@@ -803,7 +823,7 @@ def test_mismatches_worked():
 def test_mismatches_by_definition(prompts):
     order = [example(i, True, [prompt]) for i, prompt in enumerate(prompts)]
     paired = with_mismatches(order)
-    assert [e.mismatch.number for e in paired] == by_definition(order)
+    assert partners(paired) == by_definition(order)
 
 
 def test_one_prompt_has_no_mismatch():
