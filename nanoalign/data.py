@@ -6,6 +6,7 @@ are cut from the right, and no further than the last token that trains. What is 
 counted, so that it can be said; the big libraries cut in silence.
 """
 
+import math
 import random
 import runpy
 from collections import Counter
@@ -54,14 +55,14 @@ def make_examples(
         origins.append((len(case.completions), case.label, case.where))
 
     encoded = iter(encode(tokenizer, conversations))
+    longest = math.inf if limits.max_length is None else limits.max_length
     examples, count = [], Counter()
     for completions, label, where in origins:
         whole = [next(encoded) for _ in range(completions)]
         start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
         prompt = cut_prompt(whole[0][0][:start], limits)
         replies = [cut((ids[start:], mask[start:])) for ids, mask in whole]
-        room = None if limits.max_length is None else max(0, limits.max_length - len(prompt))
-        kept = [cut(reply, room) for reply in replies]
+        kept = [cut(reply, longest - len(prompt)) for reply in replies]
         if not all(ids for ids, _ in kept):
             count["no trained token left"] += 1
         elif len(kept) == 2 and kept[0] == kept[1]:
@@ -80,11 +81,11 @@ def cut_prompt(ids: list[int], limits: Limits) -> list[int]:
     return ids[start : start + longest]
 
 
-def cut(completion: Completion, room: int | None = None) -> Completion:
+def cut(completion: Completion, room: float = math.inf) -> Completion:
     """A completion up to the last trained one of its first `room` tokens: what follows that token
     need not be computed. Empty, if none of them trains."""
     ids, mask = completion
-    mask = mask[:room]
+    mask = mask[: max(0, min(room, len(mask)))]
     end = len(mask) - mask[::-1].index(True) if True in mask else 0
     return completion if end == len(ids) else (ids[:end], mask[:end])
 
@@ -134,14 +135,12 @@ def with_mismatches(order: list[Example], max_length: int | None = None) -> list
         files = dict.fromkeys(e.where.rpartition(", ")[0] for e in order)
         fault = "KTO needs two different prompts: no mismatched completion exists"
         raise InputError(f"{', '.join(files)}: {fault}")
-    paired = []
+    longest, paired = math.inf if max_length is None else max_length, []
     for before, example in zip([order[0], *order], order):
         if before.prompt != example.prompt:
             other = before
         [(ids, mask)] = other.completions
-        room = None
-        if max_length is not None:
-            room = max(max_length - len(example.prompt), mask.index(True) + 1)
+        room = max(longest - len(example.prompt), mask.index(True) + 1)
         paired.append(replace(example, mismatch=cut((ids, mask), room)))
     return paired
 

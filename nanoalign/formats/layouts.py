@@ -24,9 +24,6 @@ from nanoalign.formats.rows import rows_of, shown
 MESSAGE_KEYS = ("role", "content"), ("from", "value")
 
 
-# -------------------------------------------------------------------------------- the layouts
-
-
 def answered(row: dict, asked: str, *replies: str) -> Case:
     """A column with the prompt, and one with each reply to it."""
     return Case(_turns(row[asked], asked, "user"), [_reply(row[name], name) for name in replies])
@@ -82,7 +79,7 @@ DPO = Layouts(
 )
 KTO = Layouts(
     {
-        ("prompt", "completion", "label"): answered,  # `label` is read below, as it is no turn
+        ("prompt", "completion", "label"): answered,  # which is given all columns but `label`
         ("messages", "label"): whole,
         **DPO.by_columns,
     },
@@ -133,7 +130,9 @@ def read_cases(
             count["rows"] += 1
             try:
                 columns = columns or layout_of(row, layouts)
-                case = read_case(row, columns, layouts, input_as_system, csv)
+                case = read_case(row, columns, layouts, input_as_system)
+                if "label" in columns:
+                    case.label = label_of(row["label"], csv)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
             case.where = where
@@ -155,13 +154,7 @@ def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
     raise InputError(f"columns {_list(row)} make no known layout; expected one of: {known}")
 
 
-def read_case(
-    row: dict,
-    columns: tuple[str, ...],
-    layouts: Layouts,
-    input_as_system: bool = False,
-    csv: bool = False,
-) -> Case:
+def read_case(row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False) -> Case:
     """A row as a checked prompt and its completions, each of which begins with a reply."""
     for column in columns:
         if column not in row:
@@ -186,8 +179,6 @@ def read_case(
         if not completion or completion[0]["role"] != "assistant":
             found = f"begins with the {completion[0]['role']}" if completion else "has no turn"
             raise InputError(f"a completion {found} after the prompt; expected the assistant")
-    if "label" in columns:
-        case.label = label_of(row["label"], csv)
     return case
 
 

@@ -32,7 +32,7 @@ MAGIC = {
 def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
     """(where, row) of a file, or of a data set of the hub."""
     if not on_hub(source):
-        return read_rows(source)  # says so if it is not there
+        return read_rows(source)  # which says so if there is no such file
     try:
         from datasets import load_dataset
     except ImportError:
@@ -73,7 +73,7 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     if not text.strip():
         raise InputError(f"{name}: the file is empty; expected rows")
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(min(limit, 3000))  # a library may have raised it, until C code overflows
+    sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
     try:
         rows = formats[suffix](text, name)
     finally:

@@ -1,8 +1,8 @@
-"""Which template writes a conversation: ChatML, the tokenizer's own, or one that you add.
+"""The templates there are: ChatML, the tokenizer's own, or one that you add.
 
-What a template is stands in chatml.ChatML. `NativeTemplate` gives the same guarantees for a
-tokenizer's own template, or refuses. The usual way trusts the template: it renders the conversation
-once with and once without the reply and takes the difference to be what trains.
+What a template is stands in chatml.ChatML. The usual way with a tokenizer's own is to render a
+conversation with and without its last reply, and to train on the difference whatever it is;
+`NativeTemplate` gives the same guarantees as ChatML, or refuses.
 """
 
 import re
