@@ -31,7 +31,10 @@ def run_kto(cfg: KTOConfig) -> Run:
         print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
     loss = KTO_LOSSES[cfg.loss_type]
     with_z0 = "z0" in needs(loss)
-    pair = with_mismatches if with_z0 else list
+
+    def pair(examples):
+        return with_mismatches(examples, cfg.max_length) if with_z0 else examples
+
     pair(run.examples)  # refused here, before anything is written, if it can't be done
     try:
         run.held_out = pair(run.held_out)
@@ -42,10 +45,10 @@ def run_kto(cfg: KTOConfig) -> Run:
         return pair(epoch_order(*given))
 
     def mismatched(examples):  # x with the completion y' of another prompt
-        return [replace(e, completions=e.mismatch.completions) for e in examples]
+        return [replace(e, completions=[e.mismatch]) for e in examples]
 
     def both(examples):  # y and y', in one row
-        return [replace(e, completions=e.completions + e.mismatch.completions) for e in examples]
+        return [replace(e, completions=e.completions + [e.mismatch]) for e in examples]
 
     def everything():  # that the run asks the reference for: each y once, each epoch's y'
         if not with_z0:

@@ -92,7 +92,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     reply are one string, as they are there, are left out, like those that fill max_length.
     Returns the tokens of the steps that are timed, and the FLOPs of a pass over them.
     """
-    from nanoalign.data import Limits, read_examples, with_mismatches
+    from nanoalign.data import Limits, with_mismatches
     from nanoalign.formats import layouts
     from nanoalign.model import load_policy, save_policy
     from nanoalign.run.flags import SFTConfig
@@ -107,7 +107,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
         directory / "rows.jsonl", random_rows(method, 2 * wanted)
     )
     limits = Limits(args.max_length)
-    examples, _ = read_examples([source], kind, policy.tokenizer, policy.template, limits)
+    examples, _ = layouts.read_examples([source], kind, policy.tokenizer, policy.template, limits)
     random.Random(0).shuffle(examples)
     decode, ours, theirs = policy.tokenizer.decode, [], []
 
@@ -132,7 +132,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     write_rows(directory / "theirs.jsonl", theirs)
     timed = examples[args.batch :]
     if method == "kto":
-        timed = with_mismatches(examples)[args.batch :]
+        timed = with_mismatches(examples, args.max_length)[args.batch :]
     return sum(map(len, timed)), sum(step_flops(policy.model, method, e) for e in timed)
 
 
@@ -144,7 +144,7 @@ def step_flops(model, method: str, example) -> float:
     if method == "dpo":  # the reference
         flops += flops_of(model, prompt, own)
     if method == "kto":  # the reference of y and y', and the policy of y'
-        other = example.mismatch.completions
+        other = [example.mismatch]
         flops += flops_of(model, prompt, own + other) + flops_of(model, prompt, other)
     return flops
 

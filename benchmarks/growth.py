@@ -100,12 +100,11 @@ def pipeline(rows: int, home: Path, model: str) -> None:
     import transformers
     import trl
 
-    from nanoalign.chatml import CHATML_JINJA, ChatML
-    from nanoalign.data import read_examples
-    from nanoalign.formats.layouts import SFT
+    from nanoalign.chatml import ChatML
+    from nanoalign.formats.layouts import SFT, read_examples
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = CHATML_JINJA
+    tokenizer.chat_template = ChatML.jinja
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     datasets.disable_progress_bars()
     config = trl.SFTConfig(

@@ -3,7 +3,7 @@
 The street, in reading order; a file imports only from files above it:
 
     files     JSON, JSONL, CSV          -> rows, each with its file and line
-    chatml    messages                  -> ids and the mask of trained tokens (with pieces)
+    chatml    messages                  -> ids and the mask of trained tokens
     packing   prompts and completions   -> one row without padding, and who sees whom in it
     data      rows (through layouts)    -> examples, their order, batches
     nf4, lora                           -> a 4-bit base, and the few weights that train on it

@@ -15,33 +15,44 @@ a single token is: a reply and the marker that ends it train, nothing else does.
 apart from its header, because at inference the prompt ends with the header: train on what
 generation will see. Everywhere else the ids equal those of the rendered string, and no system turn
 is invented.
-
-`NativeTemplate` gives the same guarantees for a tokenizer's own template, or refuses.
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nanoalign import InputError
-from nanoalign.pieces import Piece, encode
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-CHATML_JINJA = (  # for the tools that read the tokenizer we save
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}"
-)
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Piece = tuple[str | int, bool]  # a text or a marker's id; does it train?
 
 
 class ChatML:
-    """The ChatML template, for a tokenizer that has its two markers."""
+    """A template: how a conversation is written, for a tokenizer that has its markers.
+
+    Another template is a class with the same five members and an entry in
+    formats/templates.TEMPLATES:
+
+        markers   tokens that the tokenizer needs: missing ones are added, the last becomes its eos
+        jinja     the template as other tools read it from the tokenizer that we save
+        stop_ids  generation ends with one of these
+        pieces    a conversation in pieces; training reads this
+        prompt    what generation reads: all that precedes a reply in `pieces`
+
+    The first trained piece of a conversation is where its first trained reply begins.
+    """
+
+    markers = IM_START, IM_END
+    jinja = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+        "message['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
 
     def __init__(self, tokenizer):
-        self.start, self.end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-        self.stop_ids = [self.end]  # generation ends with one of these
+        self.start, self.end = tokenizer.convert_tokens_to_ids(self.markers)
+        self.stop_ids = [self.end]
 
     def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
         """The conversation in pieces; the replies among messages[first:] train."""
@@ -63,116 +74,93 @@ class ChatML:
         yield "assistant\n", False
 
 
-class NativeTemplate:
-    """The tokenizer's own chat template, for a model tuned on another format than ChatML.
+def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+    """Pieces of many conversations -> (ids, mask of trained tokens) of each.
 
-    The template is rendered with a placeholder for each content. What it prints around them is its
-    scaffold: added tokens are markers there, and plain text in the contents. White space that
-    generation would have to write before a reply (Mistral's) is part of the reply. Where the mask
-    would be a guess the template is refused with an InputError: when it drops, repeats, reorders or
-    rewrites contents (stripping them is fine), does not close a reply with a marker, or shows what
-    precedes a reply otherwise than generation would.
+    One batch call of the tokenizer encodes every distinct text; texts repeat a lot (a DPO prompt
+    stands before both replies, "assistant\\n" before all).
     """
+    conversations = list(conversations)
+    markers = {p for pieces in conversations for p, _ in pieces if isinstance(p, int)}
+    behind = _inside_behind(tokenizer, markers)
+    ids_of = {False: {}, True: {}}  # does the text stand inside another? -> text -> its ids
+    for pieces in conversations:
+        before = None
+        for piece, _ in pieces:
+            if isinstance(piece, str):
+                ids_of[type(before) in behind][piece] = []
+            before = piece
 
-    def __init__(self, tokenizer):
-        if not tokenizer.chat_template:
-            raise InputError("--chat_template native: the tokenizer has no template; use chatml")
-        self.tokenizer, self.ids = tokenizer, tokenizer.get_added_vocab()
-        tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
-        tokens.sort(key=lambda t: len(t.content), reverse=True)
-        space = {True: r"\s*", False: ""}  # some tokens take the white space beside them
-        names = [space[t.lstrip] + re.escape(t.content) + space[t.rstrip] for t in tokens]
-        self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
+    special = markers | set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for inside, known in ids_of.items():
+        for text, ids in zip(known, _plain(tokenizer, list(known), inside)):
+            clean = special.isdisjoint(ids)
+            known[text] = ids if clean else _disarmed(tokenizer, text, ids, special, str in behind)
 
-        talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-        pieces = list(self.pieces(talk))
-        self.stop_ids = sorted({p for p, trains in pieces if trains and isinstance(p, int)})
-        ordinary = tokenizer(self._render(talk), add_special_tokens=False)["input_ids"]
-        if encode(tokenizer, [pieces])[0][0] != ordinary:
-            raise self._refusal("cannot be tokenized piece by piece")
-
-    def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
-        """As ChatML.pieces."""
-        gaps = self._scaffold(messages)
-        contents = self._contents(messages, gaps)
-        text, closes = "", False  # text since the last marker; must a marker close a reply now?
-        for i, gap in enumerate(gaps):
-            if closes and not self.marker.match(gap):
-                raise self._refusal("does not close a reply with a special token")
-            for j, part in enumerate(self.marker.split(gap)):
-                if j % 2 == 0:
-                    text += part
-                    continue
-                if text:
-                    yield text, False
-                yield self.ids[part if part in self.ids else part.strip()], closes
-                text, closes = "", False
-            if i == len(messages):
-                break
-            if messages[i]["role"] != "assistant" or i < first:
-                text += contents[i]
-                continue
-            space = self._space(messages[:i], text, _fill(gaps, contents, i))
-            if len(text) > len(space):
-                yield text[: len(text) - len(space)], False
-            yield space + contents[i], True
-            text, closes = "", True
-        if text:
-            yield text, False
-
-    def prompt(self, messages: list[Message]) -> Iterator[Piece]:
-        """As ChatML.prompt: what precedes a reply."""
-        reply = {"role": "assistant", "content": "reply"}
-        for piece, trains in self.pieces([*messages, reply], first=len(messages)):
-            if trains:
-                return
-            yield piece, False
-
-    def _scaffold(self, messages: list[Message]) -> list[str]:
-        """What the template prints before, between and after the contents."""
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters
-        text = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)])
-        if re.findall("\ue000[0-9]+\ue001", text) != marks:
-            raise self._refusal("drops, repeats or reorders messages")
-        return re.split("\ue000[0-9]+\ue001", text)
-
-    def _contents(self, messages: list[Message], gaps: list[str]) -> list[str]:
-        """The contents as the template prints them: as they are, or stripped."""
-        rendered, at, contents = self._render(messages), len(gaps[0]), []
-        for message, gap in zip(messages, gaps[1:]):
-            content = message["content"]
-            if not rendered.startswith(content + gap, at):
-                content = content.strip()
-            contents.append(content)
-            at += len(content + gap)
-        if rendered != _fill(gaps, contents, len(messages)):
-            raise self._refusal("rewrites the contents of messages")
-        return contents
-
-    def _space(self, before: list[Message], text: str, shown: str) -> str:
-        """The white space between the prompt that generation gets and the reply."""
-        prompt = self._render(before, add_generation_prompt=True)
-        space = shown[len(prompt) :]
-        if shown != prompt + space or space.strip() or not text.endswith(space):
-            raise self._refusal("shows a reply's prompt otherwise than generation would")
-        return space
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program, and says no in its own words
-            why = " ".join(str(error).split())[:200]
-            raise self._refusal(f"says: {why!r}") from None
-
-    def _refusal(self, what: str) -> InputError:
-        return InputError(f"--chat_template native: the tokenizer's template {what}; use chatml")
+    encoded = []
+    for pieces in conversations:
+        ids, mask, before = [], [], None
+        for piece, trains in pieces:
+            new = [piece] if isinstance(piece, int) else ids_of[type(before) in behind][piece]
+            ids += new
+            mask += [trains] * len(new)
+            before = piece
+        encoded.append((ids, mask))
+    return encoded
 
 
-def _fill(gaps: list[str], contents: list[str], n: int) -> str:
-    """What the template prints up to the n-th content."""
-    return "".join(gap + c for gap, c in zip(gaps[:n], contents)) + gaps[n]
+def _inside_behind(tokenizer, markers: set[int]) -> set[type]:
+    """Behind which pieces, texts (str) or markers (int), does a text stand inside a longer one?
+
+    Tokenizers of the SentencePiece family put a space before whatever begins, and take a text that
+    is encoded alone for a beginning. In a conversation nothing begins behind another text, and with
+    only some of them behind a marker. All other tokenizers make no difference: the empty set.
+    """
+    (alone,), (inside,) = _plain(tokenizer, ["a"]), _plain(tokenizer, ["a"], inside=True)
+    if alone == inside:
+        return set()
+    for marker in tokenizer.convert_ids_to_tokens(list(markers)[:1]):
+        _, *behind = tokenizer(marker + "a", add_special_tokens=False)["input_ids"]
+        if behind != alone:
+            return {str, int}
+    return {str}
 
 
-TEMPLATES = {"chatml": ChatML, "native": NativeTemplate}
+def _plain(tokenizer, texts: list[str], inside: bool = False) -> list[list[int]]:
+    """The ids of texts, in which the names of special tokens are words like any other.
+
+    With `inside` each is encoded behind "a\\n", whose ids are then taken off: if the tokenizer puts
+    a space before a beginning, it goes there. (A text that merges with the newline goes without.)
+    """
+    if not texts:
+        return []
+
+    def read(texts):
+        kind = dict(add_special_tokens=False, split_special_tokens=True)
+        return tokenizer(texts, **kind, return_attention_mask=False)["input_ids"]
+
+    if not inside:
+        return read(texts)
+    start, *whole = read(["a\n", *("a\n" + text for text in texts)])
+    return [
+        ids[len(start) :] if ids[: len(start)] == start else read([text])[0]
+        for text, ids in zip(texts, whole)
+    ]
+
+
+def _disarmed(tokenizer, text: str, ids: list[int], special: set[int], inside: bool) -> list[int]:
+    """The ids of a text that holds no special token, though its own `ids` do.
+
+    The tokenizer matches added tokens that are not declared special even in plain text, and a
+    vocabulary may reach one by merges. Half a name is no name: halve until no part has one.
+    """
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token not in text:
+        special = special - {tokenizer.unk_token_id}  # stands for an unknown character here
+    if special.isdisjoint(ids):
+        return ids
+    if len(text) == 1:
+        raise InputError(f"the tokenizer reads the character {text!r} as a special token")
+    halves = [text[: len(text) // 2], text[len(text) // 2 :]]
+    parts = zip(halves, _plain(tokenizer, halves, inside))
+    return [i for half, ids in parts for i in _disarmed(tokenizer, half, ids, special, inside)]

@@ -1,28 +1,31 @@
-"""Rows -> examples: ids and masks, truncation, the order of an epoch, batches.
+"""Conversations -> examples: ids, masks, what fits the limits; and the order of an epoch.
 
-An EXAMPLE is a prompt and its completions: one for SFT and KTO, two (chosen, rejected) for DPO. It
-starts as messages, whatever the layout of the file, becomes ids and masks in chatml.py, and is cut
-to the limits here. What is cut or skipped is counted and said; a malformed row is an error.
+A CASE is what somebody stored, as messages: a prompt and its completions, one for SFT and KTO, two
+(chosen, rejected) for DPO. An EXAMPLE is the same as ids and masks, cut to the limits. Completions
+are cut from the right, and no further than the last token that trains. What is cut or left out is
+counted, so that it can be said; the big libraries cut in silence.
 """
 
-import gc
 import math
 import random
-import re
 import runpy
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from nanoalign import InputError
-from nanoalign.chatml import encode
-from nanoalign.formats.layouts import KTO, label_of, layout_of, read_case, untrainable
-from nanoalign.formats.rows import read_rows
-from nanoalign.packing import Example
+from nanoalign.chatml import Message, encode
+from nanoalign.packing import Completion, Example
 
-# ------------------------------------------------------------------------ conversations -> examples
+
+@dataclass(slots=True)
+class Case:
+    """A prompt and the completions that share it, as messages; each begins with a reply."""
+
+    prompt: list[Message]
+    completions: list[list[Message]]
+    label: bool | None = None  # KTO: thumbs up or down
+    where: str = ""  # file and line
 
 
 @dataclass
@@ -34,76 +37,57 @@ class Limits:
     truncation_mode: str = "keep_end"  # the end of a longer prompt stays, or keep_start
 
 
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Millions of lists and no cycle among them: a quarter of the time goes to looking for one."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_garbage()
-def read_examples(
-    sources: list[str],
-    layouts: dict,
-    tokenizer,
-    template,
-    limits: Limits | None = None,
-    split: str = "train",
-    input_as_system: bool = False,
+def make_examples(
+    cases: Iterable[Case], tokenizer, template, limits: Limits
 ) -> tuple[list[Example], Counter]:
-    """Files (or data sets of the hub) -> examples, and a count of what was cut or skipped.
+    """Cases -> examples, numbered from 0, and a count of what was cut or skipped.
 
-    `layouts` is SFT, DPO or KTO. Raises InputError, naming file and line, for a malformed row, and
-    when nothing is left to train on.
+    Everything is encoded in one call of the tokenizer. Raises InputError, naming the case, where
+    the template refuses a conversation.
     """
-    limits, count = limits or Limits(), Counter()
-    drafts: list[Example] = []  # their completions whole conversations, and still in pieces
-    for source in sources:
-        columns, csv = None, source.lower().endswith(".csv")
-        for where, row in _rows(source, split):
-            count["rows"] += 1
-            try:
-                columns = columns or layout_of(row, layouts)
-                case = read_case(row, columns, layouts, input_as_system)
-                labels = [True, False]
-                if layouts is KTO and len(case.completions) == 1:
-                    labels = [label_of(case.label, csv)]
-                if reason := untrainable(case):
-                    count[reason] += 1
-                    continue
-                n = len(case.prompt)
-                pieces = [list(template.pieces(case.prompt + c, n)) for c in case.completions]
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-            if layouts is KTO:  # a pair is two examples
-                drafts += [Example([], [p], label, where) for p, label in zip(pieces, labels)]
-            else:
-                drafts.append(Example([], pieces, None, where))
+    conversations, origins = [], []  # pieces; of each case: how many of them, label, where
+    for number, case in enumerate(cases, start=1):
+        n = len(case.prompt)
+        try:
+            conversations += [list(template.pieces(case.prompt + c, n)) for c in case.completions]
+        except InputError as error:
+            raise InputError(f"{case.where or f'case {number}'}: {error}") from None
+        origins.append((len(case.completions), case.label, case.where))
 
-    encoded = iter(encode(tokenizer, [p for draft in drafts for p in draft.completions]))
-    examples = []
-    for example in drafts:
-        whole = [next(encoded) for _ in example.completions]
+    encoded = iter(encode(tokenizer, conversations))
+    longest = math.inf if limits.max_length is None else limits.max_length
+    examples, count = [], Counter()
+    for completions, label, where in origins:
+        whole = [next(encoded) for _ in range(completions)]
         start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
-        example.prompt = whole[0][0][:start]
-        example.completions = [(ids[start:], mask[start:]) for ids, mask in whole]
-        cuts = _cut(example, limits)
-        if reason := _lost(example):
-            count[reason] += 1
+        prompt = cut_prompt(whole[0][0][:start], limits)
+        replies = [cut((ids[start:], mask[start:])) for ids, mask in whole]
+        kept = [cut(reply, longest - len(prompt)) for reply in replies]
+        if not all(ids for ids, _ in kept):
+            count["no trained token left"] += 1
+        elif len(kept) == 2 and kept[0] == kept[1]:
+            count["chosen equal to rejected"] += 1
         else:
-            count.update(cuts)
-            example.number = len(examples)
-            examples.append(example)
+            count["prompts cut"] += len(prompt) < start
+            count["completions cut"] += sum(a != b for a, b in zip(kept, replies))
+            examples.append(Example(prompt, kept, label, where, number=len(examples)))
     count["examples"] = len(examples)
-    if not examples:
-        names = ", ".join(s if s.isprintable() else repr(s) for s in sources)
-        raise InputError(f"{names}: {describe(count)}; expected a row to train on")
-    return examples, count
+    return examples, +count  # without what was counted 0 times
+
+
+def cut_prompt(ids: list[int], limits: Limits) -> list[int]:
+    longest = len(ids) if limits.max_prompt_length is None else limits.max_prompt_length
+    start = max(0, len(ids) - longest) if limits.truncation_mode == "keep_end" else 0
+    return ids[start : start + longest]
+
+
+def cut(completion: Completion, room: float = math.inf) -> Completion:
+    """A completion up to the last trained one of its first `room` tokens: what follows that token
+    need not be computed. Empty, if none of them trains."""
+    ids, mask = completion
+    mask = mask[: max(0, min(room, len(mask)))]
+    end = len(mask) - mask[::-1].index(True) if True in mask else 0
+    return completion if end == len(ids) else (ids[:end], mask[:end])
 
 
 CUTS = ("prompts cut", "completions cut")
@@ -115,66 +99,6 @@ def describe(count: Counter) -> str:
     cut = [f"{count[key]} {key}" for key in CUTS if count[key]]
     skipped = [f"{count[key]} skipped: {key}" for key in SKIPS if count[key]]
     return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *cut, *skipped])
-
-
-def on_hub(source: str) -> bool:
-    """Is it a data set of the hub: name or owner/name, and no such path here?"""
-    path = Path(source)
-    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    folder = "/" in source and path.parent.exists()
-    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv")
-    return bool(named) and not folder and not file
-
-
-def _rows(source: str, split: str) -> Iterable[tuple[str, dict]]:
-    """(where, row) of a file, or of a data set of the hub."""
-    if not on_hub(source):
-        return read_rows(source)  # says so if it is not there
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        extra = "to read it from the hub: pip install 'nanoalign[hub]'"
-        raise InputError(f"{source}: no such file; {extra}") from None
-    try:
-        dataset = load_dataset(source, split=split)
-    except Exception as error:  # of many kinds: no network, no such name, no such split
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: no such file, and the hub says: {why}") from None
-    return ((f"{source}[{split}], row {i}", row) for i, row in enumerate(dataset, 1))
-
-
-def _cut(example: Example, limits: Limits) -> Counter:
-    """Cut an example to the limits in place, and count what was cut."""
-    cuts, longest = Counter(), limits.max_prompt_length
-    if longest is not None and len(example.prompt) > longest:
-        start = len(example.prompt) - longest if limits.truncation_mode == "keep_end" else 0
-        example.prompt = example.prompt[start : start + longest]
-        cuts["prompts cut"] += 1
-    room = math.inf if limits.max_length is None else limits.max_length - len(example.prompt)
-    for i, (ids, mask) in enumerate(example.completions):
-        end = _last(mask)  # what follows the last trained token need not be computed
-        if end > room:
-            end = _last(mask[: max(0, room)])
-            cuts["completions cut"] += 1
-        example.completions[i] = ids[:end], mask[:end]
-    return cuts
-
-
-def _lost(example: Example) -> str | None:
-    """Why there is nothing left to train on."""
-    if not all(ids for ids, _ in example.completions):
-        return "no trained token left"
-    if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
-        return "chosen equal to rejected"
-    return None
-
-
-def _last(mask: list[bool]) -> int:
-    """The number of tokens up to the last trained one."""
-    return len(mask) - mask[::-1].index(True) if True in mask else 0
-
-
-# -------------------------------------------------------------------------------- order and batches
 
 
 def epoch_order(
@@ -196,21 +120,28 @@ def epoch_order(
     return [example for *_, example in sorted(places, key=lambda place: place[:2])]
 
 
-def with_mismatches(order: list[Example]) -> list[Example]:
-    """For KTO's y': each example with its `mismatch`, the nearest earlier example of the epoch,
-    cyclically, that has another prompt.
+def with_mismatches(order: list[Example], max_length: int | None = None) -> list[Example]:
+    """For KTO's y': each example with its `mismatch`, the completion of the nearest earlier example
+    of the epoch, cyclically, that has another prompt.
 
     It depends on the order alone, not on the batch size: a batch of one has a partner, and no tail
-    meets itself. Raises InputError when all prompts are the same.
+    meets itself. With the prompt it is to stand behind, y' has at most `max_length` tokens, and at
+    least one that trains. Raises InputError when all prompts are the same.
     """
-    n, other, paired = len(order), None, []
-    for i in range(1 - n, n):  # twice round: the first round finds who precedes the first example
-        if order[i - 1].prompt != order[i].prompt:
-            other = order[i - 1]
-        if i >= 0:
-            paired.append(replace(order[i], mismatch=other))
-    if order and other is None:
-        raise InputError("KTO needs two different prompts: no mismatched completion exists")
+    if not order:
+        return []
+    other = next((e for e in reversed(order) if e.prompt != order[0].prompt), None)
+    if other is None:
+        files = dict.fromkeys(e.where.rpartition(", ")[0] for e in order)
+        fault = "KTO needs two different prompts: no mismatched completion exists"
+        raise InputError(f"{', '.join(files)}: {fault}")
+    longest, paired = math.inf if max_length is None else max_length, []
+    for before, example in zip([order[0], *order], order):
+        if before.prompt != example.prompt:
+            other = before
+        [(ids, mask)] = other.completions
+        room = max(longest - len(example.prompt), mask.index(True) + 1)
+        paired.append(replace(example, mismatch=cut((ids, mask), room)))
     return paired
 
 

@@ -14,16 +14,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoalign import InputError
-from nanoalign.chatml import (
-    CHATML_JINJA,
-    IM_END,
-    IM_START,
-    TEMPLATES,
-    ChatML,
-    NativeTemplate,
-)
+from nanoalign.chatml import ChatML
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
+from nanoalign.formats.templates import TEMPLATES, NativeTemplate
 from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference
@@ -148,14 +142,14 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
 
 
 def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
-    """-> (tokenizer, template, ids of the ChatML markers that had to be added)."""
+    """-> (tokenizer, template, ids of the template's markers that had to be added)."""
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    missing = []
-    if chat_template == "chatml":
-        missing = [marker for marker in (IM_START, IM_END) if marker not in tokenizer.get_vocab()]
-        tokenizer.add_tokens(missing, special_tokens=True)
-        tokenizer.chat_template, tokenizer.eos_token = CHATML_JINJA, IM_END
-    template = TEMPLATES[chat_template](tokenizer)
+    kind = TEMPLATES[chat_template]
+    missing = [marker for marker in kind.markers if marker not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if kind.jinja:  # what other tools see: the template, and that its last marker ends a text
+        tokenizer.chat_template, tokenizer.eos_token = kind.jinja, kind.markers[-1]
+    template = kind(tokenizer)
     if tokenizer.pad_token_id is None:  # generation pads; training never does
         (stop, *_) = tokenizer.convert_ids_to_tokens(template.stop_ids)
         tokenizer.pad_token = tokenizer.eos_token or stop

@@ -37,7 +37,7 @@ class Example:
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
     number: int = 0  # its place in the data, from 0
-    mismatch: "Example | None" = None  # KTO: whose completion stands in for y'
+    mismatch: Completion | None = None  # KTO: y', of another prompt
 
     def __len__(self) -> int:
         """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
 
 from nanoalign import InputError, world
-from nanoalign.chatml import CHATML_JINJA
+from nanoalign.chatml import ChatML
 from nanoalign.generate import generate
 from nanoalign.losses import sigmoid
 from nanoalign.model import load_policy, save_policy
@@ -724,7 +724,7 @@ def test_a_tokenizer_without_end_and_padding(template, model_dir, script, tmp_pa
     model = shutil.copytree(model_dir, tmp_path / "model")
     tokenizer = make_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token = None
-    tokenizer.chat_template = CHATML_JINJA if template == "native" else None
+    tokenizer.chat_template = ChatML.jinja if template == "native" else None
     tokenizer.save_pretrained(model)
     (model / "chat_template.jinja").unlink(missing_ok=True)
     json_file("tokenizer_config.json", chat_template=tokenizer.chat_template or ...)(model)

@@ -5,23 +5,31 @@ import json
 import sys
 import types
 from collections import Counter
+from dataclasses import replace
+from functools import reduce
 
 import pytest
+import torch
+from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import call, metrics, write_rows
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from nanoalign import InputError
 from nanoalign.chatml import IM_END, ChatML
 from nanoalign.data import (
+    Case,
     Example,
     Limits,
     batches,
     describe,
     epoch_order,
-    read_examples,
+    make_examples,
     with_mismatches,
 )
-from nanoalign.formats.layouts import DPO, KTO, SFT
+from nanoalign.formats.layouts import DPO, KTO, SFT, answered, read_examples
+from nanoalign.tools.data import method_of
 
 
 def message(role, content):
@@ -128,7 +136,6 @@ SFT_ROWS = {
         Q, A + TURN + B),
     "completion with its prompt": (
         {"prompt": "Q", "completion": [user("Q"), assistant("A")]}, Q, A),
-    "no prompt at all": ({"prompt": [], "completion": "A"}, chatml(), A),
     "alpaca": ({"instruction": "Q", "output": "A"}, Q, A),
     "alpaca, empty input": ({"instruction": "Q", "input": "", "output": "A"}, Q, A),
     "alpaca, null input": ({"instruction": "Q", "input": None, "output": "A"}, Q, A),
@@ -172,6 +179,7 @@ DPO_ROWS = {
         "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
     "alpaca": {"instruction": "Q", "input": "", "output": ["A", "B"]},
     "alpaca, mixed": {"instruction": [user("Q")], "output": ["A", [assistant("B")]]},
+    "orca": {"question": "Q", "chosen": "A", "rejected": "B"},
     "sharegpt": {"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")},
     "sharegpt lists": {"conversations": [human("Q")], "chosen": [gpt("A")], "rejected": "B"},
 }  # fmt: skip
@@ -206,6 +214,21 @@ def test_dpo_layouts(name, read, shown):
         assert shown(example) == (Q, [A, B], None)
         [example], _ = read(DPO, [{**row, "system": "S"}], kind)
         assert shown(example) == (QS, [A, B], None)
+
+
+@pytest.mark.parametrize("name", DPO_ROWS)
+def test_a_copy_of_a_method_trains_the_same_tokens(read, shown, name):
+    """What a method's layouts mean is said by value: it is not the object that decides."""
+    turns = [user("Q"), assistant("A"), user("R"), assistant("B")]
+    for layouts, row in (
+        (SFT, {"messages": turns}),
+        (KTO, {"messages": turns, "label": True}),
+        (KTO, DPO_ROWS[name]),
+    ):
+        copy = replace(layouts, by_columns=dict(layouts.by_columns))
+        assert copy is not layouts and copy == layouts
+        expected = [shown(e) for e in read(layouts, [row])[0]]
+        assert [shown(e) for e in read(copy, [row])[0]] == expected
 
 
 @pytest.mark.parametrize("name", DPO_ROWS)
@@ -283,6 +306,61 @@ def test_several_files_each_in_its_own_layout(tokenizer, tmp_path, shown):
     assert [shown(e) for e in examples] == [(Q, [A], None), (Q, [B], None)]
     assert [e.where for e in examples] == [f"{one}, line 2", f"{two}, line 1"]
     assert [e.number for e in examples] == [0, 1] and count["rows"] == 2
+
+
+def test_the_first_row_tells_the_method(tmp_path):
+    rows = {"sft": [row for row, *_ in SFT_ROWS.values()], "dpo": list(DPO_ROWS.values())}
+    rows["kto"] = [{**row, "label": True} for row in KTO_ROWS.values()]
+    for method, some in rows.items():
+        for row in some:
+            assert method_of(write(tmp_path, [row])) == method
+    for row, method in (
+        ({"prompt": "Q", "completion": None, "label": True}, "kto"),  # its error is that method's
+        ({"prompt": "Q", "completion": "A", "label": "no"}, "kto"),
+        ({"question": "Q", "chosen": "A", "rejected": 3}, "dpo"),
+        ({"instruction": 3, "output": "A"}, "sft"),
+        ({"nothing": "known"}, "sft"),
+    ):
+        assert method_of(write(tmp_path, [row])) == method
+
+
+def test_a_layout_of_ones_own(read, shown, tmp_path, monkeypatch):
+    """One entry: the columns, and what makes a case of them."""
+    row = {"ask": "Q", "good": "A", "bad": "B"}
+    monkeypatch.setitem(DPO.by_columns, ("ask", "good", "bad"), answered)
+    assert shown(read(DPO, [row])[0][0]) == (Q, [A, B], None)
+    assert method_of(write(tmp_path, [row])) == "dpo"
+
+
+def test_examples_without_files(tokenizer, shown):
+    """Cases in, examples out: what a notebook needs."""
+    cases = [
+        Case([user("Q")], [[assistant("A")]]),
+        Case([user("Q")], [[assistant("B" * 50)]], True),
+    ]
+    examples, count = make_examples(iter(cases), tokenizer, ChatML(tokenizer), Limits(40))
+    prompt, [reply], label = shown(examples[1])
+    assert shown(examples[0]) == (Q, [A], None) and prompt == Q and label is True
+    assert reply and set(reply) == {"B"} and len(examples[1]) == 40
+    assert count == {"examples": 2, "completions cut": 1} and cases[0].prompt == [user("Q")]
+    assert [e.number for e in examples] == [0, 1]
+
+
+def test_errors_come_in_the_order_of_the_rows(tokenizer, tmp_path):
+    """What the template refuses in line 2 is said before what is malformed in line 3."""
+
+    class Grumpy(ChatML):
+        def pieces(self, messages, first=0):
+            if messages[0]["content"] == "bad":
+                raise InputError("says no; use chatml")
+            return super().pieces(messages, first)
+
+    rows = [{"prompt": text, "completion": "A"} for text in ("Q", "bad", 3)]
+    with pytest.raises(InputError, match="line 2: says no"):
+        read_examples([write(tmp_path, rows)], SFT, tokenizer, Grumpy(tokenizer))
+    cases = [Case([user(text)], [[assistant("A")]]) for text in ("Q", "bad")]
+    with pytest.raises(InputError, match="^case 2: says no"):
+        make_examples(cases, tokenizer, Grumpy(tokenizer), Limits())
 
 
 def test_one_batch_call_tokenizes_all(read, tokenizer, monkeypatch):
@@ -446,6 +524,7 @@ def thumb(label):
 
 
 ROLES = "expected system, user, assistant, tool"
+DEEP = reduce(lambda inner, _: [inner], range(700), "A")
 BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, what was expected
     "column missing": (("SFT prompt", {"prompt": "Q"}), "no column completion", "first row"),
     "another layout": (("SFT prompt", talk()[1]), "no column prompt", "first row"),
@@ -460,7 +539,22 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
     "completion from the user": (prompt(completion=[user("A")]), "no assistant turn", "a reply"),
     "completion begins with user": (
         prompt(completion=[user("R"), assistant("A")]), "begins with the user", "the assistant"),
-    "completion without a turn": (prompt(completion=[]), "no assistant turn", "a reply"),
+    "completion without a turn": (
+        prompt(completion=[]), "completion: an empty list", "at least one message"),
+    "prompt without a turn": (prompt(prompt=[]), "prompt: an empty list", "at least one message"),
+    "pair without a prompt": (pair(prompt=[]), "prompt: an empty list", "at least one message"),
+    "chosen without a turn": (pair(chosen=[]), "chosen: an empty list", "at least one message"),
+    "rejected without a turn": (pair(rejected=[]), "rejected: an empty list", "at least one"),
+    "implicit, rejected without a turn": (
+        ("DPO chosen", {**DPO_ROWS["implicit"], "rejected": []}), "rejected: an empty list", "one"),
+    "good output without a turn": (
+        ("DPO instruction", {"instruction": "Q", "output": [[], "B"]}),
+        "good output: an empty list", "at least one message"),
+    "thumb without a prompt": (
+        ("KTO prompt", {"prompt": [], "completion": "A", "label": True}),
+        "prompt: an empty list", "at least one message"),
+    "sharegpt without a turn": (
+        ("SFT conversations", {"conversations": []}), "conversations: an empty list", "one"),
     "prompt that answers itself": (
         prompt(prompt=[user("Q"), assistant("O")]), "turns 2 and 3 are both", "another's"),
     "completion that is its prompt": (
@@ -475,7 +569,8 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
         ("SFT messages", {"messages": user("Q")}), "messages: an object", "a list of messages"),
     "messages a string": (
         ("SFT messages", {"messages": "Q"}), "messages: a string", "a list of messages"),
-    "messages empty": (talk(), "no assistant turn", "a reply"),
+    "messages empty": (talk(), "messages: an empty list", "at least one message"),
+    "messages without a reply": (talk(user("Q")), "no assistant turn", "a reply"),
     "message null": (talk(user("Q"), None), "message 2: null", '{"role": ..., "content": ...}'),
     "message a list": (talk([]), "message 1: a list", '{"role": ..., "content": ...}'),
     "message without content": (talk({"role": "user"}), "keys role", '{"role": ..., "con'),
@@ -562,6 +657,10 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
     "label 1": (thumb(1), "label is 1", "true or false"),
     "label null": (thumb(None), "label is null", "true or false"),
     "label a list": (thumb([True]), "label is [True]", "true or false"),
+    "label deep": (thumb(DEEP), "label is [[[", "true or false"),
+    "sharegpt role deep": (
+        ("SFT conversations", {"conversations": [{"from": DEEP, "value": "Q"}]}),
+        "from is [[[", ROLES),
     "label of an empty reply": (
         ("KTO prompt", {"prompt": "Q", "completion": "", "label": 2}), "label is 2", "true or"),
     "label missing": (
@@ -608,7 +707,7 @@ def test_unknown_layouts_name_the_columns_and_the_choices(layouts, read):
     message = str(caught.value)
     assert r"line 1: columns text, multi\nline make no known layout" in message
     assert message.isprintable()
-    for columns in layouts:
+    for columns in layouts.by_columns:
         assert ", ".join(columns) in message.partition("expected one of: ")[2]
     with pytest.raises(InputError, match="columns none make no known layout"):
         read(layouts, [{}])
@@ -731,6 +830,11 @@ def example(number, label=None, prompt=None):
     return Example(ids, [([number], [True])], label, number=number)
 
 
+def partners(paired):
+    """The numbers of the examples whose completions are y'."""
+    return [number for (number,), _ in (e.mismatch for e in paired)]
+
+
 def test_epoch_order_is_a_function_of_seed_and_epoch():
     data = [example(i) for i in range(50)]
     orders = {
@@ -793,7 +897,7 @@ def by_definition(order):
 def test_mismatches_worked():
     order = [example(i, True, prompt) for i, prompt in enumerate([[1], [1], [2], [2], [1], [3]])]
     paired = with_mismatches(order)
-    assert [e.mismatch.number for e in paired] == [5, 5, 1, 1, 3, 4]
+    assert partners(paired) == [5, 5, 1, 1, 3, 4]
     assert [e.number for e in paired] == [0, 1, 2, 3, 4, 5]
     assert all(e.mismatch is None for e in order)  # copies: the data stays as it was
 
@@ -803,10 +907,68 @@ def test_mismatches_worked():
 def test_mismatches_by_definition(prompts):
     order = [example(i, True, [prompt]) for i, prompt in enumerate(prompts)]
     paired = with_mismatches(order)
-    assert [e.mismatch.number for e in paired] == by_definition(order)
+    assert partners(paired) == by_definition(order)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=9).filter(
+        lambda sizes: len({prompt for prompt, _ in sizes}) > 1
+    ),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    st.integers(4, 12),
+)
+def test_mismatches_fit_where_they_are_put(sizes, trains, longest):
+    """y' is cut to what x leaves of max_length, and ends with a token that trains."""
+    order = [
+        Example([0] * prompt, [(list(range(n)), [True, *trains[: n - 1]])], where=f"row {n}")
+        for prompt, n in sizes
+    ]
+    for example, cut in zip(with_mismatches(order), with_mismatches(order, longest)):
+        (whole, mask), (ids, cut_mask) = example.mismatch, cut.mismatch
+        n = len(ids)
+        assert ids == whole[:n] and cut_mask == mask[:n] and cut_mask[-1]
+        room = longest - len(example.prompt)
+        assert n <= max(room, 1)
+        assert not any(mask[n : max(room, 0)])  # all that trains and fits is there
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_kto_stays_within_learned_positions(kind, tmp_path, no_curves):
+    """A long x with the y' of a short one: x and y' together are no longer than max_length."""
+    small = dict(vocab_size=320, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    size = dict(hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = {
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(**size, **small, num_attention_heads=4, max_position_embeddings=48)
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(**small, n_embd=32, n_layer=2, n_head=4, n_positions=48)
+        ),
+    }[kind]()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    long, short = {"prompt": "Q" * 20, "completion": "A"}, {"prompt": "Q", "completion": "A " * 30}
+    rows = [{**(long, short)[i % 2], "label": i < 2} for i in range(4)]
+    given = dict(
+        model_name_or_path=tmp_path / "model",
+        dataset_name=write_rows(tmp_path / "rows.jsonl", rows),
+        output_dir=tmp_path / "out",
+        max_length=48,
+        max_steps=1,
+        logging_steps=1,
+        use_peft=kind == "opt",
+        device="cpu",
+    )
+    call("kto", given)
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_one_prompt_has_no_mismatch():
+    order = [Example([1], [([2], [True])], where=f"{name}.jsonl, line 7") for name in "aba"]
+    with pytest.raises(InputError, match="^a.jsonl, b.jsonl: KTO needs two different prompts"):
+        with_mismatches(order)
     for n in (1, 2, 5):
         with pytest.raises(InputError, match="two different prompts"):
             with_mismatches([example(i, True, [1, 2]) for i in range(n)])

@@ -177,9 +177,9 @@ def test_dpo(model_dir, adapter, tmp_path):
 def trl_pairs(size):
     """TRL's mismatched completions: y_{i-1}, cyclically within each batch of the data."""
 
-    def pair(order):
-        groups = batches(order, size)
-        return [replace(e, mismatch=group[i - 1]) for group in groups for i, e in enumerate(group)]
+    def pair(order, max_length):
+        pairs = [(e, group[i - 1]) for group in batches(order, size) for i, e in enumerate(group)]
+        return [replace(e, mismatch=other.completions[0]) for e, other in pairs]
 
     return pair
 

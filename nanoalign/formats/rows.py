@@ -1,4 +1,4 @@
-"""Files: JSON, JSONL or CSV -> rows, each with the place it came from.
+"""Files, and data sets of the hub -> rows, each with the place it came from.
 
 A row is a dict, and beside it stands its place, "data.jsonl, line 17", so that whoever finds
 fault with the row later can say where it is. Lines and rows count from 1; lines end at "\\n", as
@@ -14,12 +14,12 @@ import io
 import json
 import math
 import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanoalign import InputError
-
-MAX_DEPTH = 100  # of nested lists and objects: Python's parser recurses, and can overflow
-MAX_NUMBER = 640  # characters: the most digits that every setting of Python turns into an int
 
 # First bytes of what gets renamed by mistake. A pickle is never opened: opening it runs its code.
 MAGIC = {
@@ -27,6 +27,32 @@ MAGIC = {
     b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)",
     b"\x80": "binary, perhaps a pickle",
 }  # fmt: skip
+
+
+def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
+    """(where, row) of a file, or of a data set of the hub."""
+    if not on_hub(source):
+        return read_rows(source)  # which says so if there is no such file
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        extra = "to read it from the hub: pip install 'nanoalign[hub]'"
+        raise InputError(f"{source}: no such file; {extra}") from None
+    try:
+        dataset = load_dataset(source, split=split)
+    except Exception as error:  # of many kinds: no network, no such name, no such split
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: no such file, and the hub says: {why}") from None
+    return ((f"{source}[{split}], row {i}", row) for i, row in enumerate(dataset, 1))
+
+
+def on_hub(source: str) -> bool:
+    """Is it a data set of the hub: name or owner/name, and no such path here?"""
+    path = Path(source)
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    folder = "/" in source and path.parent.exists()
+    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv")
+    return bool(named) and not folder and not file
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
@@ -46,7 +72,12 @@ def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     text = decode(data, name)
     if not text.strip():
         raise InputError(f"{name}: the file is empty; expected rows")
-    rows = formats[suffix](text, name)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
+    try:
+        rows = formats[suffix](text, name)
+    finally:
+        sys.setrecursionlimit(limit)
     if not rows:
         found = "an empty list" if suffix == ".json" else "a header only"
         raise InputError(f"{name}: {found}; expected rows")
@@ -73,84 +104,61 @@ def shown(text: str, start: int = 0) -> str:
     return repr(text[start : start + 50])[:60]
 
 
-def first_twice(names) -> str | None:
-    seen = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
-
-
 # --- JSON, stricter than json.loads
 
 
 def unique_keys(pairs: list) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        key = shown(first_twice(key for key, _ in pairs))
-        raise ValueError(f"the key {key} stands twice in one object; expected once")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"the key {shown(key)} stands twice in one object; expected once")
     return row
 
 
-def number(digits: str) -> int | float:
-    if len(digits) > MAX_NUMBER:
-        raise ValueError(f"a number of {len(digits)} digits; expected at most {MAX_NUMBER}")
-    value = float(digits) if re.search("[.eE]", digits) else int(digits)
-    return value if abs(value) != math.inf else no_number(digits)
+def finite(literal: str) -> float:
+    if not math.isfinite(value := float(literal)):  # 1e999, or json's own NaN and Infinity
+        raise InputError(f"{shown(literal)} where a finite number was expected")
+    return value
 
 
-def no_number(literal: str):
-    raise ValueError(f"{shown(literal)} where a finite number was expected")
-
-
-DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_keys, parse_int=number, parse_float=number, parse_constant=no_number
-)
-STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
-STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite)
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def too_deep(text: str, start: int) -> bool:
-    """Does the value at text[start] nest too deep? Asked before the parser recurses."""
-    depth = 0
-    for token in STRING_OR_BRACKET.finditer(text, start):
-        depth += STEP.get(token[0], 0)
-        if not 0 < depth <= MAX_DEPTH:
-            break
-    return depth > MAX_DEPTH
-
-
 def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
-    """The JSON object at text[start], and where the text goes on after it and after spaces."""
+    """The JSON object at text[start] or after spaces, and where the text goes on, spaces passed."""
+    start = SPACE.match(text, start).end()
     if not text.startswith("{", start):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {shown(text, start)}")
-    if too_deep(text, start):
-        raise InputError(f"{where}: nested too deep; expected at most {MAX_DEPTH} levels")
     try:
         row, end = DECODER.raw_decode(text, start)
         if re.search(r"\\u[dD]", text[start:end]):  # perhaps one half of a pair without the other
             json.dumps(row, ensure_ascii=False).encode()
+        return row, SPACE.match(text, end).end()
+    except InputError as e:  # from the decoder's hooks above
+        fault = str(e)
     except json.JSONDecodeError as e:
         at = f"line {e.lineno}, column {e.colno}" if "\n" in text else f"column {e.colno}"
         fault = f"broken or cut off at {at} ({e.msg}); expected a whole JSON object {{...}}"
-        raise InputError(f"{where}: {fault}") from None
     except UnicodeEncodeError:
         fault = "a lone surrogate (\\ud800 to \\udfff); expected both halves of the pair"
-        raise InputError(f"{where}: {fault}") from None
-    except ValueError as e:  # from the decoder's hooks above
-        raise InputError(f"{where}: {e}") from None
-    return row, SPACE.match(text, end).end()
+    except RecursionError:
+        fault = "lists and objects nested too deep; expected fewer than a thousand levels"
+    except ValueError:  # the only other one is int's
+        fault = f"a number of over {sys.get_int_max_str_digits()} digits; expected fewer"
+    raise InputError(f"{where}: {fault}")
 
 
 def jsonl_rows(text: str, name: str) -> list:
     """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
     rows = []
     for i, line in enumerate(text.split("\n"), start=1):
-        where, start = f"{name}, line {i}", SPACE.match(line).end()
-        if start == len(line):
-            continue
-        row, end = parse_object(line, start, where)
-        if end < len(line):
-            raise InputError(f"{where}: expected one object per line, then {shown(line, end)}")
-        rows.append((where, row))
+        if line.strip(" \t\r"):
+            where = f"{name}, line {i}"
+            row, end = parse_object(line, 0, where)
+            if end < len(line):
+                raise InputError(f"{where}: expected one object per line, then {shown(line, end)}")
+            rows.append((where, row))
     return rows
 
 
@@ -167,7 +175,7 @@ def json_rows(text: str, name: str) -> list:
     rows = []
     while text[at] != "]":  # but the bracket that opens the list, or a comma
         where = f"{name}, row {len(rows) + 1}"
-        row, at = parse_object(text, SPACE.match(text, at + 1).end(), where)
+        row, at = parse_object(text, at + 1, where)
         rows.append((where, row))
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
@@ -197,7 +205,8 @@ def csv_rows(text: str, name: str) -> list:
                 header = record
                 if not all(column.strip() for column in header):
                     raise InputError(f"{where}: a column without a name; expected a full header")
-                if (column := first_twice(header)) is not None:
+                column, times = Counter(header).most_common(1)[0]
+                if times > 1:
                     raise InputError(f"{where}: column {shown(column)} stands twice; expected once")
             elif record and len(record) != len(header):
                 fault = f"a row of {len(record)}, but the header has {len(header)}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import nanoalign
-from nanoalign.data import on_hub
+from nanoalign.formats.rows import on_hub
 from nanoalign.lora import LoRAConfig
 from nanoalign.run.flags import Config
 

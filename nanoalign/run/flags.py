@@ -15,6 +15,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from nanoalign import InputError
+from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import FORMATS
 from nanoalign.losses import DPO_LOSSES, KTO_LOSSES
 
@@ -44,8 +45,8 @@ class Config:
     bf16: bool = flag(False, "the same as --dtype bfloat16")
     fp16: bool = flag(False, "float16 with dynamic loss scaling, for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
-    chat_template: Literal["chatml", "native"] = flag(
-        "chatml", "native: the tokenizer's own template"
+    chat_template: str = flag(
+        "chatml", "native: the tokenizer's own template", choices=list(TEMPLATES)
     )
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     # QLoRA

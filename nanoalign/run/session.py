@@ -17,7 +17,8 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.data import Example, Limits, describe, read_examples
+from nanoalign.data import Example, Limits, describe
+from nanoalign.formats.layouts import Layouts, read_examples
 from nanoalign.model import Policy, load_policy, tokenizer_of
 from nanoalign.run.advice import advice, afterthought
 from nanoalign.run.card import write_card
@@ -69,7 +70,7 @@ def quiet() -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
-def start(cfg: Config, layouts: dict) -> Run:
+def start(cfg: Config, layouts: Layouts) -> Run:
     """Check the output directory, read the data, load the model; say what there is."""
     builtin = cfg.dataset_name[0].startswith(str(world.HOME))
     defaults = [settings["output_dir"] for settings in world.SETTINGS.values()]

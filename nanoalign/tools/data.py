@@ -12,10 +12,14 @@ import sys
 import unicodedata
 
 from nanoalign import InputError
-from nanoalign.data import Example, Limits, describe, read_examples
-from nanoalign.formats import layouts
-from nanoalign.formats.rows import read_rows
+from nanoalign.data import Example, Limits, describe
+from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case, read_examples
+from nanoalign.formats.rows import rows_of
+from nanoalign.formats.templates import TEMPLATES
+from nanoalign.model import load_tokenizer
 from nanoalign.run.advice import suggested_weights
+
+METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
@@ -86,35 +90,40 @@ def show(examples: list[Example], count: dict, tokenizer, how_many: int, colour:
     return "\n".join(parts)
 
 
-def method_of(path: str) -> str:
-    """The method that a file's first row is made for."""
-    _, row = read_rows(path)[0]
-    if "label" in row:
-        return "kto"
-    pair = {"chosen", "rejected"} <= row.keys() or isinstance(row.get("output"), list)
-    return "dpo" if pair else "sft"
+def method_of(source: str) -> str:
+    """The method that the first row is made for: the one whose layout needs the most of its
+    columns, and where two need as many (instruction, output) the one that can read it."""
+    _, row = next(iter(rows_of(source, "train")))
+
+    def fit(method: str) -> tuple[int, bool]:
+        columns, reads = (), False
+        try:
+            columns = layout_of(row, METHODS[method])
+            reads = bool(read_case(row, columns, METHODS[method]))
+        except InputError:
+            pass
+        return len(columns), reads
+
+    return max(METHODS, key=fit)
 
 
 def main(argv: list[str]) -> None:
-    from nanoalign.model import load_tokenizer
-
     parser = argparse.ArgumentParser(prog="python -m nanoalign.data", allow_abbrev=False)
     parser.add_argument("dataset", nargs="+", help="JSON, JSONL or CSV files")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
-    parser.add_argument("--method", choices=["sft", "dpo", "kto"], help="else by the first row")
+    parser.add_argument("--method", choices=list(METHODS), help="else by the first row")
     parser.add_argument("--show", type=int, default=3, help="examples to print")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--max_prompt_length", type=int, default=None)
     parser.add_argument("--truncation_mode", choices=["keep_end", "keep_start"], default="keep_end")
-    parser.add_argument("--chat_template", choices=["chatml", "native"], default="chatml")
+    parser.add_argument("--chat_template", choices=list(TEMPLATES), default="chatml")
     parser.add_argument("--input_as_system", action="store_true")
     args = parser.parse_args(argv)
     tokenizer, template, _ = load_tokenizer(args.model_name_or_path, args.chat_template)
     limits = Limits(args.max_length, args.max_prompt_length, args.truncation_mode)
-    known = {"kto": layouts.KTO, "dpo": layouts.DPO, "sft": layouts.SFT}
     method = args.method or method_of(args.dataset[0])
     examples, count = read_examples(
-        args.dataset, known[method], tokenizer, template, limits, "train", args.input_as_system
+        args.dataset, METHODS[method], tokenizer, template, limits, "train", args.input_as_system
     )
     print(f"as {method.upper()} data")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
