@@ -6,6 +6,7 @@
 The policy is compared with a reference: itself, as it was at the start.
 """
 
+from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.losses import dpo_loss
 from nanoalign.run.flags import DPOConfig
@@ -48,5 +49,11 @@ def run_dpo(cfg: DPOConfig) -> Run:
     return finish(cfg, run)
 
 
+BUILT_IN = dict(  # without a model of yours: a tiny one, and data to learn from (world.py)
+    model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],
+    output_dir="runs/dpo", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+    per_device_train_batch_size=32, max_steps=40, logging_steps=5, device="cpu",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main("dpo", DPOConfig, run_dpo)
+    main(DPOConfig, run_dpo, BUILT_IN)

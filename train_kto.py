@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from nanoalign import InputError
+from nanoalign import InputError, world
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import NEEDS_Z0, kl_baseline, kto_loss
@@ -87,5 +87,11 @@ def run_kto(cfg: KTOConfig) -> Run:
     return finish(cfg, run)
 
 
+BUILT_IN = dict(  # without a model of yours: a tiny one, and data to learn from (world.py)
+    model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "kto.jsonl")],
+    output_dir="runs/kto", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+    per_device_train_batch_size=64, max_steps=40, logging_steps=5, device="cpu",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main("kto", KTOConfig, run_kto)
+    main(KTOConfig, run_kto, BUILT_IN)

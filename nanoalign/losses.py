@@ -10,6 +10,7 @@ The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)
 without the term that depends on the prompt alone.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ class Pair(NamedTuple):
 
     chosen: Tensor
     rejected: Tensor
+
+
+def needs(loss) -> set[str]:
+    """What a loss asks for: the names of its parameters."""
+    return set(inspect.signature(loss).parameters)
 
 
 def margin(policy: Pair, reference: Pair) -> Tensor:
@@ -56,20 +62,20 @@ def robust(policy, reference, lengths, beta, label_smoothing):
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo(policy, reference, lengths, beta, label_smoothing):
+def ipo(policy, reference, lengths, beta):
     """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, log-ratios being
     averaged over each reply's tokens, as in its authors' experiments."""
     policy, reference = (Pair(*(x / n for x, n in zip(p, lengths))) for p in (policy, reference))
     return (margin(policy, reference) - 1 / (2 * beta)) ** 2
 
 
-def hinge(policy, reference, lengths, beta, label_smoothing):
+def hinge(policy, reference, beta):
     """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards: a pair whose
     margin is past 1 trains no more."""
     return torch.relu(1 - beta * margin(policy, reference))
 
 
-# name -> f(policy, reference, lengths, beta, label_smoothing) -> (B,)
+# name -> f(policy, reference and whichever it needs of lengths, beta, label_smoothing) -> (B,)
 DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
 
 
@@ -96,7 +102,9 @@ def dpo_loss(
     policy = Pair(chosen_logps, rejected_logps)
     reference = Pair(ref_chosen_logps, ref_rejected_logps)
     lengths = Pair(chosen_lengths, rejected_lengths)
-    losses = DPO_LOSSES[loss_type](policy, reference, lengths, beta, label_smoothing)
+    numbers = {"lengths": lengths, "beta": beta, "label_smoothing": label_smoothing}
+    loss = DPO_LOSSES[loss_type]
+    losses = loss(policy, reference, **{n: x for n, x in numbers.items() if n in needs(loss)})
     losses = losses - rpo_alpha * policy.chosen / lengths.chosen
     rewards = (beta * (p - r).detach() for p, r in zip(policy, reference))
     return losses, *rewards

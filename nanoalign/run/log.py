@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign.logps import Scores
-from nanoalign.run.checkpoint import saving, write_text
+from nanoalign.run.files import saving, write_text
 
 Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
 

@@ -11,11 +11,11 @@ import os
 import sys
 import unicodedata
 
-from nanoalign import InputError
 from nanoalign.data import Example, Limits, describe, read_examples
 from nanoalign.formats import layouts
 from nanoalign.formats.rows import read_rows
 from nanoalign.run.advice import suggested_weights
+from nanoalign.run.session import one_line_errors
 
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
@@ -122,11 +122,8 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    try:
+    with one_line_errors("data"):
         main(argv)
-    except InputError as error:
-        print(f"data: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
