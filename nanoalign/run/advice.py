@@ -63,7 +63,8 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
     ratio = w_up * up / (w_down * down) if w_down else float("inf")
     if 1 <= ratio <= 4 / 3:
         return None
-    if w_up == 0 or (up < down and w_down > 0):  # which of the two grows: a weight of 0 has to
+    # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
+    if w_up == 0 or (up < down and w_down > 0):
         name, low = "desirable_weight", w_down * down / up
     else:
         name, low = "undesirable_weight", w_up * up / down * 3 / 4

@@ -92,12 +92,8 @@ class Config:
     lora_target_modules: list[str] = flag(
         ["all-linear"], "names, a regex, or all-linear", idle=goes_on
     )
-    lora_modules_to_save: list[str] = flag(
-        [], "modules that train whole, lm_head say", idle=goes_on
-    )
-    lora_bias: Literal["none", "lora_only", "all"] = flag(
-        "none", "the biases that train", idle=goes_on
-    )
+    lora_modules_to_save: list[str] = flag([], "modules that train whole (lm_head)", idle=goes_on)
+    lora_bias: Literal["none", "lora_only", "all"] = flag("none", "biases that train", idle=goes_on)
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", idle=goes_on)
     # data
     dataset_name: list[str] = flag([], "JSON, JSONL or CSV files, or a data set of the hub")

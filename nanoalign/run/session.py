@@ -85,12 +85,7 @@ def start(cfg: Config, layouts: dict) -> Run:
     if built_in:
         build_world(cfg)
     opened = tokenizer_of(cfg)
-    examples, cut = read(cfg, cfg.dataset_name, cfg.dataset_train_split, layouts, opened)
-    held_out = []
-    if cfg.eval_dataset:
-        held_out, _ = read(cfg, cfg.eval_dataset, cfg.dataset_test_split, layouts, opened)
-    elif cfg.eval_fraction:
-        examples, held_out = hold_out(cfg, examples)
+    examples, held_out, cut = read_data(cfg, layouts, opened)
     for line in [] if built_in else advice(cfg, examples, cut):
         print(f"advice: {line}")
     random.seed(cfg.seed)
@@ -113,17 +108,24 @@ def build_world(cfg: Config) -> None:
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
 
 
-def read(
-    cfg: Config, sources: list[str], split: str, layouts: dict, opened: tuple
-) -> tuple[list[Example], int]:
-    """The examples of files or of a data set of the hub, and how many completions were cut."""
-    limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
+def read_data(cfg: Config, layouts: dict, opened: tuple) -> tuple[list, list, int]:
+    """-> examples to train on, examples to evaluate on, and how many completions were cut."""
     tokenizer, template, _ = opened
-    examples, count = read_examples(
-        sources, layouts, tokenizer, template, limits, split, cfg.input_as_system
-    )
-    print(f"{', '.join(sources)}: {describe(count)}")
-    return examples, count["completions cut"]
+    limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
+
+    def read(sources, split):
+        examples, count = read_examples(
+            sources, layouts, tokenizer, template, limits, split, cfg.input_as_system
+        )
+        print(f"{', '.join(sources)}: {describe(count)}")
+        return examples, count["completions cut"]
+
+    (examples, cut), held_out = read(cfg.dataset_name, cfg.dataset_train_split), []
+    if cfg.eval_dataset:
+        held_out, _ = read(cfg.eval_dataset, cfg.dataset_test_split)
+    elif cfg.eval_fraction:
+        examples, held_out = hold_out(cfg, examples)
+    return examples, held_out, cut
 
 
 def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
