@@ -6,8 +6,9 @@
 The policy is compared with a reference: itself, as it was at the start.
 """
 
+from nanoalign import world
 from nanoalign.formats.layouts import DPO
-from nanoalign.losses import DPO_LOSSES, dpo_loss, numbers
+from nanoalign.losses import dpo_loss, numbers
 from nanoalign.run.flags import DPOConfig
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of
@@ -16,8 +17,8 @@ from nanoalign.train import reward_sums
 
 
 def run_dpo(cfg: DPOConfig) -> Run:
-    run, loss = start(cfg, DPO), DPO_LOSSES[cfg.loss_type]
-    reference = reference_of(cfg, run.policy, loss, lambda: run.examples + run.held_out)
+    run = start(cfg, DPO)
+    reference = reference_of(cfg, run.policy, cfg.loss, lambda: run.examples + run.held_out)
 
     def dpo(batches):
         """The loss is a mean over pairs; a batch's completions are chosen, rejected, chosen, ..."""
@@ -31,7 +32,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
                 ref_logps[1::2],
                 chosen.lengths,
                 rejected.lengths,
-                **numbers(cfg, dpo_loss, loss),
+                **numbers(cfg, dpo_loss, cfg.loss),
             )
             won = (rewards[0] > rewards[1]).float().sum()
             yield {
@@ -45,5 +46,11 @@ def run_dpo(cfg: DPOConfig) -> Run:
     return finish(cfg, run)
 
 
+BUILT_IN = dict(  # the settings where no model is given: the built-in world (world.py)
+    model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],
+    output_dir="runs/dpo", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+    per_device_train_batch_size=32, max_steps=40, logging_steps=5, device="cpu",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main("dpo", DPOConfig, run_dpo)
+    main(DPOConfig, run_dpo, BUILT_IN)

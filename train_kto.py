@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from nanoalign import InputError
+from nanoalign import InputError, world
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
-from nanoalign.losses import KTO_LOSSES, kl_baseline, kto_loss, needs, numbers
+from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of, without_gradient
@@ -29,8 +29,7 @@ def run_kto(cfg: KTOConfig) -> Run:
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
     if up in (0, len(run.examples)):
         print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
-    loss = KTO_LOSSES[cfg.loss_type]
-    with_z0 = "z0" in needs(loss)
+    with_z0 = "z0" in needs(cfg.loss)
 
     def pair(examples):
         return with_mismatches(examples, cfg.max_length) if with_z0 else examples
@@ -57,7 +56,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
         return both(first + run.held_out) + mismatched(sum(later, []))
 
-    reference = reference_of(cfg, run.policy, loss, everything)
+    reference = reference_of(cfg, run.policy, cfg.loss, everything)
     policy_now = without_gradient(run.policy.lm, cfg)
 
     def kto(batches):
@@ -71,7 +70,9 @@ def run_kto(cfg: KTOConfig) -> Run:
         for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
             scores = run.policy(batch)
             up = torch.tensor([e.label for e in batch], device=ref.device)
-            losses, rewards = kto_loss(scores.logps, ref, up, z0, **numbers(cfg, kto_loss, loss))
+            losses, rewards = kto_loss(
+                scores.logps, ref, up, z0, **numbers(cfg, kto_loss, cfg.loss)
+            )
             sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]
@@ -82,5 +83,11 @@ def run_kto(cfg: KTOConfig) -> Run:
     return finish(cfg, run)
 
 
+BUILT_IN = dict(  # the settings where no model is given: the built-in world (world.py)
+    model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "kto.jsonl")],
+    output_dir="runs/kto", beta=0.5, learning_rate=1e-3, lora_r=8, lora_alpha=16,
+    per_device_train_batch_size=64, max_steps=40, logging_steps=5, device="cpu",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main("kto", KTOConfig, run_kto)
+    main(KTOConfig, run_kto, BUILT_IN)

@@ -28,6 +28,11 @@ def needs(loss) -> set[str]:
     return set(inspect.signature(loss).parameters)
 
 
+def compares(loss) -> bool:
+    """Does a loss compare the policy with a reference?"""
+    return bool(needs(loss) & {"reference", "delta"})
+
+
 def numbers(cfg, *functions) -> dict[str, object]:
     """What the functions ask for and a config has: their numbers, by name."""
     names = set().union(*map(needs, functions))

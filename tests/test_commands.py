@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
 
+import train_dpo
+import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
 from nanoalign.generate import generate
@@ -168,12 +170,14 @@ def test_what_is_needed():
     ):
         with pytest.raises(InputError, match=message):
             parse(SFTConfig, words, {})
+    with pytest.raises(InputError, match="--model_name_or_path: give the model to train"):
+        parse(SFTConfig, NEEDED[2:], {})
     with pytest.raises(InputError, match="--output_dir: say where"):
         check_output_dir(parse(SFTConfig, NEEDED[:4], {}), False)
 
 
 def test_dashes_and_the_built_in_settings():
-    cfg = parse(SFTConfig, ["--max-steps", "7", "--learning_rate=3"], world.SETTINGS["sft"])
+    cfg = parse(SFTConfig, ["--max-steps", "7", "--learning_rate=3"], train_sft.BUILT_IN)
     assert (cfg.max_steps, cfg.learning_rate) == (7, 3)
     assert cfg.per_device_train_batch_size == 64
 
@@ -283,7 +287,7 @@ def test_interrupted_outside_the_loop(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["x/train_sft.py", *NEEDED])
     with pytest.raises(SystemExit) as stop:
-        main("sft", SFTConfig, run)
+        main(SFTConfig, run, {})
     assert stop.value.code == 130
     assert capsys.readouterr().err.startswith("train_sft.py: interrupted")
 
@@ -374,13 +378,88 @@ def test_built_in_runs_may_overwrite_their_own_directory_only(tmp_path, monkeypa
         (tmp_path / place / "thesis.txt").write_text("years of work")
     before = files(tmp_path)
     with pytest.raises(Reached):
-        start(parse(SFTConfig, [], world.SETTINGS["sft"]), {})
+        start(parse(SFTConfig, [], train_sft.BUILT_IN), {})
     for place in ("runs/mine", "mine", "runs/../mine"):
         with pytest.raises(InputError, match="not empty"):
-            start(parse(SFTConfig, ["--output_dir", place], world.SETTINGS["sft"]), {})
+            start(parse(SFTConfig, ["--output_dir", place], train_sft.BUILT_IN), {})
     with pytest.raises(InputError, match="run train_sft.py"):  # first
-        start(parse(DPOConfig, [], world.SETTINGS["dpo"]), {})
+        start(parse(DPOConfig, [], train_dpo.BUILT_IN), {})
     assert files(tmp_path) == before
+
+
+def test_only_the_built_in_worlds_own_files_make_a_built_in_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/sft").mkdir(parents=True)
+    (tmp_path / "runs/sft/thesis.txt").write_text("years of work")
+    write_rows(tmp_path / "runs/worldly.jsonl", [{"prompt": "p", "completion": "c"}])
+    mine = ["--model_name_or_path=m", "--output_dir=runs/sft", "--dataset_name"]
+    for name in ("runs/worldly.jsonl", "runs/world2/a.jsonl", "runs/world/deeper/a.jsonl"):
+        with pytest.raises(InputError, match="runs/sft: not empty"):
+            start(parse(SFTConfig, [*mine, name], train_sft.BUILT_IN), {})
+    adapter = ["--adapter_name_or_path=a", "--output_dir=o", "--dataset_name=runs/world/a.jsonl"]
+    with pytest.raises(InputError, match="a: no adapter_config.json"):
+        start(parse(SFTConfig, adapter, {}), {})
+
+
+FOURTH = '''"""A method of one's own: only long replies count."""
+
+from dataclasses import dataclass
+
+from nanoalign.formats.layouts import SFT
+from nanoalign.run.flags import Config, flag
+from nanoalign.run.record import fit
+from nanoalign.run.session import finish, main, start
+
+
+@dataclass
+class LongConfig(Config):
+    least_tokens: int = flag(2, "of a reply that counts", above=0)
+
+
+def run_long(cfg):
+    run = start(cfg, SFT)
+
+    def long(batches):
+        for batch in batches:
+            scores = run.policy(batch)
+            counts = scores.lengths >= cfg.least_tokens
+            yield {"loss": (-(scores.logps * counts).sum(), sum(scores.tokens))}
+
+    fit(cfg, run, long)
+    return finish(cfg, run)
+
+
+if __name__ == "__main__":
+    main(LongConfig, run_long, {})
+'''
+
+
+def test_a_fourth_script_is_one_file(model_dir, data, tmp_path):
+    """Nothing is registered anywhere."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (tmp_path / "train_long.py").write_text(FOURTH)
+    given = dict(model_name_or_path=model_dir, dataset_name=data / "sft.jsonl", device="cpu",
+                 output_dir="runs/long", max_steps=2, logging_steps=1)  # fmt: skip
+    script = str(tmp_path / "train_long.py")
+    code, said, errors = command(folder, script, *argv(given))
+    assert code == 0 and not errors and "saved in runs/long" in said
+    record = json.loads((folder / "runs/long/run.json").read_text())
+    assert record["method"] == "long" and record["flags"]["least_tokens"] == 2
+    card = (folder / "runs/long/README.md").read_text()
+    assert "- long\n" in card and "trained with LONG by nanoalign" in card
+    code, _, errors = command(folder, script, *argv(given | {"least_tokens": 0}))
+    assert code == 2 and errors == "train_long.py: error: --least_tokens 0: must be more than 0\n"
+
+
+def test_tools_end_with_one_line_too(tmp_path):
+    for tool, name in (("plot", "plot"), ("merge", "nanoalign.merge"), ("data", "data")):
+        words = {"plot": ["no\nrun"], "merge": ["no\nadapter", "out"],
+                 "data": ["no\nfile.jsonl", "--model_name_or_path", "none"]}[tool]  # fmt: skip
+        code, _, errors = command(tmp_path, f"-m nanoalign.{tool}", *words)
+        assert code == 2 and errors.startswith(f"{name}: error: ") and errors.count("\n") == 1
+    code, _, errors = command(tmp_path, "-m nanoalign.chat", "d", "--top", "3")
+    assert code == 2 and errors.startswith("chat: error: unrecognized arguments: --top 3")
 
 
 # ---------------------------------------------------------------------- data, through the scripts

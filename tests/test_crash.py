@@ -134,6 +134,25 @@ def test_what_a_resumed_run_depends_on(flags, whole, tmp_path, monkeypatch):
     assert metrics(tmp_path) != whole("sft")[0]
 
 
+def test_whatever_the_optimizer_keeps_is_restored(flags, tmp_path, monkeypatch):
+    """SGD's momentum, say: other keys than AdamW's."""
+
+    def momentum(cfg, parameters):
+        return torch.optim.SGD(parameters, lr=cfg.learning_rate, momentum=0.9)
+
+    monkeypatch.setattr(nanoalign.train, "make_optimizer", momentum)
+    call("sft", flags("sft", tmp_path / "whole"))
+    given = flags("sft", tmp_path / "run")
+    stopped(monkeypatch, 4, "sft", given)
+    assert any(
+        key.startswith("momentum_buffer.")
+        for key in load_file(tmp_path / "run" / "checkpoint-4" / "state.safetensors")
+    )
+    call("sft", given | LAST)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+
+
 def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model_dir):
     """The reference stays what it was at step 0, not at the checkpoint."""
     call("sft", flags("sft", tmp_path / "sft"))
@@ -453,6 +472,12 @@ def cut(name, length):
     return damage
 
 
+def strange_key(path):
+    tensors = load_file(path / "state.safetensors")
+    name = next(name for name in tensors if name.startswith("exp_avg."))
+    save_file(tensors | {f"{name}.more": tensors[name].clone()}, path / "state.safetensors")
+
+
 DAMAGE = {
     "empty tensors": cut("state.safetensors", 0),
     "cut header": cut("state.safetensors", 100),
@@ -460,6 +485,7 @@ DAMAGE = {
     "no tensors": lambda path: (path / "state.safetensors").unlink(),
     "noise": lambda path: (path / "state.safetensors").write_bytes(b"\x80" * 999),
     "tensor gone": lambda path: save_file({"a": torch.zeros(1)}, path / "state.safetensors"),
+    "a moment of nothing": strange_key,
     "empty json": cut("state.json", 0),
     "cut json": cut("state.json", -20),
     "no json": lambda path: (path / "state.json").unlink(),

@@ -11,9 +11,26 @@ from nanoalign.data import Example
 from nanoalign.lora import LoRAConfig
 from nanoalign.run.advice import advice, afterthought, suggested_weights
 from nanoalign.run.card import write_card
-from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.run.flags import DPOConfig, KTOConfig, Parser, SFTConfig, add_flags
 from nanoalign.tools import data as show
 from nanoalign.tools import plot
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def test_a_tool_takes_flags_of_the_scripts(capsys):
+    parser = Parser((), prog="tool", allow_abbrev=False)
+    parser.add_argument("directory")
+    names = ("max_length", "max_prompt_length", "chat_template", "load_in_4bit", "device", "dtype")
+    add_flags(parser, *names)
+    args = vars(parser.parse_args(["--load_in_4bit", "there", "--max_prompt_length", "9"]))
+    assert args.pop("directory") == "there"
+    assert args == dict(max_length=1024, max_prompt_length=9, chat_template="chatml",
+                        load_in_4bit=True, device="auto", dtype="auto")  # fmt: skip
+    with pytest.raises(InputError, match="--chat_template: invalid choice: 'llama'"):
+        parser.parse_args(["there", "--chat_template", "llama"])
+    assert "the tokenizer's own template" in " ".join(parser.format_help().split())
+
 
 # ---------------------------------------------------------------------------------- the mask, shown
 
@@ -71,6 +88,11 @@ def examples(up, down):
         (20, 10, (1, 1), "undesirable_weight 1.50 to 2.00"),
         (10, 20, (2, 1), None),
         (10, 20, (1, 0.5), None),
+        (100, 300, (1, 2), "100 : 600; --desirable_weight 6.00 to 8.00"),
+        (10, 20, (4, 1), "40 : 20; --desirable_weight 2.00 to 2.67"),
+        (20, 10, (3, 1), "60 : 10; --undesirable_weight 4.50 to 6.00"),
+        (10, 20, (2, 0), "20 : 0; --undesirable_weight 0.75 to 1.00"),
+        (20, 10, (0, 2), "0 : 20; --desirable_weight 1.00 to 1.33"),
     ],
 )
 def test_class_weights(up, down, weights, expected):
@@ -136,10 +158,13 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     """Its library is the judge. Files of one's own are no data sets of the hub."""
     data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
     cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
-    write_card(cfg, lora, tmp_path, "dpo", 7, {"step": 3, "loss": 0.5, "time": 1})
+    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1})
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == ("org/base" if lora else "org/model")
     assert card.data.library_name == ("peft" if lora else "transformers")
     assert card.data.datasets == ["owner/name-v1.2", "squad"]
     assert set(card.data.tags) == {"dpo", "nanoalign"} | ({"lora"} if lora else set())
+    opener = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
+    assert f"from {card.data.library_name} import {opener}\n" in card.text
+    assert f"model = {opener}.from_pretrained(" in card.text and "trained with DPO by" in card.text
     assert "7 examples" in card.text and "loss 0.5" in card.text and "time" not in card.text

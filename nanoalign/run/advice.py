@@ -63,10 +63,11 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
     ratio = w_up * up / (w_down * down) if w_down else float("inf")
     if 1 <= ratio <= 4 / 3:
         return None
-    if up < down:
-        name, low = "desirable_weight", down / up
+    # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
+    if w_up == 0 or (up < down and w_down > 0):
+        name, low = "desirable_weight", w_down * down / up
     else:
-        name, low = "undesirable_weight", up / down * 3 / 4
+        name, low = "undesirable_weight", w_up * up / down * 3 / 4
     return (
         f"thumbs up and down weigh {w_up * up:g} : {w_down * down:g}; --{name} {low:.2f} to "
         f"{low * 4 / 3:.2f} brings them to between 1:1 and 4:3"

@@ -10,7 +10,7 @@ from nanoalign.run.flags import Config
 CARD = """\
 ---
 base_model: {base}
-library_name: {library}
+library_name: {package}
 pipeline_tag: text-generation
 tags:
 - {method}
@@ -32,38 +32,31 @@ Last metrics: {metrics}
 ## Use
 
 ```python
-{use}
+from {package} import {opener}
+from transformers import AutoTokenizer
+
+model = {opener}.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
 The prompt format is the tokenizer's chat template. `run.json` holds every setting.
 """
 
-NAMES = {"sft": "supervised fine-tuning", "dpo": "DPO", "kto": "KTO"}
-USE_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")"""
-USE_MODEL = USE_ADAPTER.replace("peft import AutoPeft", "transformers import Auto").replace(
-    "AutoPeftModel", "AutoModel"
-)
-
 
 def write_card(
-    cfg: Config, lora: LoRAConfig | None, directory: Path, method: str, examples: int, last: dict
+    cfg: Config, lora: LoRAConfig | None, directory: Path, examples: int, last: dict
 ) -> None:
     """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl."""
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
     named = [f"- {name}\n" for name in cfg.dataset_name if on_hub(name)]
+    package = "peft" if lora else "transformers"
     text = CARD.format(
         datasets="".join(["datasets:\n", *named]) if named else "",
         base=lora.base_model_name_or_path if lora else cfg.model_name_or_path,
-        library="peft" if lora else "transformers",
-        method=method,
+        method=cfg.method,
         lora_tag="\n- lora" if lora else "",
         title=directory.resolve().name,
-        method_name=NAMES[method],
+        method_name=cfg.method_name,
         version=nanoalign.__version__,
         data=", ".join(Path(name).name for name in cfg.dataset_name),
         examples=examples,
@@ -73,7 +66,8 @@ def write_card(
         seed=cfg.seed,
         metrics=", ".join(f"{k} {v:.4g}" for k, v in shown.items()) or "none",
         curve="\n![curves](curves.png)\n" if (directory / "curves.png").exists() else "",
-        use=USE_ADAPTER if lora else USE_MODEL,
+        package=package,
+        opener="AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM",
     )
     path = directory / "README.md"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")

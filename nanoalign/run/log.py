@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanoalign.run.checkpoint import saving, write_text
+from nanoalign.run.files import saving, write_text
 from nanoalign.train import Sums, means
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.data import epoch_order
-from nanoalign.generate import generate_ids
+from nanoalign.generate import reply_to
 from nanoalign.model import Policy, save_policy
 from nanoalign.packing import Example, row_tokens
-from nanoalign.run.checkpoint import claim, fingerprint, prune, resume, save_state, write_whole
+from nanoalign.run.checkpoint import fingerprint, prune, resume, save_state, take_over
+from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log
 from nanoalign.run.session import Run
@@ -64,7 +65,7 @@ class Record:
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
         which = cfg.resume_from_checkpoint
         self.state |= resume(which, self.directory, self.named, self.optimizer, self.identity)
-        claim(self.directory, fresh=which is None)
+        take_over(self.directory, fresh=which is None)
         prune(self.directory, cfg.save_total_limit, self.step)
 
     def __enter__(self) -> "Record":
@@ -183,10 +184,10 @@ def rescale(state: dict, overflow: bool) -> None:
 def replies(policy: Policy, examples: list[Example]) -> str:
     """The policy's greedy replies to held-out prompts, beside the reference's."""
     prompts = [example.prompt for example in examples]
-    columns = {"policy": generate_ids(policy, prompts, max_new_tokens=64)}
+    columns = {"policy": reply_to(policy, prompts, max_new_tokens=64)}
     if policy.start is not None:
         with policy.start():
-            columns["reference"] = generate_ids(policy, prompts, max_new_tokens=64)
+            columns["reference"] = reply_to(policy, prompts, max_new_tokens=64)
     lines = []
     for i, prompt in enumerate(prompts):
         text = policy.tokenizer.decode(prompt[-64:], skip_special_tokens=True)

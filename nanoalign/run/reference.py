@@ -14,7 +14,7 @@ from nanoalign import InputError
 from nanoalign.data import Example, batches
 from nanoalign.formats.weights import load_lm
 from nanoalign.logps import PackedLM
-from nanoalign.losses import needs
+from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import in_rows, packed, row_tokens
 from nanoalign.run.flags import ReferenceConfig
@@ -33,7 +33,7 @@ def reference_of(
     computed here; with --precompute_ref_log_probs too. For a `loss` that compares with none
     nothing is loaded or computed, and the log-probs are 0.
     """
-    if not needs(loss) & {"reference", "delta"}:
+    if not compares(loss):
         return lambda batches: [
             torch.zeros(sum(len(e.completions) for e in batch), device=policy.lm.device)
             for batch in batches

@@ -1,4 +1,4 @@
-"""What the three scripts share at their two ends: from flags to data, and from policy to disk."""
+"""What the scripts share at their two ends: from flags to data, and from policy to disk."""
 
 import io
 import json
@@ -7,7 +7,8 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,10 @@ from nanoalign.formats.layouts import Layouts, read_examples
 from nanoalign.model import Policy, load_policy, tokenizer_of
 from nanoalign.run.advice import advice, afterthought
 from nanoalign.run.card import write_card
-from nanoalign.run.checkpoint import (
-    data_fingerprint,
-    flag_differences,
-    meant,
-    saving,
-    write_text,
-)
+from nanoalign.run.checkpoint import checkpoints_named, data_fingerprint, flag_differences
+from nanoalign.run.curves import draw, read_run
+from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
-from nanoalign.tools.plot import draw, read_run
 
 
 @dataclass
@@ -41,18 +37,29 @@ class Run:
     before: dict | None = None  # the built-in world's measurement before training
 
 
-def main(method: str, kind: type[Config], run: Callable[[Config], Run]) -> None:
-    """Parse the flags and run; what the user can mend is one line and exit code 2."""
+def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> None:
+    """A script as a command: parse its flags, which are a `kind`, and run.
+
+    `built_in` holds the settings of a run without a model of the user's; {} where there is none.
+    """
     quiet()
     script = Path(sys.argv[0]).name
     try:
-        run(parse(kind, sys.argv[1:], world.SETTINGS[method]))
-    except InputError as error:
-        print(f"{script}: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        with one_line_errors(script):
+            run(parse(kind, sys.argv[1:], built_in))
     except KeyboardInterrupt:  # outside the loop, which has its own way to stop
         print(f"{script}: interrupted before a checkpoint was due", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """What the user can mend ends the command `name` with one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def one_line(error: InputError) -> str:
@@ -72,18 +79,42 @@ def quiet() -> None:
 
 def start(cfg: Config, layouts: Layouts) -> Run:
     """Check the output directory, read the data, load the model; say what there is."""
-    builtin = cfg.dataset_name[0].startswith(str(world.HOME))
-    defaults = [settings["output_dir"] for settings in world.SETTINGS.values()]
-    check_output_dir(cfg, builtin and cfg.output_dir in defaults)
-    if builtin and cfg.model_name_or_path == str(world.BASE):
+    built_in = in_the_built_in_world(cfg)
+    # A built-in run may write over what an earlier one left in runs/METHOD, and nowhere else.
+    own_directory = cfg.output_dir == str(world.HOME.parent / cfg.method)
+    check_output_dir(cfg, built_in and own_directory)
+    if built_in:
+        build_world(cfg)
+    opened = tokenizer_of(cfg)
+    examples, held_out, cut = read_data(cfg, layouts, opened)
+    for line in [] if built_in else advice(cfg, examples, cut):
+        print(f"advice: {line}")
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
+    return Run(policy, examples, held_out, world.measure(policy) if built_in else None)
+
+
+def in_the_built_in_world(cfg: Config) -> bool:
+    """Does the run learn from the built-in world's data, so that world.py can measure it?"""
+    return Path(cfg.dataset_name[0]).parent == world.HOME
+
+
+def build_world(cfg: Config) -> None:
+    """Make the built-in model and its data anew, or see that an earlier run has trained it."""
+    model = cfg.model_name_or_path
+    if model == str(world.BASE):
         world.build()
-    if builtin and not Path(cfg.model_name_or_path, "config.json").exists():
+    if model and not Path(model, "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
 
-    tokenizer, template, _ = opened = tokenizer_of(cfg)
+
+def read_data(cfg: Config, layouts: dict, opened: tuple) -> tuple[list, list, int]:
+    """-> examples to train on, examples to evaluate on, and how many completions were cut."""
+    tokenizer, template, _ = opened
+    limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
 
     def read(sources, split):
-        limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
         examples, count = read_examples(
             sources, layouts, tokenizer, template, limits, split, cfg.input_as_system
         )
@@ -94,19 +125,19 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     if cfg.eval_dataset:
         held_out, _ = read(cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
-        size = max(1, round(len(examples) * cfg.eval_fraction))
-        if size >= len(examples):
-            raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
-        chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
-        held_out = [e for e in examples if e.number in chosen]
-        examples = [e for e in examples if e.number not in chosen]
-        print(f"{len(held_out)} examples held out for evaluation")
-    for line in [] if builtin else advice(cfg, examples, cut):
-        print(f"advice: {line}")
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
-    return Run(policy, examples, held_out, world.measure(policy) if builtin else None)
+        examples, held_out = hold_out(cfg, examples)
+    return examples, held_out, cut
+
+
+def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """-> those to train on and, a share of --eval_fraction at random, those to evaluate on."""
+    size = max(1, round(len(examples) * cfg.eval_fraction))
+    if size >= len(examples):
+        raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
+    chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
+    held_out = [e for e in examples if e.number in chosen]
+    print(f"{len(held_out)} examples held out for evaluation")
+    return [e for e in examples if e.number not in chosen], held_out
 
 
 def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
@@ -127,28 +158,32 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
     for source in filter(None, (cfg.model_name_or_path, cfg.adapter_name_or_path)):
         if filled and os.path.exists(source) and os.path.samefile(source, real):
             raise InputError(f"--output_dir {directory}: would overwrite what training starts from")
-    resumes = which == "last" or (which and meant(which, directory))
+    resumes = which == "last" or (which and checkpoints_named(which, directory))
     if filled and not (may_overwrite or cfg.overwrite_output_dir or resumes):
         raise InputError(
             f"--output_dir {directory}: not empty; --overwrite_output_dir or "
             "--resume_from_checkpoint uses it"
         )
     if which == "last" and (directory / "run.json").exists():
-        try:
-            record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-            wrong = flag_differences(vars(cfg), record["flags"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{directory / 'run.json'}: damaged: {error!r}") from None
-        if wrong:
-            raise InputError(f"{directory}: a finished run with other flags: {'; '.join(wrong)}")
-        print(f"{directory}: this run is finished; nothing to do")
-        raise SystemExit(0)
+        end_if_finished(cfg, directory)
+
+
+def end_if_finished(cfg: Config, directory: Path) -> None:
+    """To resume a run that is finished is to do nothing, if it was this run."""
+    try:
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        wrong = flag_differences(vars(cfg), record["flags"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory / 'run.json'}: damaged: {error!r}") from None
+    if wrong:
+        raise InputError(f"{directory}: a finished run with other flags: {'; '.join(wrong)}")
+    print(f"{directory}: this run is finished; nothing to do")
+    raise SystemExit(0)
 
 
 def finish(cfg: Config, run: Run) -> Run:
     """Beside the weights: run.json, the curves, a model card; and what there is to say."""
     directory = Path(cfg.output_dir)
-    method = type(cfg).__name__.removesuffix("Config").lower()
     lines = read_run(directory)
     with saving(directory):
         try:
@@ -156,9 +191,9 @@ def finish(cfg: Config, run: Run) -> Run:
         except ImportError:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
-            write_card(cfg, run.policy.lora, directory, method, len(run.examples), lines[-1])
+            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
     record = {
-        "method": method,
+        "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
         "data_sha256": data_fingerprint(run.examples),  # of ids, masks and labels

@@ -10,7 +10,6 @@ A reply is printed as it is made, by transformers' own generate and its KV cache
 in it are shown escaped: a model's words must not move the cursor or set the terminal's title.
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from transformers import TextStreamer
 
 from nanoalign import InputError
-from nanoalign.chatml import encode
-from nanoalign.generate import generation
+from nanoalign.generate import generate
 from nanoalign.lora import without_adapter
 from nanoalign.model import Policy, load_policy
-from nanoalign.run.flags import Config
-from nanoalign.run.session import quiet
+from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.session import one_line_errors, quiet
 from nanoalign.tools.data import printable
+
+FLAGS = ("load_in_4bit", "device", "chat_template", "trust_remote_code")  # as the scripts' own
 
 
 class Printer(TextStreamer):
@@ -42,24 +42,12 @@ class Printer(TextStreamer):
 
 def say(policy: Policy, messages: list[dict], args) -> str:
     """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
-    ((ids, _),) = encode(policy.tokenizer, [list(policy.template.prompt(messages))])
     printer = Printer(policy.tokenizer)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    row = torch.tensor([ids], device=policy.lm.device)
-    with generation(policy) as model, torch.no_grad():
-        try:
-            model.generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                max_new_tokens=args.max_new_tokens,
-                do_sample=args.temperature > 0,
-                eos_token_id=policy.template.stop_ids,
-                pad_token_id=policy.tokenizer.pad_token_id,
-                streamer=printer,
-                **(sampling if args.temperature > 0 else {}),
-            )
-        except KeyboardInterrupt:
-            print(" [stopped]")
+    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    try:
+        generate(policy, [messages], **how, streamer=printer)
+    except KeyboardInterrupt:
+        print(" [stopped]")
     return printer.reply
 
 
@@ -106,10 +94,7 @@ def open_policy(directory: str, args) -> Policy:
     cfg = Config(
         model_name_or_path=None if adapter else directory,
         adapter_name_or_path=directory if adapter else None,
-        load_in_4bit=args.load_in_4bit,
-        device=args.device,
-        chat_template=args.chat_template,
-        trust_remote_code=args.trust_remote_code,
+        **{name: getattr(args, name) for name in FLAGS},
     )
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg)
@@ -120,7 +105,7 @@ def open_policy(directory: str, args) -> Policy:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanoalign.chat", allow_abbrev=False)
+    parser = Parser((), prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", help="a model or an adapter")
     parser.add_argument("--prompt", help="one reply to this, then the end")
     parser.add_argument("--system", default="", help="the system turn")
@@ -128,10 +113,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
-    parser.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits")
-    parser.add_argument("--chat_template", choices=["chatml", "native"], default="chatml")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code")
+    add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
     quiet()
     policy = open_policy(args.directory, args)
@@ -147,8 +129,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("chat"):
         main(sys.argv[1:])
-    except InputError as error:
-        print(f"chat: error: {error}", file=sys.stderr)
-        sys.exit(2)

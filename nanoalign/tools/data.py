@@ -18,6 +18,7 @@ from nanoalign.formats.rows import rows_of
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.model import load_tokenizer
 from nanoalign.run.advice import suggested_weights
+from nanoalign.run.session import one_line_errors
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 
@@ -131,11 +132,8 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    try:
+    with one_line_errors("data"):
         main(argv)
-    except InputError as error:
-        print(f"data: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_confi
 from nanoalign.formats.weights import FORMATS, load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser
+from nanoalign.run.session import one_line_errors
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 
@@ -140,11 +141,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--use_bnb_nested_quant", dest="double_quant", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true")
-    try:
+    with one_line_errors("nanoalign.merge"):
         merge(**vars(parser.parse_args(argv)))
-    except InputError as error:
-        print(f"nanoalign.merge: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
