@@ -82,27 +82,28 @@ def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[i
     """
     conversations = list(conversations)
     markers = {p for pieces in conversations for p, _ in pieces if isinstance(p, int)}
-    behind = _inside_behind(tokenizer, markers)
+    inside_after = _inside_after(tokenizer, markers)
     ids_of = {False: {}, True: {}}  # does the text stand inside another? -> text -> its ids
     for pieces in conversations:
         before = None
         for piece, _ in pieces:
             if isinstance(piece, str):
-                ids_of[type(before) in behind][piece] = []
+                ids_of[type(before) in inside_after][piece] = []
             before = piece
 
     special = markers | set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for inside, known in ids_of.items():
         for text, ids in zip(known, _plain(tokenizer, list(known), inside)):
-            clean = special.isdisjoint(ids)
-            known[text] = ids if clean else _disarmed(tokenizer, text, ids, special, str in behind)
+            if not special.isdisjoint(ids):
+                ids = _disarmed(tokenizer, text, ids, special, str in inside_after)
+            known[text] = ids
 
     encoded = []
     for pieces in conversations:
         ids, mask, before = [], [], None
         for piece, trains in pieces:
-            new = [piece] if isinstance(piece, int) else ids_of[type(before) in behind][piece]
+            new = [piece] if isinstance(piece, int) else ids_of[type(before) in inside_after][piece]
             ids += new
             mask += [trains] * len(new)
             before = piece
@@ -110,19 +111,20 @@ def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[i
     return encoded
 
 
-def _inside_behind(tokenizer, markers: set[int]) -> set[type]:
-    """Behind which pieces, texts (str) or markers (int), does a text stand inside a longer one?
+def _inside_after(tokenizer, markers: set[int]) -> set[type]:
+    """After which pieces, texts (str) or markers (int), does a text stand inside a longer one?
 
-    Tokenizers of the SentencePiece family put a space before whatever begins, and take a text that
-    is encoded alone for a beginning. In a conversation nothing begins behind another text, and with
-    only some of them behind a marker. All other tokenizers make no difference: the empty set.
+    Tokenizers of the SentencePiece family put a space before a text that begins, and take one that
+    is encoded alone for such a text. In a conversation a text after another text does not begin;
+    after a marker it does for some of these tokenizers only. For all other tokenizers it makes no
+    difference where a text stands: the empty set.
     """
     (alone,), (inside,) = _plain(tokenizer, ["a"]), _plain(tokenizer, ["a"], inside=True)
     if alone == inside:
         return set()
     for marker in tokenizer.convert_ids_to_tokens(list(markers)[:1]):
-        _, *behind = tokenizer(marker + "a", add_special_tokens=False)["input_ids"]
-        if behind != alone:
+        _, *follows = tokenizer(marker + "a", add_special_tokens=False)["input_ids"]
+        if follows != alone:
             return {str, int}
     return {str}
 

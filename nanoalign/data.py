@@ -76,6 +76,7 @@ def make_examples(
 
 
 def cut_prompt(ids: list[int], limits: Limits) -> list[int]:
+    """The end of a prompt that is longer than it may be, or its start."""
     longest = len(ids) if limits.max_prompt_length is None else limits.max_prompt_length
     start = max(0, len(ids) - longest) if limits.truncation_mode == "keep_end" else 0
     return ids[start : start + longest]
@@ -96,9 +97,9 @@ SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left"
 
 def describe(count: Counter) -> str:
     """What became of the rows, in one line."""
-    cut = [f"{count[key]} {key}" for key in CUTS if count[key]]
+    shorter = [f"{count[key]} {key}" for key in CUTS if count[key]]
     skipped = [f"{count[key]} skipped: {key}" for key in SKIPS if count[key]]
-    return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *cut, *skipped])
+    return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *shorter, *skipped])
 
 
 def epoch_order(
