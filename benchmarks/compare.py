@@ -94,8 +94,8 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     """
     from nanoalign.data import Limits, with_mismatches
     from nanoalign.formats import layouts
-    from nanoalign.model import load_policy, save_policy
     from nanoalign.run.flags import SFTConfig
+    from nanoalign.run.policy import load_policy, save_policy
 
     wanted = args.batch * (args.steps + 1)
     kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]

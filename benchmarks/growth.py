@@ -35,8 +35,8 @@ def best(action, times: int = 3) -> float:
 def lengths_and_batches(args) -> None:
     import torch
 
-    from nanoalign.model import load_policy
     from nanoalign.run.flags import SFTConfig
+    from nanoalign.run.policy import load_policy
 
     cfg = SFTConfig(model_name_or_path=args.model, device="cpu", dtype="bfloat16")
     policy = load_policy(cfg)

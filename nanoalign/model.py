@@ -1,40 +1,41 @@
-"""A directory -> a model ready to train; and back to a directory.
+"""A model of transformers -> a policy: what is trained, and what belongs to it; and text out of it.
 
-`load_policy` reads top to bottom what happens to a model here: tokenizer and markers, weights, the
-probe (probe.py), LoRA. The model itself stays transformers'; only its attention runs through
-packing.packed_attention, which transformers' AttentionInterface allows, and its head is not called
-(logps.py).
+    policy = make_policy(model, tokenizer, LoRAConfig(r=8))
+    policy(examples).logps                    # log pi(y | x) of each completion, with gradient
+    generate(policy, [[{"role": "user", "content": "Hello!"}]])
+
+The model itself stays transformers'. Its attention runs through packing.packed_attention, which
+transformers' AttentionInterface allows, and its head is not called in training (logps.py). Where a
+tokenizer lacks the markers of the chat template it gets them, and the model a row for each.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoalign import InputError
-from nanoalign.chatml import ChatML
-from nanoalign.formats.files import from_pretrained
-from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
-from nanoalign.formats.templates import TEMPLATES, NativeTemplate
-from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
+from nanoalign.chatml import ChatML, Message, encode
 from nanoalign.logps import PackedLM, Scores
-from nanoalign.lora import LoRAConfig, Reference
+from nanoalign.lora import LoRAConfig, Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
-from nanoalign.run.flags import Config
 
 
 @dataclass
 class Policy:
-    """What is trained, and what belongs to it."""
-
     lm: PackedLM  # examples -> scores
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatML | NativeTemplate
+    tokenizer: object
+    template: ChatML  # or another class of its kind
     lora: LoRAConfig | None  # None: all weights train
-    attention: str  # transformers' implementation that generation runs under
-    start: Reference | None = None  # the policy as it was at the start; None: all weights train
+    attention: str = field(init=False)  # the implementation that generation runs under
+    reference: Reference | None = field(init=False)  # the policy as it is now; None as `lora`
+
+    def __post_init__(self):
+        self.attention = self.model.config._attn_implementation
+        self.model.set_attn_implementation(packed())
+        self.reference = Reference(self.lm) if self.lora else None
 
     @property
     def model(self) -> nn.Module:
@@ -44,107 +45,24 @@ class Policy:
         return self.lm(examples, neftune_alpha)
 
 
-def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
-    """The base model's name, and the settings of the adapter that training goes on from."""
-    name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
-    if adapter:
-        lora = read_adapter_config(adapter)
-        name = name or lora.base_model_name_or_path
-        if not name:
-            raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
-    if (Path(name) / "adapter_config.json").exists():
-        raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
-    return name, lora
-
-
-def tokenizer_of(cfg: Config) -> tuple[PreTrainedTokenizerBase, ChatML | NativeTemplate, list[int]]:
-    """As load_tokenizer: the adapter's own tokenizer where it brings one, else the base model's."""
-    adapter = cfg.adapter_name_or_path
-    enlarged = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    name = adapter if enlarged else base_of(cfg)[0]
-    return load_tokenizer(name, cfg.chat_template, cfg.trust_remote_code)
-
-
-def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
-    """The model that the flags describe, on its device, with everything frozen but what trains.
-
-    `opened` is tokenizer_of(cfg), where the data was read first. Raises InputError for whatever is
-    wrong with the directory, the adapter or the flags.
-    """
-    (name, lora), adapter = base_of(cfg), cfg.adapter_name_or_path
-    tokenizer, template, added = opened or tokenizer_of(cfg)
-    lm = load_lm(
-        name,
-        dtype=cfg.dtype,
-        device=cfg.device,
-        train_all=not cfg.use_peft,
-        trust_remote_code=cfg.trust_remote_code,
-        load_in_4bit=cfg.load_in_4bit,
-        quant_type=cfg.bnb_4bit_quant_type,
-        double_quant=cfg.use_bnb_nested_quant,
-    )
-    model = lm.model
-    attention = model.config._attn_implementation
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = max(tokenizer.get_vocab().values()) + 1  # some skip ids: more than len(tokenizer)
-    if lora and lora.trainable_token_indices and tokens > rows:  # the adapter fills them
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    new = _fit_embeddings(model, tokens, added, name)
-
-    if not cfg.use_peft:
+def make_policy(model: nn.Module, tokenizer, lora: LoRAConfig | None = None) -> Policy:
+    """A model that writes ChatML, with LoRA on all its linear layers; None: all weights train."""
+    template, added = open_template(tokenizer, ChatML)
+    rows = fit_embeddings(model, tokenizer, added)
+    if lora is None:
         model.requires_grad_(True)
-        print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     else:
-        lora = lora or LoRAConfig(
-            r=cfg.lora_r,
-            lora_alpha=cfg.lora_alpha,
-            lora_dropout=cfg.lora_dropout,
-            target_modules=_one(cfg.lora_target_modules),
-            use_rslora=cfg.use_rslora,
-            bias=cfg.lora_bias,
-            modules_to_save=cfg.lora_modules_to_save,
-            trainable_token_indices=new,
-            base_model_name_or_path=str(name),
-        )
-        layers = add_adapter(model, lora)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise InputError(f"{name}: has nothing that trains")
-        if adapter:
-            load_adapter(model, adapter)
-            print(f"goes on from the adapter {adapter}")
-            if read_note(adapter) and not frozen_weights(model):
-                print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters()) + frozen_weights(model)
-        print(
-            f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
-            f"({trained / total:.2%}); "
-            "--use_peft false trains all weights"
-        )
-    if cfg.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif "attention_dropout" in vars(module):
-                module.attention_dropout = 0.0
-    if cfg.gradient_checkpointing:
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    if cfg.torch_compile:
-        # policy and reference are compiled apart: only with eager's rounding do they start equal
-        exact = {"emulate_precision_casts": True}
-        for layer in model.get_decoder().layers:
-            layer.compile(dynamic=True, options=exact)
-    model.set_attn_implementation(packed())
-    return Policy(lm, tokenizer, template, lora, attention, Reference(lm) if lora else None)
+        add_lora(model, lora)
+        add_token_rows(model, rows)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return Policy(PackedLM(model, softcap=softcap), tokenizer, template, lora)
 
 
-def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
-    """-> (tokenizer, template, ids of the template's markers that had to be added)."""
-    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    kind = TEMPLATES[chat_template]
+# --------------------------------------------------------------------------------- the chat markers
+
+
+def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
+    """-> the template, and the ids of those of its markers that the tokenizer lacked."""
     missing = [marker for marker in kind.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if kind.jinja:  # what other tools see: the template, and that its last marker ends a text
@@ -153,44 +71,87 @@ def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = Fals
     if tokenizer.pad_token_id is None:  # generation pads; training never does
         (stop, *_) = tokenizer.convert_ids_to_tokens(template.stop_ids)
         tokenizer.pad_token = tokenizer.eos_token or stop
-    return tokenizer, template, tokenizer.convert_tokens_to_ids(missing)
+    return template, tokenizer.convert_tokens_to_ids(missing)
 
 
-def _one(values: list[str]) -> list[str] | str:
-    return values[0] if len(values) == 1 else values
+def vocabulary(tokenizer) -> int:
+    """How many rows an embedding needs. Some tokenizers skip ids: it is more than their length."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
-def _fit_embeddings(model, tokens: int, added: list[int], name: str) -> dict[str, list[int]]:
-    """Rows for added tokens, each the mean of the old ones. -> PEFT's trainable_token_indices."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = embedding.weight.shape[0]
-    if tokens > rows and tokens - len(added) > rows:
-        raise InputError(f"{name}: the tokenizer has {tokens} ids, the embeddings {rows} rows")
+def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, list[int]]:
+    """Rows for the added tokens, each the mean of the old ones. -> lora.add_token_rows' rows."""
+    tokens, rows = vocabulary(tokenizer), len(model.get_input_embeddings().weight)
+    if tokens - len(added) > rows:
+        raise InputError(f"the tokenizer has {tokens} ids, the embeddings {rows} rows")
     if not added:
         return {}
-    untied = head.weight is not embedding.weight
-    tables = [embedding, head] if untied else [embedding]
-    means = [table.weight.detach().float().mean(0) for table in tables]
+
+    def tables():
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return [embedding] if tied(model) else [embedding, head]
+
+    means = [table.weight.detach().float().mean(0) for table in tables()]
     if tokens > rows:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = [embedding, head] if untied else [embedding]
+    for table, mean in zip(tables(), means):
+        table.weight.data[added] = mean.to(table.weight.dtype)
     paths = {id(module): path for path, module in model.named_modules()}
-    with torch.no_grad():
-        for table, mean in zip(tables, means):
-            table.weight[added] = mean.to(table.weight.dtype)
-    return {paths[id(table)].rpartition(".")[2]: added for table in tables}
+    return {paths[id(table)].rpartition(".")[2]: added for table in tables()}
 
 
-def save_policy(policy: Policy, directory: str | Path) -> None:
-    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if policy.lora is not None:
-        save_adapter(policy.model, policy.lora, directory)
-        write_note(policy.model, directory)
-    else:
-        policy.model.set_attn_implementation(policy.attention)
-        policy.model.save_pretrained(directory)
-        policy.model.set_attn_implementation(packed())
-    policy.tokenizer.save_pretrained(directory)
+# ----------------------------------------------------------------------------- text out of a policy
+
+
+def generate(policy: Policy, conversations: list[list[Message]], **how) -> list[str]:
+    """One reply to each conversation; `how` are the arguments of `sample`."""
+    pieces = [list(policy.template.prompt(messages)) for messages in conversations]
+    replies = sample(policy, [ids for ids, _ in encode(policy.tokenizer, pieces)], **how)
+    return policy.tokenizer.batch_decode(replies, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer=None,
+) -> list[list[int]]:
+    """The ids of one reply to each prompt, up to the one that ends it: transformers' generate.
+
+    A prompt ends in a reply's header. Temperature 0 is greedy; otherwise tokens are sampled, from
+    the likeliest that together have probability `top_p`. A `streamer` gets the tokens of a single
+    reply while they are made.
+    """
+    longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
+    rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    stops = policy.template.stop_ids
+    with generation(policy) as model:
+        out = model.generate(
+            rows,
+            attention_mask=mask.to(rows.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            streamer=streamer,
+            **sampling,
+        )
+    replies = out[:, longest:].tolist()
+    ends = [[i + 1 for i, token in enumerate(ids) if token in stops] for ids in replies]
+    return [ids[: end[0]] if end else ids for ids, end in zip(replies, ends)]
+
+
+@contextmanager
+def generation(policy: Policy) -> Iterator[nn.Module]:
+    """The model in eval mode under the attention it was loaded with, which has a KV cache."""
+    training = policy.model.training
+    policy.model.eval().set_attn_implementation(policy.attention)
+    try:
+        yield policy.model
+    finally:
+        policy.model.train(training).set_attn_implementation(packed())

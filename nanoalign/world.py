@@ -28,8 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nanoalign.chatml import IM_END, IM_START
-from nanoalign.generate import generate
-from nanoalign.model import Policy
+from nanoalign.model import Policy, generate
 
 HOME = Path("runs/world")
 BASE = HOME / "base"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nanoalign import InputError
 from nanoalign.chatml import IM_END, IM_START, ChatML, encode
 from nanoalign.formats.templates import TEMPLATES, NativeTemplate
-from nanoalign.model import load_tokenizer
+from nanoalign.run.policy import load_tokenizer
 
 FUZZ = settings(
     max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True

@@ -22,10 +22,10 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
-from nanoalign.generate import generate
 from nanoalign.losses import sigmoid
-from nanoalign.model import load_policy, save_policy
+from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import check_output_dir, main, one_line, start
 from nanoalign.tools.chat import printable

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from nanoalign import InputError
 from nanoalign.formats.probe import probe
-from nanoalign.generate import generate
 from nanoalign.losses import sigmoid
-from nanoalign.model import load_policy, save_policy
+from nanoalign.model import generate
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
+from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
 
 TALK = [

@@ -28,12 +28,12 @@ from nanoalign import InputError  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
 from nanoalign.fast.dropout import Dropout  # noqa: E402
 from nanoalign.formats.peft import trained_tensors  # noqa: E402
-from nanoalign.generate import generation  # noqa: E402
 from nanoalign.lora import LoRALinear  # noqa: E402
 from nanoalign.losses import sigmoid  # noqa: E402
-from nanoalign.model import load_policy, save_policy  # noqa: E402
+from nanoalign.model import generation  # noqa: E402
 from nanoalign.packing import Example  # noqa: E402
 from nanoalign.run.flags import DPOConfig, SFTConfig  # noqa: E402
+from nanoalign.run.policy import load_policy, save_policy  # noqa: E402
 from nanoalign.run.reference import reference_of  # noqa: E402
 
 SEQUENCES = [

@@ -31,10 +31,10 @@ from nanoalign.formats.weights import (
     skeleton,
 )
 from nanoalign.lora import LoRAConfig, LoRALinear
-from nanoalign.model import load_policy, save_policy
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools.merge import main as merge_main
 from nanoalign.tools.merge import merge
 from train_sft import run_sft

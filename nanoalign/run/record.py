@@ -10,13 +10,13 @@ from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.data import epoch_order
-from nanoalign.generate import reply_to
-from nanoalign.model import Policy, save_policy
+from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
 from nanoalign.run.checkpoint import fingerprint, prune, resume, save_state, take_over
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log
+from nanoalign.run.policy import save_policy
 from nanoalign.run.session import Run
 from nanoalign.train import (
     Method,
@@ -183,14 +183,14 @@ def rescale(state: dict, overflow: bool) -> None:
 
 def replies(policy: Policy, examples: list[Example]) -> str:
     """The policy's greedy replies to held-out prompts, beside the reference's."""
-    prompts = [example.prompt for example in examples]
-    columns = {"policy": reply_to(policy, prompts, max_new_tokens=64)}
-    if policy.start is not None:
-        with policy.start():
-            columns["reference"] = reply_to(policy, prompts, max_new_tokens=64)
-    lines = []
-    for i, prompt in enumerate(prompts):
-        text = policy.tokenizer.decode(prompt[-64:], skip_special_tokens=True)
-        lines.append(f"  prompt     {text!r:.100}")
-        lines += [f"  {name:<10} {column[i]!r:.100}" for name, column in columns.items()]
+    prompts, decode = [example.prompt for example in examples], policy.tokenizer.batch_decode
+    columns = {"policy": sample(policy, prompts, max_new_tokens=64)}
+    if policy.reference is not None:
+        with policy.reference():
+            columns["reference"] = sample(policy, prompts, max_new_tokens=64)
+    columns = {"prompt": [prompt[-64:] for prompt in prompts], **columns}
+    texts = {name: decode(ids, skip_special_tokens=True) for name, ids in columns.items()}
+    lines = [
+        f"  {n:<10} {text[i]!r:.100}" for i in range(len(prompts)) for n, text in texts.items()
+    ]
     return "\n".join(lines)

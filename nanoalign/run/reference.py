@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from nanoalign import InputError
 from nanoalign.data import Example, batches
-from nanoalign.formats.weights import load_lm
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import in_rows, packed, row_tokens
 from nanoalign.run.flags import ReferenceConfig
+from nanoalign.run.policy import load_base
 
 LogpsOf = Callable[[list[Example]], Tensor]  # examples -> (C,) log-probs of their completions
 Reference = Callable[[list[list[Example]]], Sequence[Tensor]]  # batches -> those of each batch
@@ -79,28 +79,20 @@ def _precomputed(logps_of: LogpsOf, examples: list[Example]) -> LogpsOf:
 
 
 def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
-    if cfg.ref_model_name_or_path:
-        other = load_lm(
-            cfg.ref_model_name_or_path,
-            dtype=cfg.dtype,
-            device=cfg.device,
-            trust_remote_code=cfg.trust_remote_code,
-            load_in_4bit=cfg.load_in_4bit,
-            quant_type=cfg.bnb_4bit_quant_type,
-            double_quant=cfg.use_bnb_nested_quant,
-        )
+    """The log-probs of another model, or of the policy as it was at the start."""
+    if name := cfg.ref_model_name_or_path:
+        other = load_base(cfg, name).eval()
         other.model.set_attn_implementation(packed())
-        other.eval()
-        if other.head().weight.shape[0] < len(policy.tokenizer):
-            raise InputError(f"{cfg.ref_model_name_or_path}: has fewer tokens than the policy")
+        if len(other.head().weight) < len(policy.tokenizer):
+            raise InputError(f"{name}: has fewer tokens than the policy")
         return without_gradient(other, cfg)
     logps = without_gradient(policy.lm, cfg)
-    if policy.lora is None:
-        policy.lm.eval()  # until training begins; it is asked before that only
+    if policy.reference is None:
+        policy.lm.eval()  # all weights train: it is asked before training begins, and only then
         return logps
 
     def reference(examples: list[Example]) -> Tensor:
-        with policy.start():
+        with policy.reference():
             return logps(examples)
 
     return reference

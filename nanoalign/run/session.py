@@ -20,13 +20,14 @@ import nanoalign
 from nanoalign import InputError, world
 from nanoalign.data import Example, Limits, describe
 from nanoalign.formats.layouts import Layouts, read_examples
-from nanoalign.model import Policy, load_policy, tokenizer_of
+from nanoalign.model import Policy
 from nanoalign.run.advice import advice, afterthought
 from nanoalign.run.card import write_card
 from nanoalign.run.checkpoint import checkpoints_named, data_fingerprint, flag_differences
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
+from nanoalign.run.policy import load_policy, tokenizer_of
 
 
 @dataclass

@@ -18,10 +18,10 @@ import torch
 from transformers import TextStreamer
 
 from nanoalign import InputError
-from nanoalign.generate import generate
 from nanoalign.lora import without_adapter
-from nanoalign.model import Policy, load_policy
+from nanoalign.model import Policy, generate
 from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.policy import load_policy
 from nanoalign.run.session import one_line_errors, quiet
 from nanoalign.tools.data import printable
 

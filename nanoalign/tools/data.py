@@ -16,8 +16,8 @@ from nanoalign.data import Example, Limits, describe
 from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case, read_examples
 from nanoalign.formats.rows import rows_of
 from nanoalign.formats.templates import TEMPLATES
-from nanoalign.model import load_tokenizer
 from nanoalign.run.advice import suggested_weights
+from nanoalign.run.policy import load_tokenizer
 from nanoalign.run.session import one_line_errors
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}

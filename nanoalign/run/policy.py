@@ -1,0 +1,150 @@
+"""Flags and a directory -> a policy; and back to a directory.
+
+`load_policy` reads top to bottom what happens to a model here: its weights, new tokens, what of it
+trains, and how it computes.
+"""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from nanoalign import InputError
+from nanoalign.formats.files import from_pretrained
+from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
+from nanoalign.formats.templates import TEMPLATES
+from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
+from nanoalign.logps import PackedLM
+from nanoalign.lora import LoRAConfig
+from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
+from nanoalign.packing import packed
+from nanoalign.run.flags import Config
+
+
+def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
+    """The base model's name, and the settings of the adapter that training goes on from."""
+    name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
+    if adapter:
+        lora = read_adapter_config(adapter)
+        name = name or lora.base_model_name_or_path
+        if not name:
+            raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
+    if (Path(name) / "adapter_config.json").exists():
+        raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
+    return name, lora
+
+
+def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
+    """-> (tokenizer, template, ids of the template's markers that had to be added)."""
+    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
+
+
+def tokenizer_of(cfg: Config):
+    """As load_tokenizer: the adapter's own tokenizer where it brings one, else the base model's."""
+    adapter = cfg.adapter_name_or_path
+    own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    return load_tokenizer(
+        adapter if own else base_of(cfg)[0], cfg.chat_template, cfg.trust_remote_code
+    )
+
+
+def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
+    return load_lm(
+        name,
+        dtype=cfg.dtype,
+        device=cfg.device,
+        train_all=train_all,
+        trust_remote_code=cfg.trust_remote_code,
+        load_in_4bit=cfg.load_in_4bit,
+        quant_type=cfg.bnb_4bit_quant_type,
+        double_quant=cfg.use_bnb_nested_quant,
+    )
+
+
+def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
+    """The model that the flags describe, on its device, with everything frozen but what trains.
+
+    `opened` is tokenizer_of(cfg), where the data was read first. Raises InputError for whatever is
+    wrong with the directory, the adapter or the flags.
+    """
+    name, lora = base_of(cfg)
+    tokenizer, template, added = opened or tokenizer_of(cfg)
+    lm = load_base(cfg, name, train_all=not cfg.use_peft)
+    model = lm.model
+    if lora and lora.trainable_token_indices:  # the adapter fills the rows that the model lacks
+        if vocabulary(tokenizer) > len(model.get_input_embeddings().weight):
+            model.resize_token_embeddings(vocabulary(tokenizer), mean_resizing=False)
+    try:
+        rows = fit_embeddings(model, tokenizer, added)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if cfg.use_peft:
+        lora = adapt(model, cfg, lora, name, rows)
+    else:
+        model.requires_grad_(True)
+        print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
+    configure(model, cfg)
+    return Policy(lm, tokenizer, template, lora)
+
+
+def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
+    """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
+    adapter, targets = cfg.adapter_name_or_path, cfg.lora_target_modules
+    lora = lora or LoRAConfig(
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets[0] if len(targets) == 1 else targets,
+        use_rslora=cfg.use_rslora,
+        bias=cfg.lora_bias,
+        modules_to_save=cfg.lora_modules_to_save,
+        trainable_token_indices=rows,
+        base_model_name_or_path=str(name),
+    )
+    layers = add_adapter(model, lora)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"{name}: has nothing that trains")
+    if adapter:
+        load_adapter(model, adapter)
+        print(f"goes on from the adapter {adapter}")
+        if read_note(adapter) and not frozen_weights(model):
+            print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters()) + frozen_weights(model)
+    share = (
+        f"{trained:,} trained weights ({trained / total:.2%}); --use_peft false trains all weights"
+    )
+    print(f"LoRA r={lora.r} on {len(layers)} layers: {share}")
+    return lora
+
+
+def configure(model: nn.Module, cfg: Config) -> None:
+    """Dropout, checkpointing and compilation, as the flags have them."""
+    if cfg.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif "attention_dropout" in vars(module):
+                module.attention_dropout = 0.0
+    if cfg.gradient_checkpointing:
+        old = model.gradient_checkpointing_enable  # its name in older releases
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    if cfg.torch_compile:
+        # policy and reference are compiled apart: only with eager's rounding do they start equal
+        for layer in model.get_decoder().layers:
+            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
+def save_policy(policy: Policy, directory: str | Path) -> None:
+    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if policy.lora is not None:
+        save_adapter(policy.model, policy.lora, directory)
+        write_note(policy.model, directory)
+    else:
+        policy.model.set_attn_implementation(policy.attention)
+        policy.model.save_pretrained(directory)
+        policy.model.set_attn_implementation(packed())
+    policy.tokenizer.save_pretrained(directory)
