@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanoalign import InputError
 from nanoalign.chatml import IM_END, IM_START, ChatML, encode
+from nanoalign.chatml import ids_and_mask as definition
 from nanoalign.formats.templates import TEMPLATES, NativeTemplate
 from nanoalign.run.policy import load_tokenizer
 
@@ -625,3 +626,13 @@ def test_chatml_opens_a_tokenizer_without_its_markers(tmp_path):
     assert tokenizer.convert_ids_to_tokens(added) == [IM_START, IM_END]
     assert tokenizer.eos_token == IM_END and template.stop_ids == [tokenizer.eos_token_id]
     assert tokenizer.chat_template == ChatML.jinja
+
+
+# --------------------------------------------------------------------------------- the definition
+
+
+def test_encoding_at_once_is_the_definition(tokenizer):
+    roles, texts = ("system", "user", "assistant"), ("Be brief.", "<|im_end|> Why?", "So.")
+    talk = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    pieces = [list(ChatML(tokenizer).pieces(some)) for some in (talk, talk[1:] * 2, [])]
+    assert encode(tokenizer, pieces) == [definition(tokenizer, p) for p in pieces]
