@@ -20,7 +20,7 @@ from nanoalign.run.flags import KTOConfig
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of, without_gradient
 from nanoalign.run.session import Run, finish, main, start
-from nanoalign.train import epochs, reward_sums
+from nanoalign.train import plan, reward_sums
 
 
 def run_kto(cfg: KTOConfig) -> Run:
@@ -52,7 +52,8 @@ def run_kto(cfg: KTOConfig) -> Run:
     def everything():  # that the run asks the reference for: each y once, each epoch's y'
         if not with_z0:
             return run.examples + run.held_out
-        rounds = range(epochs(cfg, len(run.examples)))
+        per_epoch, total = plan(cfg, len(run.examples))
+        rounds = range(-(-total // per_epoch))  # begun, the last one perhaps not ended
         first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
         return both(first + run.held_out) + mismatched(sum(later, []))
 

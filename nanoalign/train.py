@@ -33,8 +33,6 @@ Batches = list[list[Example]]
 Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
 Method = Callable[[Batches], Iterator[Sums]]
 
-# ---------------------------------------------------------------------------- sums and their means
-
 
 def add(total: Sums, more: Sums) -> None:
     for name, (value, count) in more.items():
@@ -61,9 +59,6 @@ def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
     return sums
 
 
-# --------------------------------------------------------------------------- how long, and how fast
-
-
 def learning_rate(cfg, step: int, total: int) -> float:
     """At step 0, 1, ... of `total`: linear warm-up from 0, then linear, cosine or constant."""
     warmup = cfg.warmup_steps or math.ceil(total * cfg.warmup_ratio)
@@ -74,20 +69,13 @@ def learning_rate(cfg, step: int, total: int) -> float:
     return cfg.learning_rate * shape[cfg.lr_scheduler_type]
 
 
-def steps_per_epoch(cfg, examples: int) -> int:
+def plan(cfg, examples: int) -> tuple[int, int]:
+    """How many steps an epoch has, and the run. An epoch's last step takes what is left."""
     per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    return math.ceil(examples / per_step)
-
-
-def total_steps(cfg, examples: int) -> int:
+    per_epoch = math.ceil(examples / per_step)
     if cfg.max_steps > 0:
-        return cfg.max_steps
-    return max(1, math.ceil(cfg.num_train_epochs * steps_per_epoch(cfg, examples)))
-
-
-def epochs(cfg, examples: int) -> int:
-    """The epochs that the run begins."""
-    return math.ceil(total_steps(cfg, examples) / steps_per_epoch(cfg, examples))
+        return per_epoch, cfg.max_steps
+    return per_epoch, max(1, math.ceil(cfg.num_train_epochs * per_epoch))
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -145,7 +133,7 @@ def train(
     gradients alive.
     """
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
-    total, per_epoch = total_steps(cfg, len(examples)), steps_per_epoch(cfg, len(examples))
+    per_epoch, total = plan(cfg, len(examples))
     per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
     ordered: list[Example] = []
@@ -154,7 +142,7 @@ def train(
         epoch, place = divmod(done, per_epoch)
         if place == 0 or not ordered:
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
-        drawn = ordered[place * per_step : (place + 1) * per_step]  # the last step: what is left
+        drawn = ordered[place * per_step : (place + 1) * per_step]
         micro_batches = fitting(drawn, cfg.per_device_train_batch_size, longest)
         rate = learning_rate(cfg, done, total)
         sums, norm = optimizer_step(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.record import rescale
-from nanoalign.train import epochs, learning_rate, optimizer_step, total_steps
+from nanoalign.train import learning_rate, optimizer_step, plan
 from train_dpo import run_dpo
 from train_kto import run_kto
 from train_sft import run_sft
@@ -115,9 +115,10 @@ def test_how_many_steps():
         (1, 0.001, 1, 1),
     ):
         cfg.num_train_epochs = passes
-        assert (total_steps(cfg, examples), epochs(cfg, examples)) == (steps, begun)
+        per_epoch, total = plan(cfg, examples)
+        assert (total, math.ceil(total / per_epoch)) == (steps, begun)
     cfg.max_steps = 5
-    assert (total_steps(cfg, 17), epochs(cfg, 17)) == (5, 2)
+    assert plan(cfg, 17) == (3, 5)
 
 
 # --------------------------------------------------------------------------------------- metrics

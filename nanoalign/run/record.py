@@ -26,8 +26,7 @@ from nanoalign.train import (
     fitting,
     make_optimizer,
     means,
-    steps_per_epoch,
-    total_steps,
+    plan,
     train,
 )
 
@@ -55,8 +54,7 @@ class Record:
 
     def __init__(self, cfg: Config, run: Run):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
-        self.total = total_steps(cfg, len(run.examples))
-        self.per_epoch = steps_per_epoch(cfg, len(run.examples))
+        self.per_epoch, self.total = plan(cfg, len(run.examples))
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.identity = fingerprint(vars(cfg), run.examples, run.policy.lm)
