@@ -38,7 +38,10 @@ class Limits:
 
 
 def make_examples(
-    cases: Iterable[Case], tokenizer, template, limits: Limits
+    cases: Iterable[Case],
+    tokenizer,
+    template,
+    limits: Limits = Limits(),  # noqa: B008
 ) -> tuple[list[Example], Counter]:
     """Cases -> examples, numbered from 0, and a count of what was cut or skipped.
 

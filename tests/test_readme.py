@@ -1,21 +1,30 @@
 """README says what is true: its commands run, its file tree is the real one."""
 
+import inspect
 import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_quantized
 import torch
 
-from nanoalign import world
+import train_dpo
+from nanoalign import lora, losses, world
+from nanoalign.formats import layouts
+from nanoalign.run import flags as run_flags
+from nanoalign.run.flags import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+BLOCKS = [text for language, text in FENCED if not language]
+PYTHON = [text for language, text in FENCED if language == "python"]
 
 
 def commands() -> list[list[str]]:
@@ -109,14 +118,52 @@ def test_the_file_tree_is_the_real_one():
     assert told == (real - {"nanoalign/__init__.py"}) | folders | rooms
 
 
-def test_the_losses_example_works():
-    """The five lines of "A loss of your own" are a loss."""
-    code = re.search(r"```python\n(def simpo.*?)```", README, flags=re.S)[1]
-    from nanoalign import losses
+def test_the_lesson_runs_without_files_and_flags(model_dir, monkeypatch, capsys):
+    """Its snippet, on a model of transformers: the one sentence is learned."""
+    monkeypatch.chdir("/")  # nothing is written beside it
+    (code,) = [block for block in PYTHON if "make_policy" in block]
+    torch.manual_seed(0)
+    exec(code, {"MODEL": model_dir})
+    *lines, reply = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[1]) for line in lines]
+    assert len(losses) == 30 and losses[-1] < 0.8 * losses[0] and reply.startswith("['")
 
-    scope = dict(vars(losses))
-    exec(code, scope)
-    pair = losses.Pair(torch.tensor([-4.0]), torch.tensor([-9.0]))
-    lengths = losses.Pair(torch.tensor([2.0]), torch.tensor([3.0]))
-    # per token: -2 and -3, so margin 1; beta 2: z = 2 - 1; -log sigmoid(1) = 0.3133
-    assert scope["simpo"](pair, pair, lengths, 2.0, 0.0).item() == pytest.approx(0.31326, abs=1e-5)
+
+def test_the_loss_example_works(model_dir, tmp_path, monkeypatch, capsys):
+    """The function, its name in the table and the line of its number are a loss, which loads no
+    reference and computes none."""
+    function, number = [block for block in PYTHON if "simpo_gamma" in block]
+    scope, flags = dict(vars(losses)), dict(vars(run_flags), dataclass=dataclass)
+    exec(function, scope)
+    monkeypatch.setitem(losses.DPO_LOSSES, "simpo", scope["simpo"])
+    exec(f"@dataclass\nclass OwnConfig(DPOConfig):\n{number}", flags)
+    pairs = [dict(prompt=f"What is {i}?", chosen="Good.", rejected="Bad!") for i in range(8)]
+    words = ["--model_name_or_path", model_dir, "--loss_type", "simpo", "--device", "cpu"]
+    words += ["--dataset_name", rows(tmp_path / "p.jsonl", *pairs), "--learning_rate", "1e-2"]
+    words += ["--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--logging_steps", "1"]
+
+    def no_reference(self):
+        raise AssertionError("a loss without a reference needs none")
+
+    monkeypatch.setattr(lora.Reference, "__call__", no_reference)
+    found = {}
+    for gamma in ("0.5", "0.0"):
+        argv = [*words, "--simpo_gamma", gamma, "--overwrite_output_dir", "true"]
+        train_dpo.run_dpo(parse(flags["OwnConfig"], argv, {}))
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        found[gamma] = [json.loads(line)["loss"] for line in lines]
+        assert found[gamma][-1] < found[gamma][0]
+    assert found["0.0"][0] < found["0.5"][0]  # less of a margin is asked for
+    capsys.readouterr()
+    argv = ["ipo" if word == "simpo" else word for word in words]
+    parse(flags["OwnConfig"], [*argv, "--simpo_gamma", "1"], {})
+    assert capsys.readouterr().out == "--simpo_gamma has nothing to do in this run\n"
+
+
+def test_the_format_example_is_the_tested_one():
+    assert inspect.getsource(test_quantized.Int8Linear).strip() in README
+
+
+def test_the_layout_example_is_one_line_of_a_table():
+    (line,) = [block for block in PYTHON if '"ask"' in block]
+    assert eval("{" + line + "}", vars(layouts)) == {("ask", "good", "bad"): layouts.answered}
