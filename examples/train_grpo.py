@@ -5,11 +5,11 @@
 GRPO (Shao et al. 2024, arXiv 2402.03300) samples a group of replies to each prompt, rewards each,
 and raises the log-probs of those above their group's mean. Here every step trains on replies of
 the very policy that it changes, so the paper's importance ratio is 1 and there is nothing to clip;
-the gradient is REINFORCE's, and without a KL term. A prompt and its group are one example, so the
-prompt is computed once, however many replies branch off it.
+there is no KL term either. A prompt and its group are one example, so the prompt is computed once,
+however many replies branch off it.
 
-The reward is whatever code can say of a reply. In the built-in world an answer is right or wrong:
-a row's `chosen` and `rejected` are both right, in two styles, and the reward is 1 for either.
+In the built-in world an answer is right or wrong, and the reward says which. It says nothing of
+style; but full sentences come to be preferred, because the model gets them right more often.
 """
 
 from dataclasses import dataclass, replace
@@ -19,14 +19,15 @@ import torch
 from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.model import sample
+from nanoalign.packing import Example
 from nanoalign.run.flags import SFTConfig, flag
 from nanoalign.run.record import fit
 from nanoalign.run.session import Run, finish, main, start
 
 BUILT_IN = dict(
     model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],
-    output_dir="runs/grpo", learning_rate=1e-3, lora_r=8, lora_alpha=16,
-    per_device_train_batch_size=32, max_steps=60, logging_steps=5, device="cpu",
+    output_dir="runs/grpo", learning_rate=1e-3, lr_scheduler_type="constant", lora_r=8,
+    per_device_train_batch_size=32, max_steps=120, device="cpu",
 )  # fmt: skip
 
 
@@ -38,33 +39,33 @@ class GRPOConfig(SFTConfig):
     temperature: float = flag(1.0, "of sampling", above=0)
 
 
-def run_grpo(cfg: GRPOConfig) -> Run:
-    run = start(cfg, DPO)
+def reward(example: Example, reply: list[int]) -> float:
+    """Whatever code can say of a reply. In the built-in world a row's `chosen` and `rejected` are
+    both right answers, in two styles, and a reply is worth 1 if it is one of them."""
+    return float(reply in [ids for ids, _ in example.completions])
 
-    def reward(example, reply) -> float:
-        return float(reply in [ids for ids, _ in example.completions])
+
+def run_grpo(cfg: GRPOConfig) -> Run:
+    run, size = start(cfg, DPO), cfg.num_generations
 
     def grpo(batches):
         """The loss is a mean over replies."""
         for batch in batches:
-            prompts = [e.prompt for e in batch for _ in range(cfg.num_generations)]
+            prompts = [example.prompt for example in batch for _ in range(size)]
             replies = sample(run.policy, prompts, cfg.max_completion_length, cfg.temperature)
-            n = cfg.num_generations
-            groups = [replies[i : i + n] for i in range(0, len(replies), n)]
+            groups = [replies[i : i + size] for i in range(0, len(replies), size)]
             rewards = torch.tensor([[reward(e, y) for y in g] for e, g in zip(batch, groups)])
-            advantages = (rewards - rewards.mean(1, keepdim=True)) / (
+            spread = (
                 rewards.std(1, keepdim=True) + 1e-4
-            )
-            scores = run.policy(
-                [
-                    replace(e, completions=[(y, [True] * len(y)) for y in g])
-                    for e, g in zip(batch, groups)
-                ]
-            )
+            )  # a group that is all right teaches nothing
+            advantages = (rewards - rewards.mean(1, keepdim=True)) / spread  # (prompts, size)
+
+            completions = [[(ids, [True] * len(ids)) for ids in group] for group in groups]
+            scores = run.policy([replace(e, completions=c) for e, c in zip(batch, completions)])
             losses = -advantages.flatten().to(scores.logps.device) * scores.logps
             yield {
-                "loss": (losses.sum(), len(losses)),
-                "reward": (rewards.sum(), len(losses)),
+                "loss": (losses.sum(), len(replies)),
+                "reward": (rewards.sum(), len(replies)),
             }
 
     fit(cfg, run, grpo)
