@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanoalign import InputError
@@ -37,22 +37,21 @@ def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
     "all-linear": all but the output head. A name means each layer whose path ends in it; a string
     that is no layer's name is a regex for the whole path. What hits nothing is an InputError.
     """
-    linears = linear_names(model)
+    linears, hits = linear_names(model), set()
     if target == "all-linear":
         return linears
-    hits = set()
-    for pattern in [target] if isinstance(target, str) else target:
+    patterns = [target] if isinstance(target, str) else target
+    for pattern in patterns:
         found = {n for n in linears if f".{n}".endswith(f".{pattern}")}
-        if not found and (isinstance(target, str) or len(target) == 1):
-            try:
+        try:
+            if not found and len(patterns) == 1:
                 found = {n for n in linears if re.fullmatch(pattern, n)}
-            except re.error as error:
-                raise InputError(f"--lora_target_modules {pattern}: no regex: {error}") from None
+        except re.error as error:
+            raise InputError(f"--lora_target_modules {pattern}: no regex: {error}") from None
         if not found:
             names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise InputError(
-                f"--lora_target_modules {pattern}: no linear layer; there are: {names}"
-            )
+            fault = f"no linear layer; there are: {names}"
+            raise InputError(f"--lora_target_modules {pattern}: {fault}")
         hits |= found
     return [name for name in linears if name in hits]
 
@@ -141,25 +140,11 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
         targets = sorted({name.rpartition(".")[2] for name in layers})
     elif any(f".{name}".endswith(f".{targets}") for name in layers):
         targets = [targets]  # one name: a string by itself is a regex to PEFT
-    text = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": targets,
-        "use_rslora": config.use_rslora,
-        "bias": config.bias,
-        "modules_to_save": config.modules_to_save or None,
-        "trainable_token_indices": config.trainable_token_indices or None,
-        "inference_mode": True,
-    }
+    text = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    text |= {**vars(config), "target_modules": targets}
+    for key in ("modules_to_save", "trainable_token_indices"):
+        text[key] = text[key] or None
     (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
-
-
-def _number(value, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value < high
 
 
 def _list_of(kind: type, value) -> bool:
@@ -172,8 +157,11 @@ def _rows(value) -> bool:
 
 FIELDS = {  # of adapter_config.json: what it may be, in words and in code
     "r": ("a whole number from 1 to 65535", lambda v: type(v) is int and 0 < v < 2**16),
-    "lora_alpha": ("a number above 0", lambda v: _number(v, 1e-30, 1e30)),
-    "lora_dropout": ("a number from 0 to below 1", lambda v: _number(v, 0, 1)),
+    "lora_alpha": ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30),
+    "lora_dropout": (
+        "a number from 0 to below 1",
+        lambda v: type(v) in (int, float) and 0 <= v < 1,
+    ),
     "target_modules": ("names", lambda v: isinstance(v, str) or _list_of(str, v)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "bias": ("none, lora_only or all", lambda v: v in ("none", "lora_only", "all")),
@@ -220,33 +208,24 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 
 def load_adapter(model: nn.Module, directory: Path) -> None:
     """Fill what trains from an adapter file that holds exactly that, or raise InputError."""
-    path = Path(directory) / "adapter_model.safetensors"
-    wanted = trained_tensors(model)
+    path, wanted = Path(directory) / "adapter_model.safetensors", trained_tensors(model)
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for what, rest in (
-                ("lacks", wanted.keys() - names),
-                ("also has", names - wanted.keys()),
-            ):
-                if rest:
-                    example = min(rest).removeprefix(PREFIX)
-                    raise InputError(
-                        f"{path}: {what} {len(rest)} tensors, e.g. {example}: "
-                        "an adapter of another base or configuration?"
-                    )
-            for name, parameter in wanted.items():
-                tensor = file.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    raise InputError(
-                        f"{path}: {name.removeprefix(PREFIX)} has shape {tuple(tensor.shape)}, "
-                        f"here it is {tuple(parameter.shape)}: an adapter of another base?"
-                    )
-                if not tensor.is_floating_point() or not tensor.isfinite().all():
-                    short = name.removeprefix(PREFIX)
-                    raise InputError(f"{path}: {short} holds what is no finite number")
-                parameter.data.copy_(tensor)
+        found = load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: not there") from None
     except SafetensorError as error:
         raise InputError(f"{path}: damaged: {error}") from None
+    others = {"lacks": wanted.keys() - found.keys(), "also has": found.keys() - wanted.keys()}
+    for what, rest in others.items():
+        if rest:
+            what = f"{what} {len(rest)} tensors, e.g. {min(rest).removeprefix(PREFIX)}"
+            raise InputError(f"{path}: {what}: an adapter of another base or configuration?")
+    for name, parameter in wanted.items():
+        tensor, short = found[name], name.removeprefix(PREFIX)
+        shape, expected = tuple(tensor.shape), tuple(parameter.shape)
+        if shape != expected:
+            fault = f"has shape {shape}, here it is {expected}: an adapter of another base?"
+            raise InputError(f"{path}: {short} {fault}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"{path}: {short} holds what is no finite number")
+        parameter.data.copy_(tensor)
