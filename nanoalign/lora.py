@@ -15,10 +15,8 @@ and "what an adapter file holds" (formats/peft.py) are the same list. Trained we
 whatever the base is.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +24,6 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.fast.dropout import Dropout  # nn.Dropout, but quicker on a CPU
-
-
-@dataclass
-class LoRAConfig:
-    """What adapter_config.json says of an adapter, in PEFT's words."""
-
-    r: int = 16
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
-    use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
-    bias: str = "none"  # none, lora_only, all: the biases that train
-    modules_to_save: list[str] = field(default_factory=list)  # modules that train whole
-    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
-    base_model_name_or_path: str | None = None
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class LoRALinear(nn.Module):
@@ -144,12 +123,14 @@ def linear_names(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, names: list[str] | None = None) -> None:
+def add_lora(
+    model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names: list[str] | None = None
+) -> None:
     """Freeze the model, and put LoRA on the linear layers `names` (None: on all but the head)."""
     model.requires_grad_(False)
     for name in linear_names(model) if names is None else names:
         base = model.get_submodule(name)
-        layer = LoRALinear(base, config.r, config.scaling, config.lora_dropout)
+        layer = LoRALinear(base, r, scaling, dropout)
         device = next(t for t in (*base.parameters(), *base.buffers())).device
         model.set_submodule(name, layer.to(device))
 
@@ -218,16 +199,3 @@ class Reference:
             layer.enabled = enabled
         for parameter, start in self.start:
             parameter.data, start.data = start.data, parameter.data
-
-
-@contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model: every LoRA layer switched off."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True

@@ -1,6 +1,6 @@
 """A model of transformers -> a policy: what is trained, and what belongs to it; and text out of it.
 
-    policy = make_policy(model, tokenizer, LoRAConfig(r=8))
+    policy = make_policy(model, tokenizer, r=8)
     policy(examples).logps                    # log pi(y | x) of each completion, with gradient
     generate(policy, [[{"role": "user", "content": "Hello!"}]])
 
@@ -19,7 +19,7 @@ from torch import nn
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, encode
 from nanoalign.logps import PackedLM, Scores
-from nanoalign.lora import LoRAConfig, Reference, add_lora, add_token_rows, tied
+from nanoalign.lora import Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
 
 
@@ -28,14 +28,15 @@ class Policy:
     lm: PackedLM  # examples -> scores
     tokenizer: object
     template: ChatML  # or another class of its kind
-    lora: LoRAConfig | None  # None: all weights train
+    lora: object = None  # what an adapter's file says of it (formats/peft.py)
     attention: str = field(init=False)  # the implementation that generation runs under
-    reference: Reference | None = field(init=False)  # the policy as it is now; None as `lora`
+    reference: Reference | None = field(init=False)  # the policy as it is now; None: all trains
 
     def __post_init__(self):
         self.attention = self.model.config._attn_implementation
         self.model.set_attn_implementation(packed())
-        self.reference = Reference(self.lm) if self.lora else None
+        frozen = not all(p.requires_grad for p in self.model.parameters())
+        self.reference = Reference(self.lm) if frozen else None
 
     @property
     def model(self) -> nn.Module:
@@ -45,17 +46,17 @@ class Policy:
         return self.lm(examples, neftune_alpha)
 
 
-def make_policy(model: nn.Module, tokenizer, lora: LoRAConfig | None = None) -> Policy:
-    """A model that writes ChatML, with LoRA on all its linear layers; None: all weights train."""
+def make_policy(model: nn.Module, tokenizer, r: int | None = None, alpha: float = 16) -> Policy:
+    """A model that writes ChatML, with LoRA of rank r on its linear layers (None: all trains)."""
     template, added = open_template(tokenizer, ChatML)
     rows = fit_embeddings(model, tokenizer, added)
-    if lora is None:
+    if r is None:
         model.requires_grad_(True)
     else:
-        add_lora(model, lora)
+        add_lora(model, r, alpha / r)
         add_token_rows(model, rows)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Policy(PackedLM(model, softcap=softcap), tokenizer, template, lora)
+    return Policy(PackedLM(model, softcap=softcap), tokenizer, template)
 
 
 # --------------------------------------------------------------------------------- the chat markers

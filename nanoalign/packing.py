@@ -164,21 +164,11 @@ def attention(
 # (_disable_dynamo is torch.compiler.disable, but does not import the compiler before it is needed.)
 @torch._disable_dynamo
 def packed_attention(
-    module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    geometry: Geometry,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    position_ids: Tensor | None = None,
-    use_cache: bool | None = None,
-    **unknown,
-) -> tuple[Tensor, None]:
+    module, query, key, value, attention_mask: None, *,
+    geometry: Geometry, scaling: float, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None,
+    position_ids=None, use_cache=None, **unknown,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D).
 
     A keyword that is not known here may change what a model computes (attention sinks do), so it

@@ -19,7 +19,7 @@ from transformers import (
 from nanoalign.fast import attention as fast
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
-from nanoalign.lora import LoRAConfig, LoRALinear, add_lora
+from nanoalign.lora import LoRALinear, add_lora
 from nanoalign.packing import Example, attention, in_rows, pack, packed, packed_attention
 
 # ------------------------------------------------------------------------------------ the row
@@ -192,7 +192,7 @@ def a_model(kind, lora):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     if lora:
-        add_lora(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+        add_lora(model, r=4, scaling=2.0)
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 torch.nn.init.normal_(module.lora_B.weight, std=0.1)

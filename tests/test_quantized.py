@@ -21,7 +21,7 @@ from transformers import (
 from nanoalign import InputError
 from nanoalign.formats.bitsandbytes import save_4bit
 from nanoalign.formats.files import tensor_files
-from nanoalign.formats.peft import add_adapter
+from nanoalign.formats.peft import LoRAConfig, add_adapter
 from nanoalign.formats.weights import (
     FORMATS,
     NOTE,
@@ -30,7 +30,7 @@ from nanoalign.formats.weights import (
     load_lm,
     skeleton,
 )
-from nanoalign.lora import LoRAConfig, LoRALinear
+from nanoalign.lora import LoRALinear
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import SFTConfig, parse

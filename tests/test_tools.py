@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from nanoalign import InputError
 from nanoalign.data import Example
-from nanoalign.lora import LoRAConfig
+from nanoalign.formats.peft import LoRAConfig
 from nanoalign.run.advice import advice, afterthought, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, Parser, SFTConfig, add_flags

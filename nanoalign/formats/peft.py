@@ -8,7 +8,11 @@ this code does not know is refused, never left out.
 """
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +22,6 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.lora import (
-    LoRAConfig,
     LoRALinear,
     add_lora,
     add_token_rows,
@@ -27,6 +30,26 @@ from nanoalign.lora import (
     plain,
     tied,
 )
+
+
+@dataclass
+class LoRAConfig:
+    """What adapter_config.json says of an adapter, in PEFT's words."""
+
+    r: int = 16
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
+    use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
+    bias: str = "none"  # none, lora_only, all: the biases that train
+    modules_to_save: list[str] = field(default_factory=list)  # modules that train whole
+    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
 
 # --------------------------------------------------------------------------- what an adapter trains
 
@@ -90,7 +113,7 @@ class TrainedModule(nn.Module):
 def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
     names = target_names(model, config.target_modules)
-    add_lora(model, config, names)
+    add_lora(model, config.r, config.scaling, config.lora_dropout, names)
     for name in config.modules_to_save:
         _train_whole(model, name)
     add_token_rows(model, config.trainable_token_indices)
@@ -117,6 +140,19 @@ def _train_whole(model: nn.Module, name: str) -> None:
             module.weight = nn.Parameter(module.weight.detach().clone())
         every = [n for n, _ in module.named_parameters()]
         model.set_submodule(path, TrainedModule(module, every))
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The base model: every LoRA layer switched off."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 # ---------------------------------------------------------------------------------------- on disk

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import nanoalign
+from nanoalign.formats.peft import LoRAConfig
 from nanoalign.formats.rows import on_hub
-from nanoalign.lora import LoRAConfig
 from nanoalign.run.flags import Config
 
 CARD = """\

@@ -11,11 +11,16 @@ from transformers import AutoTokenizer
 
 from nanoalign import InputError
 from nanoalign.formats.files import from_pretrained
-from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
+from nanoalign.formats.peft import (
+    LoRAConfig,
+    add_adapter,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM
-from nanoalign.lora import LoRAConfig
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run.flags import Config

@@ -39,7 +39,7 @@ def reference_of(
             for batch in batches
         ]
     logps = _logps_of(cfg, policy)
-    all_train = policy.lora is None and not cfg.ref_model_name_or_path
+    all_train = policy.reference is None and not cfg.ref_model_name_or_path
     if cfg.precompute_ref_log_probs or all_train:
         logps = _precomputed(logps, everything())
 

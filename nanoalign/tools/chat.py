@@ -18,7 +18,7 @@ import torch
 from transformers import TextStreamer
 
 from nanoalign import InputError
-from nanoalign.lora import without_adapter
+from nanoalign.formats.peft import without_adapter
 from nanoalign.model import Policy, generate
 from nanoalign.run.flags import Config, Parser, add_flags
 from nanoalign.run.policy import load_policy
