@@ -109,9 +109,12 @@ class PackedLM(nn.Module):
         h = self.hidden(row, neftune_alpha).index_select(0, row.predictors)  # (N, d)
         head, zeros = self.head(), torch.zeros(len(row.trained), device=h.device)
         logps = zeros.index_add(0, row.completion, fast.token_logps(h, head, row.targets))
-        means = self.mean_logits(h.detach(), head)
-        logits = None if means is None else zeros.index_add(0, row.completion, means)
-        return Scores(logps, row.trained, logits)
+        if head.rows is not None or head.weight.requires_grad or self.mean_weight is None:
+            self.mean_weight = fast.mean_weight(head)  # of a frozen head: once
+        if self.mean_weight is None:
+            return Scores(logps, row.trained)
+        mean_logits = h.detach().float() @ self.mean_weight  # (N,)
+        return Scores(logps, row.trained, zeros.index_add(0, row.completion, mean_logits))
 
     def hidden(self, row: Row, neftune_alpha: float = 0.0) -> Tensor:
         """The decoder's last hidden states, (T, d): where a reward or value head would begin.
@@ -133,15 +136,3 @@ class PackedLM(nn.Module):
                 use_cache=False,
             ).last_hidden_state[0]  # (T, d)
         return hidden if self.autocast is None else hidden.to(self.autocast)
-
-    @torch.no_grad()
-    def mean_logits(self, h: Tensor, head: Head) -> Tensor | None:
-        """(N,) each token's mean logit over the vocabulary, TRL's metric logits/*. The mean is
-        linear, mean_v(w_v . h) = mean_v(w_v) . h, so it takes one vector and no logits; None where
-        the head does more than a product."""
-        if head.scale != 1.0 or head.softcap is not None or head.bias is not None:
-            return None
-        frozen = not head.weight.requires_grad and head.rows is None
-        if self.mean_weight is None or not frozen:
-            self.mean_weight = head.weight.mean(0, dtype=torch.float32)  # (d,)
-        return h.float() @ self.mean_weight

@@ -109,9 +109,6 @@ class TokenRows(nn.Module):
         return table
 
 
-# --------------------------------------------------------------------------- what of a model trains
-
-
 def is_linear(module: nn.Module) -> bool:
     """Anything that LoRALinear can wrap: nn.Linear, NF4Linear, or a layer of your own."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -159,9 +156,6 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
             model.set_submodule(paths[id(head)], TokenRows(head, rows, None))
         else:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
-
-
-# ---------------------------------------------------------------------------- the model as it was
 
 
 class Reference:

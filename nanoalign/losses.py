@@ -48,9 +48,6 @@ def sft_loss(logps: Tensor) -> Tensor:
     return -logps
 
 
-# -------------------------------------------------------------------------------------------- DPO
-
-
 class Pair(NamedTuple):
     """A quantity of the chosen and of the rejected reply, each (B,)."""
 
@@ -135,9 +132,6 @@ def dpo_loss(
         beta * (chosen_logps - ref_chosen_logps).detach(),
         beta * (rejected_logps - ref_rejected_logps).detach(),
     )
-
-
-# -------------------------------------------------------------------------------------------- KTO
 
 
 def kto(delta, sign, beta, z0):

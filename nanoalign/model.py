@@ -59,9 +59,6 @@ def make_policy(model: nn.Module, tokenizer, r: int | None = None, alpha: float 
     return Policy(PackedLM(model, softcap=softcap), tokenizer, template)
 
 
-# --------------------------------------------------------------------------------- the chat markers
-
-
 def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
     """-> the template, and the ids of those of its markers that the tokenizer lacked."""
     missing = [marker for marker in kind.markers if marker not in tokenizer.get_vocab()]
@@ -99,9 +96,6 @@ def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, l
         table.weight.data[added] = mean.to(table.weight.dtype)
     paths = {id(module): path for path, module in model.named_modules()}
     return {paths[id(table)].rpartition(".")[2]: added for table in tables()}
-
-
-# ----------------------------------------------------------------------------- text out of a policy
 
 
 def generate(policy: Policy, conversations: list[list[Message]], **how) -> list[str]:

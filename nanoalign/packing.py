@@ -44,9 +44,6 @@ class Example:
         return sum(len(self.prompt) + len(ids) for ids, _ in self.completions)
 
 
-# ---------------------------------------------------------------------------------------- the row
-
-
 @dataclass
 class Geometry:
     """Where examples and their branches lie in a row of T tokens."""
@@ -134,9 +131,6 @@ def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
         parts[-1].append(example)
         room -= length
     return parts
-
-
-# -------------------------------------------------------------------------------------- attention
 
 
 def attention(

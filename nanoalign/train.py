@@ -78,9 +78,6 @@ def plan(cfg, examples: int) -> tuple[int, int]:
     return per_epoch, max(1, math.ceil(cfg.num_train_epochs * per_epoch))
 
 
-# ---------------------------------------------------------------------------------------- the loop
-
-
 def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all that trains. A group of parameters may have its own share of the learning rate,
     {"params": [...], "times": 16}, as LoRA+ gives to B."""

@@ -34,6 +34,15 @@ def token_logps(h: Tensor, head, targets: Tensor, chunk: int | None = None) -> T
     return TokenLogps.apply(h, head.weight, head.bias, head.row_weight, targets, head, chunk)
 
 
+@torch.no_grad()
+def mean_weight(head) -> Tensor | None:
+    """The mean over the vocabulary is linear: mean_v(w_v . h) = mean_v(w_v) . h. So TRL's metric
+    logits/* takes one vector (d,) and no logits; None where a head does more than a product."""
+    if head.scale != 1.0 or head.softcap is not None or head.bias is not None:
+        return None
+    return head.weight.mean(0, dtype=torch.float32)
+
+
 def logits(head, h: Tensor, out: Tensor) -> Tensor:
     """Head.logits of a chunk, into the first rows of `out`. `weight[rows]` is up to date."""
     bias = None if head.bias is None else head.bias.to(h.dtype)
