@@ -51,28 +51,22 @@ def everywhere(examples):
     return out
 
 
-def all_logits(h, head, targets):
-    """All logits at once, and autograd as it comes."""
-    z = (h @ head.weight.T).float()
-    return z.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
 def variants() -> dict:
     """Name -> what to change: flags of the run, or (module, attribute, replacement) to patch."""
     import torch
     from torch.nn import functional as F
 
-    from nanoalign import logps, lora, packing
-    from nanoalign.fast import nf4
+    from nanoalign import logps
+    from nanoalign.fast import attention, dropout, head, nf4
 
-    pack, token_logps = logps.pack, logps.token_logps
+    pack, token_logps = logps.pack, head.token_logps
     fused = torch.compile(nf4.decode, dynamic=True)
 
     def costly(change):
         return logps, "pack", lambda batch, device: pack(change(batch), device)
 
     def chunks_of(rows):
-        return logps, "token_logps", partial(token_logps, chunk=rows)
+        return head, "token_logps", partial(token_logps, chunk=rows)
 
     def dequantized_by(decode):
         return nf4, "decode_cpu", decode
@@ -80,20 +74,22 @@ def variants() -> dict:
     def plain_dropout(self, x):
         return F.dropout(x, self.p, self.training)
 
+    torchs = dropout.Dropout, "forward", plain_dropout
+
     return {
         "as it is": [],
         "padding": [costly(padded)],
         "a prompt for each reply": [costly(unshared)],
         "logps of prompts too": [costly(everywhere)],
-        "all logits at once": [(logps, "token_logps", all_logits)],
+        "all logits at once": [(head, "token_logps", logps.token_logps)],
         "chunks of 32 rows": [chunks_of(32)],
         "chunks of 1024 rows": [chunks_of(1024)],
         "rows of 1024 tokens": [{"max_row_tokens": 1024}],
-        "torch's attention kernel": [(packing, "SHORT", 0)],
+        "torch's attention kernel": [(attention, "SHORT", 0)],
         "reference before step 1": [{"precompute_ref_log_probs": True}],
         "compiled layers": [{"torch_compile": True}],
         "dropout, ours": [{"disable_dropout": False}],
-        "dropout, torch's": [{"disable_dropout": False}, (lora.Dropout, "forward", plain_dropout)],
+        "dropout, torch's": [{"disable_dropout": False}, torchs],
         "4 bits": [{"load_in_4bit": True}],
         "4 bits, rows of 1024 tokens": [{"load_in_4bit": True, "max_row_tokens": 1024}],
         "4 bits, decoded plainly": [{"load_in_4bit": True}, dequantized_by(nf4.decode)],
