@@ -48,10 +48,6 @@ def no_evaluation(cfg) -> bool:
     return not (cfg.eval_dataset or cfg.eval_fraction)
 
 
-def no_reference(cfg) -> bool:
-    return not compares(cfg.loss)
-
-
 # fmt: off
 @dataclass
 class Config:
@@ -166,10 +162,11 @@ class ReferenceConfig(Config):
     """What DPO and KTO share. A number that only some losses take is a flag of the same name."""
 
     beta: float = flag(0.1, "price of moving away from the reference", POSITIVE)
-    ref_model_name_or_path: str | None = flag(None, "another reference model", idle=no_reference)
+    ref_model_name_or_path: str | None = flag(
+        None, "another model as the reference", idle=lambda c: not compares(c.loss))
     precompute_ref_log_probs: bool = flag(
         False, "reference log-probs of all data before step 1",
-        idle=lambda c: no_reference(c) or not c.use_peft and not c.ref_model_name_or_path)
+        idle=lambda c: not compares(c.loss) or not (c.use_peft or c.ref_model_name_or_path))
 
     @property
     def loss(self):
@@ -241,11 +238,11 @@ def check(cfg: Config, given: set[str]) -> None:
                 wrong.append((name, f"dtype {cfg.dtype}"))
             cfg.dtype = dtype
     if not cfg.use_peft:
-        of_lora = [name for name in sorted(given) if name.startswith("lora_")]
-        of_lora += sorted(given & {"use_rslora", "adapter_name_or_path"})
-        if cfg.load_in_4bit:  # 4-bit weights can't train
-            of_lora.append("load_in_4bit")
-        wrong += [("use_peft false", name) for name in of_lora]
+        needs_lora = given & {"use_rslora", "adapter_name_or_path"}
+        needs_lora |= {name for name in given if name.startswith("lora_")}
+        if cfg.load_in_4bit:  # such weights can't train
+            needs_lora.add("load_in_4bit")
+        wrong += [("use_peft false", name) for name in sorted(needs_lora)]
     for first, second in wrong:
         raise InputError(f"--{first} and --{second} contradict each other; give one of them")
     if not cfg.model_name_or_path and not cfg.adapter_name_or_path:

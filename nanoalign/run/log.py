@@ -41,16 +41,21 @@ class Log:
         self.bar = tqdm(
             total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
         )
-        self.board = self.wandb = None
+        self.report, self.end = (lambda numbers, step: None), (lambda: None)
         try:
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(log_dir=str(directory))
+                board = SummaryWriter(log_dir=str(directory))
+                self.report = lambda numbers, step: [
+                    board.add_scalar(name, value, step) for name, value in numbers.items()
+                ]
+                self.end = board.close
             elif report_to == "wandb":
                 import wandb
 
-                self.wandb = wandb.init(dir=str(directory), name=directory.name)
+                run = wandb.init(dir=str(directory), name=directory.name)
+                self.report, self.end = run.log, run.finish
         except ImportError:
             self.say(f"--report_to {report_to}: the package {report_to} is not installed; going on")
 
@@ -58,10 +63,7 @@ class Log:
         with contextlib.suppress(OSError):  # a full disk: it was said already
             self.file.close()
         self.bar.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.end()
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.start, 3)
@@ -83,13 +85,8 @@ class Log:
         with saving(Path(self.file.name)):
             self.file.write(json.dumps({**metrics, "time": self.seconds()}) + "\n")
             self.file.flush()
-        step = metrics["step"]
         numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch")}
-        for name, value in numbers.items():
-            if self.board:
-                self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+        self.report(numbers, metrics["step"])
         self.say(terminal_line(metrics, self.total))
 
 

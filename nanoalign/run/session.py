@@ -160,10 +160,10 @@ def read_data(cfg: Config, layouts: Layouts, opened: tuple) -> tuple[list, list,
     size = max(1, round(len(examples) * cfg.eval_fraction))
     if size >= len(examples):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
-    chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
     print(f"{size} examples held out for evaluation")
-    train, held_out = ([e for e in examples if (e.number in chosen) is x] for x in (False, True))
-    return train, held_out, cut
+    chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
+    held_out = [e for e in examples if e.number in chosen]
+    return [e for e in examples if e.number not in chosen], held_out, cut
 
 
 def finish(cfg: Config, run: Run) -> Run:
@@ -197,7 +197,5 @@ def finish(cfg: Config, run: Run) -> Run:
 def git_commit() -> str | None:
     """The commit of the code that ran, where it is a git checkout."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no checkout
-        out = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
-        return out.strip()
-    return None
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -42,10 +42,10 @@ class Printer(TextStreamer):
 def say(policy: Policy, system: str, history: list[dict], args) -> str:
     """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
     start = [{"role": "system", "content": system}] if system else []
-    printer = Printer(policy.tokenizer)
     how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    printer = Printer(policy.tokenizer)
     try:
-        generate(policy, [start + history], **how, streamer=printer)
+        generate(policy, [start + history], streamer=printer, **how)
     except KeyboardInterrupt:
         print(" [stopped]")
     return printer.reply
@@ -91,13 +91,11 @@ def open_policy(args) -> Policy:
     """A model or an adapter directory, loaded as the scripts load it."""
     names = "load_in_4bit", "device", "chat_template", "trust_remote_code"
     cfg = Config(**{name: getattr(args, name) for name in names})
-    if (Path(args.directory) / "adapter_config.json").exists():
-        cfg.adapter_name_or_path = args.directory
-    else:
-        cfg.model_name_or_path = args.directory
+    adapter = Path(args.directory, "adapter_config.json").exists()
+    setattr(cfg, "adapter_name_or_path" if adapter else "model_name_or_path", args.directory)
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg)
-    if not cfg.adapter_name_or_path:
+    if not adapter:
         policy.lora = None
     return policy
 
