@@ -20,7 +20,7 @@ from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.model import sample
 from nanoalign.packing import Example
-from nanoalign.run.flags import SFTConfig, flag
+from nanoalign.run.flags import POSITIVE, SFTConfig, flag
 from nanoalign.run.record import fit
 from nanoalign.run.session import Run, finish, main, start
 
@@ -33,10 +33,9 @@ BUILT_IN = dict(
 
 @dataclass
 class GRPOConfig(SFTConfig):
-    method_name = "GRPO"
-    num_generations: int = flag(8, "replies in a group", above=1)
-    max_completion_length: int = flag(24, "tokens of a sampled reply", above=0)
-    temperature: float = flag(1.0, "of sampling", above=0)
+    num_generations: int = flag(8, "replies in a group", POSITIVE)
+    max_completion_length: int = flag(24, "tokens of a sampled reply", POSITIVE)
+    temperature: float = flag(1.0, "of sampling", POSITIVE)
 
 
 def reward(example: Example, reply: list[int]) -> float:

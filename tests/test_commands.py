@@ -406,14 +406,14 @@ FOURTH = '''"""A method of one's own: only long replies count."""
 from dataclasses import dataclass
 
 from nanoalign.formats.layouts import SFT
-from nanoalign.run.flags import Config, flag
+from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
 from nanoalign.run.session import finish, main, start
 
 
 @dataclass
 class LongConfig(Config):
-    least_tokens: int = flag(2, "of a reply that counts", above=0)
+    least_tokens: int = flag(2, "of a reply that counts", POSITIVE)
 
 
 def run_long(cfg):

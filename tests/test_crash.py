@@ -137,10 +137,11 @@ def test_what_a_resumed_run_depends_on(flags, whole, tmp_path, monkeypatch):
 def test_whatever_the_optimizer_keeps_is_restored(flags, tmp_path, monkeypatch):
     """SGD's momentum, say: other keys than AdamW's."""
 
-    def momentum(cfg, parameters):
-        return torch.optim.SGD(parameters, lr=cfg.learning_rate, momentum=0.9)
+    def momentum(cfg, lm):
+        trained = [p for p in lm.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=cfg.learning_rate, momentum=0.9)
 
-    monkeypatch.setattr(nanoalign.train, "make_optimizer", momentum)
+    monkeypatch.setattr(nanoalign.run.record, "make_optimizer", momentum)
     call("sft", flags("sft", tmp_path / "whole"))
     given = flags("sft", tmp_path / "run")
     stopped(monkeypatch, 4, "sft", given)
@@ -321,6 +322,8 @@ def test_save_total_limit(flags, tmp_path, monkeypatch):
     assert tops(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"]
     call("sft", flags("sft", tmp_path / "all", save_steps=2))
     assert tops(tmp_path / "all") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    call("sft", flags("sft", tmp_path / "many", save_steps=1, save_total_limit=5))
+    assert tops(tmp_path / "many") == [f"checkpoint-{i}" for i in range(3, 8)]
     given = flags("sft", tmp_path / "stop", save_steps=1, save_total_limit=1)
     stopped(monkeypatch, 5, "sft", given | {"save_steps": 2})
     assert tops(tmp_path / "stop") == ["checkpoint-5"]

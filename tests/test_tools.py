@@ -11,25 +11,29 @@ from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
 from nanoalign.run.advice import advice, afterthought, suggested_weights
 from nanoalign.run.card import write_card
-from nanoalign.run.flags import DPOConfig, KTOConfig, Parser, SFTConfig, add_flags
+from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.tools import chat, plot
 from nanoalign.tools import data as show
-from nanoalign.tools import plot
 
 # -------------------------------------------------------------------------------------------- flags
 
 
-def test_a_tool_takes_flags_of_the_scripts(capsys):
-    parser = Parser((), prog="tool", allow_abbrev=False)
-    parser.add_argument("directory")
-    names = ("max_length", "max_prompt_length", "chat_template", "load_in_4bit", "device", "dtype")
-    add_flags(parser, *names)
-    args = vars(parser.parse_args(["--load_in_4bit", "there", "--max_prompt_length", "9"]))
-    assert args.pop("directory") == "there"
-    assert args == dict(max_length=1024, max_prompt_length=9, chat_template="chatml",
-                        load_in_4bit=True, device="auto", dtype="auto")  # fmt: skip
+def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
+    """But for one: after --load_in_4bit the scripts take a value, here that is the directory."""
+    opened = []
+    monkeypatch.setattr(chat, "open_policy", opened.append)
+    monkeypatch.setattr(chat, "say", lambda *given: None)
+    chat.main(["--load_in_4bit", "there", "--max_new_tokens", "9", "--prompt", "Hello"])
+    args = vars(opened[0])
+    assert args.pop("directory") == "there" and args.pop("prompt") == "Hello"
+    assert args == dict(system="", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=None,
+                        chat_template="chatml", load_in_4bit=True, device="auto",
+                        trust_remote_code=False)  # fmt: skip
     with pytest.raises(InputError, match="--chat_template: invalid choice: 'llama'"):
-        parser.parse_args(["there", "--chat_template", "llama"])
-    assert "the tokenizer's own template" in " ".join(parser.format_help().split())
+        chat.main(["there", "--chat_template", "llama"])
+    with pytest.raises(SystemExit):
+        chat.main(["--help"])
+    assert "the tokenizer's own template" in " ".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------------------------- the mask, shown
@@ -114,13 +118,16 @@ def test_kto_advice():
 
 
 def test_other_advice():
+    def said(*given, **more):
+        return list(advice(*given, **more))
+
     data = examples(5, 5)
-    assert advice(SFTConfig(), data, cut=0) == []
-    assert "max_length" in advice(SFTConfig(), data, cut=3)[0]
-    assert "all-linear" in advice(SFTConfig(lora_target_modules=["q_proj", "v_proj"]), data)[0]
-    assert advice(SFTConfig(lora_target_modules=["q_proj", "up_proj"]), data) == []
-    assert "beta" in advice(DPOConfig(beta=5.0), data)[0]
-    assert "beta" in advice(DPOConfig(beta=0.001), data)[0]
+    assert said(SFTConfig(), data, cut=0) == []
+    assert "max_length" in said(SFTConfig(), data, cut=3)[0]
+    assert "all-linear" in said(SFTConfig(lora_target_modules=["q_proj", "v_proj"]), data)[0]
+    assert said(SFTConfig(lora_target_modules=["q_proj", "up_proj"]), data) == []
+    assert "beta" in said(DPOConfig(beta=5.0), data)[0]
+    assert "beta" in said(DPOConfig(beta=0.001), data)[0]
 
 
 def test_both_rewards_falling_is_explained():

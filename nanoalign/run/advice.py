@@ -3,57 +3,40 @@
 The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their code).
 """
 
+from collections.abc import Iterator
+
 from nanoalign.data import Example
 from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
 
-def advice(cfg: Config, examples: list[Example], cut: int = 0) -> list[str]:
+def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
     """What somebody who has done this before would say of a run. `cut`: completions cut short."""
-    lines = []
+    rate = f"--learning_rate {cfg.learning_rate:g}"
     if cut > 0.2 * len(examples):
-        lines.append(
-            f"--max_length {cfg.max_length} cuts {cut} completions short; a longer one fits them"
-        )
+        yield f"--max_length {cfg.max_length} cuts {cut} completions short; a longer one fits them"
     if not cfg.use_peft and cfg.learning_rate > 1e-4:
-        lines.append(
-            f"--learning_rate {cfg.learning_rate:g} is high for training all weights; try 1e-5"
-        )
+        yield f"{rate} is high for training all weights; try 1e-5"
     attention = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
     if cfg.use_peft and attention.issuperset(cfg.lora_target_modules):
         targets = " ".join(cfg.lora_target_modules)
-        lines.append(
-            f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
-        )
+        yield f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
     if isinstance(cfg, ReferenceConfig) and not 0.01 <= cfg.beta <= 1:
-        why = (
-            "little holds the policy to the reference" if cfg.beta < 0.01 else "it can hardly move"
-        )
-        lines.append(f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common")
-    if isinstance(cfg, KTOConfig):
-        lines += kto_advice(cfg, examples)
-    return lines
-
-
-def kto_advice(cfg: KTOConfig, examples: list[Example]) -> list[str]:
-    lines = []
+        low, high = "little holds the policy to the reference", "it can hardly move"
+        why = low if cfg.beta < 0.01 else high
+        yield f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common"
+    if not isinstance(cfg, KTOConfig):
+        return
     step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     if step < 4:
-        lines.append(
-            f"a step of {step} examples is too small to estimate KTO's z0; take 4 at least"
-        )
+        yield f"a step of {step} examples is too small to estimate KTO's z0; take 4 at least"
     elif not 16 <= step <= 128:
-        lines.append(f"a step of {step} examples: KTO works best with 16 to 128")
+        yield f"a step of {step} examples: KTO works best with 16 to 128"
     if not cfg.use_peft and not 5e-7 <= cfg.learning_rate <= 5e-6:
-        lines.append(
-            f"--learning_rate {cfg.learning_rate:g}: KTO of all weights wants 5e-7 to 5e-6"
-        )
+        yield f"{rate}: KTO of all weights wants 5e-7 to 5e-6"
     up = sum(e.label for e in examples)
-    weights = suggested_weights(
-        up, len(examples) - up, cfg.desirable_weight, cfg.undesirable_weight
-    )
-    if weights:
-        lines.append(weights)
-    return lines
+    given = cfg.desirable_weight, cfg.undesirable_weight
+    if weights := suggested_weights(up, len(examples) - up, *given):
+        yield weights
 
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:
@@ -77,9 +60,11 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
 def afterthought(lines: list[dict]) -> str | None:
     """What the run's metrics ask to be explained."""
     rewards = [ln for ln in lines if "rewards/chosen" in ln and "rewards/rejected" in ln]
-    if len(rewards) < 2 or rewards[-1]["rewards/chosen"] >= min(0, rewards[0]["rewards/chosen"]):
+    if len(rewards) < 2:
         return None
-    if rewards[-1]["rewards/margins"] <= rewards[0]["rewards/margins"]:
+    first, last = rewards[0], rewards[-1]
+    fell = last["rewards/chosen"] < min(0, first["rewards/chosen"])
+    if not fell or last["rewards/margins"] <= first["rewards/margins"]:
         return None
     return (
         "both rewards fell while the margin rose: that is normal, the loss sees their difference; "

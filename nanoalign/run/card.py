@@ -13,19 +13,19 @@ base_model: {base}
 library_name: {package}
 pipeline_tag: text-generation
 tags:
-- {method}
+- {cfg.method}
 - nanoalign{lora_tag}
 {datasets}---
 
 # {title}
 
-{base}, trained with {method_name} by nanoalign {version}.
+{base}, trained with {method} by nanoalign {version}.
 
 | | |
 |---|---|
 | data | {data}: {examples} examples |
 | trained | {trained} |
-| steps | {steps}, learning rate {learning_rate:g}, seed {seed} |
+| steps | {steps}, learning rate {cfg.learning_rate:g}, seed {cfg.seed} |
 
 Last metrics: {metrics}
 {curve}
@@ -49,25 +49,21 @@ def write_card(
     """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl."""
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
     named = [f"- {name}\n" for name in cfg.dataset_name if on_hub(name)]
-    package = "peft" if lora else "transformers"
     text = CARD.format(
-        datasets="".join(["datasets:\n", *named]) if named else "",
+        cfg=cfg,
         base=lora.base_model_name_or_path if lora else cfg.model_name_or_path,
-        method=cfg.method,
-        lora_tag="\n- lora" if lora else "",
-        title=directory.resolve().name,
-        method_name=cfg.method_name,
+        method="supervised fine-tuning" if cfg.method == "sft" else cfg.method.upper(),
         version=nanoalign.__version__,
+        title=directory.resolve().name,
+        datasets="".join(["datasets:\n", *named]) if named else "",
         data=", ".join(Path(name).name for name in cfg.dataset_name),
         examples=examples,
-        trained=f"LoRA, r={lora.r}, alpha={lora.lora_alpha:g}" if lora else "all weights",
         steps=last.get("step", 0),
-        learning_rate=cfg.learning_rate,
-        seed=cfg.seed,
         metrics=", ".join(f"{k} {v:.4g}" for k, v in shown.items()) or "none",
         curve="\n![curves](curves.png)\n" if (directory / "curves.png").exists() else "",
-        package=package,
+        lora_tag="\n- lora" if lora else "",
+        trained=f"LoRA, r={lora.r}, alpha={lora.lora_alpha:g}" if lora else "all weights",
+        package="peft" if lora else "transformers",
         opener="AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM",
     )
-    path = directory / "README.md"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    (directory / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")

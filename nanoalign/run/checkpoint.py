@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -30,13 +31,12 @@ from torch import nn
 from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.run.files import remove, saving
+from nanoalign.run.flags import Config
 
-# Flags that don't change what is computed may change between a run and its continuation.
-FREE = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps",
-    "logging_first_step", "eval_steps", "save_steps", "save_total_limit", "report_to",
-    "per_device_eval_batch_size", "generate_during_eval",
-}  # fmt: skip
+FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
+# What state.json must hold, beside the fingerprint, for a run to go on.
+STATE = {"step": int, "num_tokens": int, "skipped": int, "window": dict, "time": float}
+UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 
 
 def data_fingerprint(examples: list[Example]) -> str:
@@ -54,37 +54,23 @@ def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
         total = tensor.detach().sum(dtype=torch.float64).item()
         weights[tensor.requires_grad].update(f"{name} {tuple(tensor.shape)} {total!r}\n".encode())
     return {
-        "flags": {name: value for name, value in flags.items() if name not in FREE},
+        "flags": flags,
         "data": data_fingerprint(examples),
         "base": weights[False].hexdigest(),
         "starting weights": weights[True].hexdigest(),
     }
 
 
-def flag_differences(ours: dict, theirs: dict) -> list[str]:
-    """--beta was 0.1, is 0.5"""
-    return [
-        f"--{name} was {theirs.get(name)}, is {ours.get(name)}"
-        for name in sorted((ours.keys() | theirs.keys()) - FREE)
-        if ours.get(name) != theirs.get(name)
+def differences(ours: dict, theirs: dict) -> str:
+    """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data"."""
+    now, then = ours["flags"], theirs["flags"]
+    words = [
+        f"--{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted((now.keys() | then.keys()) - FREE)
+        if now.get(name) != then.get(name)
     ]
-
-
-def differences(ours: dict, theirs: dict) -> list[str]:
-    """What a checkpoint's fingerprint and this run's disagree in, in words."""
-    words = flag_differences(ours["flags"], theirs["flags"])
-    for part in ("data", "base", "starting weights"):
-        if ours[part] != theirs[part]:
-            words.append(f"other {part}")
-    return words
-
-
-# What state.json must hold, beside the fingerprint, for a run to go on.
-STATE = {"step": int, "num_tokens": int, "skipped": int, "window": dict, "time": float}
-
-
-class Damaged(InputError):
-    """A checkpoint that can't be read."""
+    parts = [part for part in ours if part != "flags" and ours[part] != theirs[part]]
+    return "; ".join(words + [f"other {part}" for part in parts])
 
 
 def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
@@ -107,35 +93,30 @@ def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
 def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours: dict) -> dict:
     """Put weights, optimizer and random generators back as they were saved. -> state.json.
 
-    Raises Damaged, or InputError when the checkpoint is one of another run.
+    Raises InputError when the checkpoint is one of another run, and one of UNREADABLE when it is
+    damaged.
     """
-    try:
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        wrong = differences(ours, state["fingerprint"])
-        if wrong:
-            raise InputError(f"{directory}: a checkpoint of another run: {'; '.join(wrong)}")
-        for key, kind in STATE.items():
-            if not isinstance(state[key], kind):
-                raise ValueError(f"{key} is {state[key]!r}")
-        saved = load_file(directory / "state.safetensors")
-        generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
-        for name, parameter in named.items():
-            parameter.data.copy_(saved.pop(f"weight.{name}"))
-        kept = defaultdict(dict)  # parameter -> key -> what the optimizer kept of it
-        for name, tensor in saved.items():
-            key, _, owner = name.partition(".")
-            if owner not in named:
-                raise ValueError(f"{name} belongs to nothing that trains")
-            kept[named[owner]][key] = tensor.to(named[owner].device)
-        optimizer.state.update(kept)
-        for device, module in _generators().items():
-            if device == "cpu" or f"rng.{device}" in generators:
-                module.set_rng_state(generators[f"rng.{device}"])
-        return state
-    except KeyError as error:
-        raise Damaged(f"{directory}: damaged: no {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise Damaged(f"{directory}: damaged: {' '.join(str(error).split())}") from None
+    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    if wrong := differences(ours, state["fingerprint"]):
+        raise InputError(f"{directory}: a checkpoint of another run: {wrong}")
+    for key, kind in STATE.items():
+        if not isinstance(state[key], kind):
+            raise ValueError(f"{key} is {state[key]!r}")
+    saved = load_file(directory / "state.safetensors")
+    generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
+    for name, parameter in named.items():
+        parameter.data.copy_(saved.pop(f"weight.{name}"))
+    kept = defaultdict(dict)  # parameter -> key -> what the optimizer kept of it
+    for name, tensor in saved.items():
+        key, _, owner = name.partition(".")
+        if owner not in named:
+            raise ValueError(f"{name} belongs to nothing that trains")
+        kept[named[owner]][key] = tensor.to(named[owner].device)
+    optimizer.state.update(kept)
+    for device, module in _generators().items():
+        if device == "cpu" or f"rng.{device}" in generators:
+            module.set_rng_state(generators[f"rng.{device}"])
+    return state
 
 
 def resume(
@@ -149,30 +130,25 @@ def resume(
     if which is None:
         return {}
     found = checkpoints_named(which, directory)
-    if not found:
-        where = directory if which == "last" else which
-        print(f"{where}: no checkpoint yet; starting at step 0")
-        return {}
     for path in reversed(found):
         try:
             state = load_state(path, named, optimizer, ours)
-        except Damaged as error:
+        except UNREADABLE as error:
+            why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             if path is found[0]:
-                raise
-            print(f"{error}; taking the checkpoint before it")
-            continue
-        print(f"going on from {path}")
-        return state
+                raise InputError(f"{path}: damaged: {why}") from None
+            print(f"{path}: damaged: {why}; taking the checkpoint before it")
+        else:
+            print(f"going on from {path}")
+            return state
+    print(f"{directory if which == 'last' else which}: no checkpoint yet; starting at step 0")
+    return {}
 
 
 def _generators() -> dict:
     """Device -> the module that holds its random generator, for the devices that are here."""
-    modules = {"cpu": torch}
-    if torch.cuda.is_available():
-        modules["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        modules["mps"] = torch.mps
-    return modules
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return {"cpu": torch} | {name: getattr(torch, name) for name in here if here[name]}
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -195,7 +171,7 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
     Those beyond it may be damaged; they don't count, and the run will write them again.
     """
     found = [path for path in checkpoints(directory) if int(path.name[11:]) <= step]
-    for path in [] if keep is None else found[: len(found) - keep]:
+    for path in [] if keep is None else found[: max(0, len(found) - keep)]:
         with contextlib.suppress(OSError):  # a checkpoint too many must not end a run
             remove(path)
 

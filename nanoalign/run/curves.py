@@ -30,36 +30,36 @@ def read_run(directory: Path) -> list[dict]:
         raise InputError(f"{path}: not a run's metrics: {error}") from None
 
 
+def points(lines: list[dict], name: str) -> tuple[list, list]:
+    """Where a metric was measured, in steps, and its values there."""
+    there = [line for line in lines if name in line]
+    return [line["step"] for line in there], [line[name] for line in there]
+
+
 def draw(runs: dict[str, list[dict]], out: Path) -> None:
     """One panel for each group of metrics that some run has; evaluations are dots."""
     from matplotlib.figure import Figure  # no pyplot: a notebook keeps its own figures
 
     seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
-    panels = {t: [n for n in names if n in seen] for t, names in PANELS.items()}
+    panels = {title: [n for n in names if n in seen] for title, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    size = 4.2 * columns, 2.9 * rows
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, (title, names) in zip(axes.flat, panels.items()):
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    for place, (title, names) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, place)
         for run, lines in runs.items():
             for name in names:
-                points = [(line["step"], line[name]) for line in lines if name in line]
-                label = name.rpartition("/")[2] if len(names) > 1 else ""
-                label = " ".join(part for part in (run if len(runs) > 1 else "", label) if part)
-                (drawn,) = axis.plot(*zip(*points) if points else ([], []), label=label or None)
-                dots = [(ln["step"], ln[f"eval_{name}"]) for ln in lines if f"eval_{name}" in ln]
-                if dots:
-                    axis.plot(*zip(*dots), "o", color=drawn.get_color(), markersize=4)
+                label = [run] * (len(runs) > 1) + [name.rpartition("/")[2]] * (len(names) > 1)
+                (drawn,) = axis.plot(*points(lines, name), label=" ".join(label))
+                dots = points(lines, f"eval_{name}")
+                axis.plot(*dots, "o", color=drawn.get_color(), markersize=4)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        if len(runs) * len(names) > 1:
             axis.legend(fontsize=8, frameon=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
     figure.savefig(out, dpi=120)

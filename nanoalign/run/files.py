@@ -45,7 +45,7 @@ def write_whole(target: Path, write: Callable[[Path], None], replace: bool = Fal
     With `replace` its files move one by one into a `target` that exists, adapter or model last.
     Raises InputError when the disk is full or not writable; what was there before stands.
     """
-    beside = target.parent / f"tmp-{target.name}" if not replace else target / "tmp-final"
+    beside = target / "tmp-final" if replace else target.with_name(f"tmp-{target.name}")
     try:
         with saving(target):
             shutil.rmtree(beside, ignore_errors=True)
@@ -57,15 +57,12 @@ def write_whole(target: Path, write: Callable[[Path], None], replace: bool = Fal
             if not replace:
                 remove(target)
                 os.rename(beside, target)
-                _flush(target.parent)
-                return
+                return _flush(target.parent)
             for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
                 os.replace(path, target / path.relative_to(beside))
             _flush(target)
-            shutil.rmtree(beside)
-    except InputError:
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def remove(directory: Path) -> None:
@@ -80,7 +77,5 @@ def remove(directory: Path) -> None:
 def _flush(path: Path) -> None:
     """Wait until the disk holds a file's content, or a directory's list of names."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)

@@ -33,24 +33,29 @@ class Log:
         """`state` is where the run stands: its "step", and the seconds ("time") it took so far."""
         self.last = time.monotonic()
         self.start = self.last - state["time"]
+        self.total = total
         path = directory / "metrics.jsonl"
         keep_lines(path, state["step"])
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
-        self.total = total
         self.bar = tqdm(
             total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
         )
-        self.board = self.wandb = None
+        self.report, self.end = (lambda numbers, step: None), (lambda: None)
         try:
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(log_dir=str(directory))
+                board = SummaryWriter(log_dir=str(directory))
+                self.report = lambda numbers, step: [
+                    board.add_scalar(name, value, step) for name, value in numbers.items()
+                ]
+                self.end = board.close
             elif report_to == "wandb":
                 import wandb
 
-                self.wandb = wandb.init(dir=str(directory), name=directory.name)
+                run = wandb.init(dir=str(directory), name=directory.name)
+                self.report, self.end = run.log, run.finish
         except ImportError:
             self.say(f"--report_to {report_to}: the package {report_to} is not installed; going on")
 
@@ -58,21 +63,18 @@ class Log:
         with contextlib.suppress(OSError):  # a full disk: it was said already
             self.file.close()
         self.bar.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.end()
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.start, 3)
 
     def advance(self, sums: Sums | None, tokens: int) -> None:
         """The bar: one step done, with its loss and speed. `sums` is None if it was left out."""
-        now = time.monotonic()
+        speed = tokens / (time.monotonic() - self.last)
         loss = f"loss {means(sums)['loss']:.4f}" if sums else "no loss"
-        self.bar.set_postfix_str(f"{loss}, {tokens / (now - self.last):.0f} tok/s", refresh=False)
+        self.bar.set_postfix_str(f"{loss}, {speed:.0f} tok/s", refresh=False)
         self.bar.update()
-        self.last = now
+        self.last = time.monotonic()
 
     def say(self, text: str) -> None:
         self.bar.clear()
@@ -80,38 +82,32 @@ class Log:
 
     def line(self, metrics: dict[str, float]) -> None:
         """`metrics` holds "step" and whatever else is known there."""
-        metrics = {**metrics, "time": self.seconds()}
         with saving(Path(self.file.name)):
-            self.file.write(json.dumps(metrics) + "\n")
+            self.file.write(json.dumps({**metrics, "time": self.seconds()}) + "\n")
             self.file.flush()
-        step = metrics["step"]
-        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch")}
+        self.report(numbers, metrics["step"])
         self.say(terminal_line(metrics, self.total))
 
 
-COLUMNS = {  # metric -> its name and format on the terminal; the others are in metrics.jsonl
-    "loss": ("loss", "7.4f"),
-    "rewards/chosen": ("chosen", "+6.3f"),
-    "rewards/rejected": ("rejected", "+6.3f"),
-    "rewards/margins": ("margin", "6.3f"),
-    "rewards/accuracies": ("accuracy", "4.2f"),
-    "kl": ("kl", "6.3f"),
-    "grad_norm": ("grad", "6.3f"),
-    "learning_rate": ("lr", "7.1e"),
-    "tokens_per_second": ("tok/s", "6.0f"),
+COLUMNS = {  # what the terminal shows of the metrics; metrics.jsonl has the others too
+    "loss": "loss {:7.4f}",
+    "rewards/chosen": "chosen {:+6.3f}",
+    "rewards/rejected": "rejected {:+6.3f}",
+    "rewards/margins": "margin {:6.3f}",
+    "rewards/accuracies": "accuracy {:4.2f}",
+    "kl": "kl {:6.3f}",
+    "grad_norm": "grad {:6.3f}",
+    "learning_rate": "lr {:7.1e}",
+    "tokens_per_second": "tok/s {:6.0f}",
 }
 
 
 def terminal_line(metrics: dict[str, float], total: int) -> str:
     """step 10/40  epoch 0.02  loss 0.5582  chosen +0.124  ...: one aligned line."""
     parts = [f"step {metrics['step']:>{len(str(total))}}/{total}  epoch {metrics['epoch']:4.2f}"]
-    for prefix, head in (("", ""), ("eval_", "eval ")):
-        for name, (short, form) in COLUMNS.items():
-            if prefix + name in metrics:
-                parts.append(f"{head}{short} {metrics[prefix + name]:{form}}")
+    for head in ("", "eval_"):
+        for name, form in COLUMNS.items():
+            if head + name in metrics:
+                parts.append(head.replace("_", " ") + form.format(metrics[head + name]))
     return "  ".join(parts)

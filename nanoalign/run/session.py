@@ -1,5 +1,6 @@
 """What the scripts share at their two ends: from flags to data, and from policy to disk."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from nanoalign import InputError, world
 from nanoalign.data import Example, Limits, describe
 from nanoalign.formats.layouts import Layouts, read_examples
 from nanoalign.model import Policy
+from nanoalign.run import checkpoint
 from nanoalign.run.advice import advice, afterthought
 from nanoalign.run.card import write_card
-from nanoalign.run.checkpoint import checkpoints_named, data_fingerprint, flag_differences
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
@@ -44,23 +44,22 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
     quiet()
-    script = Path(sys.argv[0]).name
-    try:
-        with one_line_errors(script):
-            run(parse(kind, sys.argv[1:], built_in))
-    except KeyboardInterrupt:  # outside the loop, which has its own way to stop
-        print(f"{script}: interrupted before a checkpoint was due", file=sys.stderr)
-        sys.exit(130)
+    with one_line_errors(Path(sys.argv[0]).name):
+        run(parse(kind, sys.argv[1:], built_in))
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """What the user can mend ends the command `name` with one line and exit code 2."""
+    """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
+    outside the loop, which has its own way to stop, with code 130."""
     try:
         yield
     except InputError as error:
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(130)
 
 
 def one_line(error: InputError) -> str:
@@ -80,12 +79,16 @@ def quiet() -> None:
 
 def start(cfg: Config, layouts: Layouts) -> Run:
     """Check the output directory, read the data, load the model; say what there is."""
-    built_in = in_the_built_in_world(cfg)
-    # A built-in run may write over what an earlier one left in runs/METHOD, and nowhere else.
-    own_directory = cfg.output_dir == str(world.HOME.parent / cfg.method)
-    check_output_dir(cfg, built_in and own_directory)
-    if built_in:
-        build_world(cfg)
+    model = cfg.model_name_or_path
+    # The built-in world's data: world.py can measure what is learned from it, and a run may write
+    # over what an earlier one left in runs/METHOD, and nowhere else.
+    built_in = Path(cfg.dataset_name[0]).parent == world.HOME
+    check_output_dir(cfg, built_in and cfg.output_dir == str(world.HOME.parent / cfg.method))
+    end_if_finished(cfg)
+    if built_in and model == str(world.BASE):
+        world.build()
+    elif built_in and model and not Path(model, "config.json").exists():
+        raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
     examples, held_out, cut = read_data(cfg, layouts, opened)
     for line in [] if built_in else advice(cfg, examples, cut):
@@ -96,21 +99,49 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     return Run(policy, examples, held_out, world.measure(policy) if built_in else None)
 
 
-def in_the_built_in_world(cfg: Config) -> bool:
-    """Does the run learn from the built-in world's data, so that world.py can measure it?"""
-    return Path(cfg.dataset_name[0]).parent == world.HOME
+def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
+    """Before anything is loaded: can the run write there, and would it write over something?"""
+    if not cfg.output_dir:
+        raise InputError("--output_dir: say where everything is to go")
+    directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
+    resumes = which == "last" or (which and checkpoint.checkpoints_named(which, directory))
+    sources = [s for s in (cfg.model_name_or_path, cfg.adapter_name_or_path) if s]
+    wrong = None
+    try:
+        real = Path(os.path.realpath(directory))  # without links and ".."
+        existing = next(path for path in (real, *real.parents) if path.exists())
+        if not existing.is_dir():
+            wrong = f"{existing} is a file, not a directory"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            wrong = f"{existing} is not writable"
+        elif existing == real and any(real.iterdir()):
+            if any(os.path.exists(s) and real.samefile(s) for s in sources):
+                wrong = "would overwrite what training starts from"
+            elif not (may_overwrite or cfg.overwrite_output_dir or resumes):
+                wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
+    except OSError as error:  # a name that is too long, a directory that can't be listed
+        wrong = error.strerror
+    if wrong:
+        raise InputError(f"--output_dir {directory}: {wrong}")
 
 
-def build_world(cfg: Config) -> None:
-    """Make the built-in model and its data anew, or see that an earlier run has trained it."""
-    model = cfg.model_name_or_path
-    if model == str(world.BASE):
-        world.build()
-    if model and not Path(model, "config.json").exists():
-        raise InputError("the built-in model has to learn to answer first: run train_sft.py")
+def end_if_finished(cfg: Config) -> None:
+    """To resume a run that is finished is to do nothing, if it was this run."""
+    directory, path = cfg.output_dir, Path(cfg.output_dir, "run.json")
+    if cfg.resume_from_checkpoint != "last" or not path.exists():
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wrong = checkpoint.differences({"flags": vars(cfg)}, record)
+    except checkpoint.UNREADABLE as error:
+        raise InputError(f"{path}: damaged: {error!r}") from None
+    if wrong:
+        raise InputError(f"{directory}: a finished run with other flags: {wrong}")
+    print(f"{directory}: this run is finished; nothing to do")
+    raise SystemExit(0)
 
 
-def read_data(cfg: Config, layouts: dict, opened: tuple) -> tuple[list, list, int]:
+def read_data(cfg: Config, layouts: Layouts, opened: tuple) -> tuple[list, list, int]:
     """-> examples to train on, examples to evaluate on, and how many completions were cut."""
     tokenizer, template, _ = opened
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
@@ -122,64 +153,18 @@ def read_data(cfg: Config, layouts: dict, opened: tuple) -> tuple[list, list, in
         print(f"{', '.join(sources)}: {describe(count)}")
         return examples, count["completions cut"]
 
-    (examples, cut), held_out = read(cfg.dataset_name, cfg.dataset_train_split), []
+    examples, cut = read(cfg.dataset_name, cfg.dataset_train_split)
     if cfg.eval_dataset:
-        held_out, _ = read(cfg.eval_dataset, cfg.dataset_test_split)
-    elif cfg.eval_fraction:
-        examples, held_out = hold_out(cfg, examples)
-    return examples, held_out, cut
-
-
-def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """-> those to train on and, a share of --eval_fraction at random, those to evaluate on."""
+        return examples, read(cfg.eval_dataset, cfg.dataset_test_split)[0], cut
+    if not cfg.eval_fraction:
+        return examples, [], cut
     size = max(1, round(len(examples) * cfg.eval_fraction))
     if size >= len(examples):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
+    print(f"{size} examples held out for evaluation")
     chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
     held_out = [e for e in examples if e.number in chosen]
-    print(f"{len(held_out)} examples held out for evaluation")
-    return [e for e in examples if e.number not in chosen], held_out
-
-
-def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
-    """Before anything is loaded: can the run write there, and would it write over something?"""
-    if not cfg.output_dir:
-        raise InputError("--output_dir: say where everything is to go")
-    directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
-    try:
-        real = Path(os.path.realpath(directory))  # without links and ".."
-        existing = next(path for path in (real, *real.parents) if path.exists())
-        if not existing.is_dir():
-            raise InputError(f"--output_dir {directory}: {existing} is a file, not a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"--output_dir {directory}: {existing} is not writable")
-        filled = existing == real and any(real.iterdir())
-    except OSError as error:  # a name that is too long, a directory that can't be listed
-        raise InputError(f"--output_dir {directory}: {error.strerror}") from None
-    for source in filter(None, (cfg.model_name_or_path, cfg.adapter_name_or_path)):
-        if filled and os.path.exists(source) and os.path.samefile(source, real):
-            raise InputError(f"--output_dir {directory}: would overwrite what training starts from")
-    resumes = which == "last" or (which and checkpoints_named(which, directory))
-    if filled and not (may_overwrite or cfg.overwrite_output_dir or resumes):
-        raise InputError(
-            f"--output_dir {directory}: not empty; --overwrite_output_dir or "
-            "--resume_from_checkpoint uses it"
-        )
-    if which == "last" and (directory / "run.json").exists():
-        end_if_finished(cfg, directory)
-
-
-def end_if_finished(cfg: Config, directory: Path) -> None:
-    """To resume a run that is finished is to do nothing, if it was this run."""
-    try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        wrong = flag_differences(vars(cfg), record["flags"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{directory / 'run.json'}: damaged: {error!r}") from None
-    if wrong:
-        raise InputError(f"{directory}: a finished run with other flags: {'; '.join(wrong)}")
-    print(f"{directory}: this run is finished; nothing to do")
-    raise SystemExit(0)
+    return [e for e in examples if e.number not in chosen], held_out, cut
 
 
 def finish(cfg: Config, run: Run) -> Run:
@@ -197,7 +182,7 @@ def finish(cfg: Config, run: Run) -> Run:
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
-        "data_sha256": data_fingerprint(run.examples),  # of ids, masks and labels
+        "data_sha256": checkpoint.data_fingerprint(run.examples),  # of ids, masks and labels
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(),
     }
@@ -212,11 +197,6 @@ def finish(cfg: Config, run: Run) -> Run:
 
 def git_commit() -> str | None:
     """The commit of the code that ran, where it is a git checkout."""
-    where = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip()
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -19,13 +19,12 @@ from transformers import TextStreamer
 
 from nanoalign import InputError
 from nanoalign.formats.peft import without_adapter
+from nanoalign.formats.templates import TEMPLATES
 from nanoalign.model import Policy, generate
-from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.flags import Config, Parser
 from nanoalign.run.policy import load_policy
 from nanoalign.run.session import one_line_errors, quiet
 from nanoalign.tools.data import printable
-
-FLAGS = ("load_in_4bit", "device", "chat_template", "trust_remote_code")  # as the scripts' own
 
 
 class Printer(TextStreamer):
@@ -40,12 +39,13 @@ class Printer(TextStreamer):
         print(printable(text), end="\n" if stream_end else "", flush=True)
 
 
-def say(policy: Policy, messages: list[dict], args) -> str:
+def say(policy: Policy, system: str, history: list[dict], args) -> str:
     """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
-    printer = Printer(policy.tokenizer)
+    start = [{"role": "system", "content": system}] if system else []
     how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    printer = Printer(policy.tokenizer)
     try:
-        generate(policy, [messages], **how, streamer=printer)
+        generate(policy, [start + history], streamer=printer, **how)
     except KeyboardInterrupt:
         print(" [stopped]")
     return printer.reply
@@ -61,7 +61,7 @@ def talk(policy: Policy, args) -> None:
             print()
             continue
         except EOFError:
-            line = ""
+            return
         command, _, rest = line.partition(" ")
         if not line:
             return
@@ -77,35 +77,31 @@ def talk(policy: Policy, args) -> None:
         elif command.startswith("/"):
             print("commands: /reset  /undo  /system TEXT  /compare  (an empty line ends)")
         else:
-            start = [{"role": "system", "content": system}] if system else []
             history.append({"role": "user", "content": line})
             if compare:
                 print("[base] ", end="")
                 with without_adapter(policy.model):
-                    say(policy, start + history, args)
+                    say(policy, system, history, args)
                 print("[trained] ", end="")
-            reply = say(policy, start + history, args)
+            reply = say(policy, system, history, args)
             history.append({"role": "assistant", "content": reply})
 
 
-def open_policy(directory: str, args) -> Policy:
-    """A model or an adapter directory, ready to generate."""
-    adapter = (Path(directory) / "adapter_config.json").exists()
-    cfg = Config(
-        model_name_or_path=None if adapter else directory,
-        adapter_name_or_path=directory if adapter else None,
-        **{name: getattr(args, name) for name in FLAGS},
-    )
+def open_policy(args) -> Policy:
+    """A model or an adapter directory, loaded as the scripts load it."""
+    names = "load_in_4bit", "device", "chat_template", "trust_remote_code"
+    cfg = Config(**{name: getattr(args, name) for name in names})
+    adapter = Path(args.directory, "adapter_config.json").exists()
+    setattr(cfg, "adapter_name_or_path" if adapter else "model_name_or_path", args.directory)
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg)
     if not adapter:
         policy.lora = None
-    policy.model.eval()
     return policy
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser((), prog="python -m nanoalign.chat", allow_abbrev=False)
+    parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", help="a model or an adapter")
     parser.add_argument("--prompt", help="one reply to this, then the end")
     parser.add_argument("--system", default="", help="the system turn")
@@ -113,10 +109,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
-    add_flags(parser, *FLAGS)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is")
+    parser.add_argument("--chat_template", default="chatml", choices=TEMPLATES,
+                        help="native: the tokenizer's own template")  # fmt: skip
+    parser.add_argument("--load_in_4bit", action="store_true", help="hold the layers in 4 bits")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code")
     args = parser.parse_args(argv)
     quiet()
-    policy = open_policy(args.directory, args)
+    policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.prompt is None and sys.stdin.isatty():
@@ -124,8 +124,7 @@ def main(argv: list[str]) -> None:
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().strip()
     if not prompt:
         raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
-    start = [{"role": "system", "content": args.system}] if args.system else []
-    say(policy, [*start, {"role": "user", "content": prompt}], args)
+    say(policy, args.system, [{"role": "user", "content": prompt}], args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from nanoalign.run.session import one_line_errors
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser((), prog="python -m nanoalign.plot", allow_abbrev=False)
+    parser = Parser(prog="python -m nanoalign.plot", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="output directories of runs")
     parser.add_argument("--out", type=Path, help="default: curves.png in the first run")
     args = parser.parse_args(argv)
@@ -21,8 +21,7 @@ def main(argv: list[str]) -> None:
     try:
         draw({run.name: read_run(run) for run in args.runs}, out)
     except ImportError:
-        message = "matplotlib is not installed; pip install 'nanoalign[plot]'"
-        raise InputError(message) from None
+        raise InputError("matplotlib is not installed; pip install 'nanoalign[plot]'") from None
     print(out)
 
 
