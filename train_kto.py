@@ -17,10 +17,11 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
+from nanoalign.run.log import reward_sums
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of, without_gradient
 from nanoalign.run.session import Run, finish, main, start
-from nanoalign.train import plan, reward_sums
+from nanoalign.train import plan
 
 
 def run_kto(cfg: KTOConfig) -> Run:

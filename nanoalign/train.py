@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from nanoalign.data import batches, epoch_order
-from nanoalign.logps import Scores
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, row_tokens
 
@@ -46,17 +45,6 @@ def means(sums: Sums) -> dict[str, float]:
     if "rewards/chosen" in out and "rewards/rejected" in out:
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
     return out
-
-
-def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
-    """The metrics of one side, "chosen" or "rejected": (n,) rewards and their scores."""
-    sums = {
-        f"rewards/{side}": (rewards.sum(), len(rewards)),
-        f"logps/{side}": (scores.logps.detach().sum(), len(rewards)),
-    }
-    if scores.logits is not None:
-        sums[f"logits/{side}"] = scores.logits.sum(), sum(scores.tokens)
-    return sums
 
 
 def learning_rate(cfg, step: int, total: int) -> float:

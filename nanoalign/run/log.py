@@ -5,10 +5,23 @@ import json
 import time
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
+from nanoalign.logps import Scores
 from nanoalign.run.files import saving, write_text
 from nanoalign.train import Sums, means
+
+
+def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
+    """The metrics of one side, "chosen" or "rejected": (n,) rewards and their scores."""
+    sums = {
+        f"rewards/{side}": (rewards.sum(), len(rewards)),
+        f"logps/{side}": (scores.logps.detach().sum(), len(rewards)),
+    }
+    if scores.logits is not None:
+        sums[f"logits/{side}"] = scores.logits.sum(), sum(scores.tokens)
+    return sums
 
 
 def keep_lines(path: Path, until: int) -> None:
