@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,3 +116,10 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
             if prefix + name in metrics:
                 parts.append(f"{head}{short} {metrics[prefix + name]:{form}}")
     return "  ".join(parts)
+
+
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, but for newline, tab and joiner."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    others = {c for c in set(text) - {*"\n\t\u200d"} if unicodedata.category(c) in hidden}
+    return text.translate({ord(c): ascii(c)[1:-1] for c in others})

@@ -22,8 +22,8 @@ from nanoalign.generate import generate
 from nanoalign.lora import without_adapter
 from nanoalign.model import Policy, load_policy
 from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.log import printable
 from nanoalign.run.session import one_line_errors, quiet
-from nanoalign.tools.data import printable
 
 FLAGS = ("load_in_4bit", "device", "chat_template", "trust_remote_code")  # as the scripts' own
 
