@@ -26,21 +26,21 @@ MESSAGE_KEYS = ("role", "content"), ("from", "value")
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
     """A column with the prompt, and one with each reply to it, which may repeat the prompt."""
-    prompt = _turns(row[asked], asked, "user")
-    completions, n = [_turns(row[name], name, "assistant") for name in replies], len(prompt)
+    prompt = _turns(row, asked, "user")
+    completions, n = [_turns(row, reply, "assistant") for reply in replies], len(prompt)
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
 
 def every_reply(row: dict, column: str) -> Case:
     """A whole conversation, of which every reply trains: the prompt ends before the first."""
-    messages = _turns(row[column], column)
+    messages = _turns(row, column)
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     return Case(messages[:first], [messages[first:]])
 
 
 def last_reply(row: dict, *columns: str) -> Case:
     """Whole conversations, of which the last reply is judged. What they share is the prompt."""
-    conversations = [_turns(row[column], column) for column in columns]
+    conversations = [_turns(row, column) for column in columns]
     first, second = conversations[0], conversations[-1]
     last = min(len(first), len(second)) - 1
     n = next((i for i in range(last) if first[i] != second[i]), last)
@@ -50,7 +50,7 @@ def last_reply(row: dict, *columns: str) -> Case:
 def alpaca(row: dict, asked: str, *replies: str) -> Case:
     """Alpaca's instruction; its input, where there is one, follows after a newline."""
     if extra := _text(row, "input"):
-        *before, last = _turns(row[asked], asked, "user")
+        *before, last = _turns(row, asked, "user")
         if last["role"] != "user":
             raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
         content = f"{last['content']}\n{extra}" if last["content"] else extra
@@ -203,8 +203,9 @@ def _text(row: dict, column: str) -> str:
     return value or ""
 
 
-def _turns(value, column: str, role: str | None = None) -> list[Message]:
-    """A list holds messages; a string is one turn of `role`, where that is known."""
+def _turns(row: dict, column: str, role: str | None = None) -> list[Message]:
+    """A column's messages: it holds a list of them or, where `role` is known, one turn's text."""
+    value = row[column]
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if isinstance(value, dict) and role == "assistant":  # ShareGPT's replies: without a list

@@ -32,8 +32,8 @@ class NativeTemplate:
         self.tokenizer, self.ids = tokenizer, tokenizer.get_added_vocab()
         tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
         tokens.sort(key=lambda t: len(t.content), reverse=True)
-        space = {True: r"\s*", False: ""}  # some tokens take the white space beside them
-        names = [space[t.lstrip] + re.escape(t.content) + space[t.rstrip] for t in tokens]
+        space = r"\s*"  # some tokens take the white space beside them
+        names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
         self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
 
         talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
@@ -46,7 +46,7 @@ class NativeTemplate:
     def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
         """As ChatML.pieces."""
         gaps, contents = self._shown(messages)
-        shown, text = "", ""  # all so far, and what of it follows the last marker
+        shown = text = ""  # all so far, and what of it follows the last marker or reply
         closes = False  # must a marker close a reply now?
         for i, (gap, content) in enumerate(zip(gaps, contents)):
             if closes and not self.marker.match(gap):

@@ -42,14 +42,15 @@ def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
     return text
 
 
-def histogram(lengths: list[int], width: int = 40) -> str:
+def histogram(lengths: list[int]) -> str:
     """Examples by length in tokens, in at most eight bins of equal width."""
     size = max(lengths) // 8 + 1
     bins = Counter(length // size for length in lengths)
-    bars = ["#" * round(width * bins[i] / max(bins.values())) for i in range(max(bins) + 1)]
-    return "\n".join(
-        f"{i * size:>6} - {i * size + size - 1:<6}{bins[i]:>7}  {bar}" for i, bar in enumerate(bars)
-    )
+    text = ""
+    for i in range(max(bins) + 1):
+        bar = "#" * round(40 * bins[i] / max(bins.values()))
+        text += f"{i * size:>6} - {(i + 1) * size - 1:<6}{bins[i]:>7}  {bar}\n"
+    return text
 
 
 def method_of(source: str) -> str:
@@ -58,11 +59,11 @@ def method_of(source: str) -> str:
     _, row = next(iter(rows_of(source, "train")))
 
     def fit(method: str) -> tuple[int, bool]:
-        columns = ()
+        columns = case = ()
         with suppress(InputError):
             columns = layout_of(row, METHODS[method])
-            return len(columns), bool(read_case(row, columns, METHODS[method]))
-        return len(columns), False
+            case = read_case(row, columns, METHODS[method])
+        return len(columns), bool(case)
 
     return max(METHODS, key=fit)
 
@@ -91,7 +92,8 @@ def main(argv: list[str]) -> None:
             whole, before = example.prompt + ids, [False] * len(example.prompt)
             print(f"--- {example.where}: {name}{label}, {len(whole)} tokens, {sum(mask)} train")
             print(render(tokenizer, whole, before + mask, colour))
-    print("--- tokens of an example", histogram(list(map(len, examples))), sep="\n")
+    print("--- tokens of an example")
+    print(histogram([len(example) for example in examples]), end="")
     if method == "kto":
         up = sum(example.label for example in examples)
         down = len(examples) - up
