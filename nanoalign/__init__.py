@@ -24,3 +24,7 @@ class InputError(Exception):
     The message is one line that says where, what, and what was expected. The scripts print it on
     standard error and exit with code 2; a traceback means a fault of ours.
     """
+
+    def __str__(self) -> str:
+        """A file's name, or what stands in it, must not break the line nor colour the terminal."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())

@@ -25,10 +25,10 @@ from nanoalign.chatml import ChatML
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, main, one_line, start
-from nanoalign.tools.chat import printable
+from nanoalign.run.session import check_output_dir, main, start
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -293,9 +293,7 @@ def test_interrupted_outside_the_loop(monkeypatch, capsys):
 
 
 def test_one_line():
-    assert one_line(InputError("a\nb\x1b[31m\u2028\u202e é 漢")) == (
-        r"a\nb\x1b[31m\u2028\u202e é 漢"
-    )
+    assert str(InputError("a\nb\x1b[31m\u2028\u202e é 漢")) == (r"a\nb\x1b[31m\u2028\u202e é 漢")
 
 
 # ------------------------------------------------------------------------------------ output_dir

@@ -5,7 +5,6 @@ import json
 import sys
 import types
 from collections import Counter
-from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -225,7 +224,7 @@ def test_a_copy_of_a_method_trains_the_same_tokens(read, shown, name):
         (KTO, {"messages": turns, "label": True}),
         (KTO, DPO_ROWS[name]),
     ):
-        copy = replace(layouts, by_columns=dict(layouts.by_columns))
+        copy = dict(layouts)
         assert copy is not layouts and copy == layouts
         expected = [shown(e) for e in read(layouts, [row])[0]]
         assert [shown(e) for e in read(copy, [row])[0]] == expected
@@ -327,7 +326,7 @@ def test_the_first_row_tells_the_method(tmp_path):
 def test_a_layout_of_ones_own(read, shown, tmp_path, monkeypatch):
     """One entry: the columns, and what makes a case of them."""
     row = {"ask": "Q", "good": "A", "bad": "B"}
-    monkeypatch.setitem(DPO.by_columns, ("ask", "good", "bad"), answered)
+    monkeypatch.setitem(DPO, ("ask", "good", "bad"), answered)
     assert shown(read(DPO, [row])[0][0]) == (Q, [A, B], None)
     assert method_of(write(tmp_path, [row])) == "dpo"
 
@@ -707,7 +706,7 @@ def test_unknown_layouts_name_the_columns_and_the_choices(layouts, read):
     message = str(caught.value)
     assert r"line 1: columns text, multi\nline make no known layout" in message
     assert message.isprintable()
-    for columns in layouts.by_columns:
+    for columns in layouts:
         assert ", ".join(columns) in message.partition("expected one of: ")[2]
     with pytest.raises(InputError, match="columns none make no known layout"):
         read(layouts, [{}])

@@ -67,12 +67,12 @@ def test_the_command(model_dir, tmp_path, capsys):
     rows = [dict(prompt=f"Why {i}?", completion="So.", label=i < 1) for i in range(4)]
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    show.run([str(path), "--model_name_or_path", model_dir, "--show", "1"])
+    show.main([str(path), "--model_name_or_path", model_dir, "--show", "1"])
     out = capsys.readouterr().out
     assert "as KTO data" in out and "4 rows, 4 examples" in out and "[[So.<|im_end|>]]" in out
     assert "1 desirable, 3 undesirable" in out and "--desirable_weight 3.00 to 4.00" in out
     with pytest.raises(SystemExit) as stop:
-        show.run([str(tmp_path / "nix.jsonl"), "--model_name_or_path", model_dir])
+        show.main([str(tmp_path / "nix.jsonl"), "--model_name_or_path", model_dir])
     assert stop.value.code == 2
 
 

@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanoalign import InputError
@@ -35,11 +35,11 @@ def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
         return read_rows(source)  # which says so if there is no such file
     try:
         from datasets import load_dataset
-    except ImportError:
-        extra = "to read it from the hub: pip install 'nanoalign[hub]'"
-        raise InputError(f"{source}: no such file; {extra}") from None
-    try:
+
         dataset = load_dataset(source, split=split)
+    except ImportError:
+        why = "to read it from the hub: pip install 'nanoalign[hub]'"
+        raise InputError(f"{source}: no such file; {why}") from None
     except Exception as error:  # of many kinds: no network, no such name, no such split
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{source}: no such file, and the hub says: {why}") from None
@@ -48,34 +48,28 @@ def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
 
 def on_hub(source: str) -> bool:
     """Is it a data set of the hub: name or owner/name, and no such path here?"""
-    path = Path(source)
-    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    folder = "/" in source and path.parent.exists()
-    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".csv")
-    return bool(named) and not folder and not file
+    path, named = Path(source), re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    here = path.exists() or "/" in source and path.parent.exists()
+    return bool(named) and not here and path.suffix.lower() not in (".json", ".jsonl", ".csv")
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:
     """[(where, row), ...] of a .json, .jsonl or .csv file: at least one row, or InputError."""
-    formats = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
-    path = Path(path)
-    name, suffix = str(path), path.suffix.lower()
-    if not name.isprintable():  # a newline in the file's name must not break the message
-        name = repr(name)
+    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    name, suffix = str(path), Path(path).suffix.lower()
     try:
         with open(path, "rb") as file:
-            if suffix not in formats:
+            if suffix not in readers:
                 raise InputError(f"{name}: unknown kind of file; expected .json, .jsonl or .csv")
-            data = file.read()
+            text = decode(file.read(), name)
     except OSError as e:
         raise InputError(f"{name}: {e.strerror}; expected a .json, .jsonl or .csv file") from None
-    text = decode(data, name)
     if not text.strip():
         raise InputError(f"{name}: the file is empty; expected rows")
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
     try:
-        rows = formats[suffix](text, name)
+        rows = list(readers[suffix](text, name))
     finally:
         sys.setrecursionlimit(limit)
     if not rows:
@@ -102,9 +96,6 @@ def decode(data: bytes, name: str) -> str:
 def shown(text: str, start: int = 0) -> str:
     """What stands at text[start], for a message: a few words, control characters escaped."""
     return repr(text[start : start + 50])[:60]
-
-
-# --- JSON, stricter than json.loads
 
 
 def unique_keys(pairs: list) -> dict:
@@ -149,47 +140,40 @@ def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
     raise InputError(f"{where}: {fault}")
 
 
-def jsonl_rows(text: str, name: str) -> list:
+def jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
     """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
-    rows = []
     for i, line in enumerate(text.split("\n"), start=1):
         if line.strip(" \t\r"):
             where = f"{name}, line {i}"
             row, end = parse_object(line, 0, where)
             if end < len(line):
                 raise InputError(f"{where}: expected one object per line, then {shown(line, end)}")
-            rows.append((where, row))
-    return rows
+            yield where, row
 
 
-def json_rows(text: str, name: str) -> list:
+def json_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
     """One list of objects, parsed object by object so that an error can name its row."""
     at = SPACE.match(text).end()
     if text[at] != "[":
-        fault = "expected a list of objects [{...}, ...]"
-        if re.search(r"}[ \t\r]*\n[ \t\r]*{", text):  # inside JSON a comma would stand there
-            fault += " (this looks like JSONL, one object per line: name it .jsonl)"
+        fault = "expected a list of objects [{...}, ...] (JSONL, one object per line, is .jsonl)"
         raise InputError(f"{name}: {fault}, found {shown(text, at)}")
     if text.startswith("]", SPACE.match(text, at + 1).end()):
-        return []
-    rows = []
+        return
+    number = 0
     while text[at] != "]":  # but the bracket that opens the list, or a comma
-        where = f"{name}, row {len(rows) + 1}"
+        number += 1
+        where = f"{name}, row {number}"
         row, at = parse_object(text, at + 1, where)
-        rows.append((where, row))
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
+        yield where, row
     end = SPACE.match(text, at + 1).end()
     if end < len(text):
         line = text.count("\n", 0, end) + 1
         raise InputError(f"{name}, line {line}: expected nothing after ], found {shown(text, end)}")
-    return rows
 
 
-# --- CSV
-
-
-def csv_rows(text: str, name: str) -> list:
+def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
     """A header, then one record per row; every value is text as it stands ("null", "NA", "").
 
     A record spans lines where a quoted value does; its place is the line where it starts. Blank
@@ -197,13 +181,13 @@ def csv_rows(text: str, name: str) -> list:
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
     reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
-    header, rows, start = [], [], 1
+    header, start = [], 1
     try:
         for record in reader:
             where, start = f"{name}, line {start}", reader.line_num + 1
             if record and not header:
                 header = record
-                if not all(column.strip() for column in header):
+                if not all(map(str.strip, header)):
                     raise InputError(f"{where}: a column without a name; expected a full header")
                 column, times = Counter(header).most_common(1)[0]
                 if times > 1:
@@ -212,12 +196,12 @@ def csv_rows(text: str, name: str) -> list:
                 fault = f"a row of {len(record)}, but the header has {len(header)}"
                 raise InputError(f"{where}: {fault}; expected as many fields in both")
             elif record:
-                rows.append((where, dict(zip(header, record))))
+                yield where, dict(zip(header, record))
     except csv.Error as e:  # in the record that starts on line `start`
         if "end of data" in str(e):
-            # A lenient reader takes all the rest into the open field: its newlines lead back.
-            rest = io.StringIO(text.split("\n", start - 1)[-1], newline="\n")
-            start = text.count("\n") + 1 - next(csv.reader(rest))[-1].count("\n")
+            # Inside a value quotes are doubled: the last odd run of them begins with the open one.
+            opening = [run.start() for run in re.finditer('"+', text) if len(run[0]) % 2][-1]
+            start = text.count("\n", 0, opening) + 1
             fault = "a quote opens here and never closes; expected its end"
         elif "new-line" in str(e):
             start = reader.line_num
@@ -226,4 +210,3 @@ def csv_rows(text: str, name: str) -> list:
             fault = f"text after a closing quote on line {reader.line_num}; expected a comma, " \
                     'and a quote inside a quoted value doubled ("")'  # fmt: skip
         raise InputError(f"{name}, line {start}: {fault}") from None
-    return rows

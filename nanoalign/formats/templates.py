@@ -7,6 +7,7 @@ conversation with and without its last reply, and to train on the difference wha
 
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, Piece, encode
@@ -31,8 +32,8 @@ class NativeTemplate:
         self.tokenizer, self.ids = tokenizer, tokenizer.get_added_vocab()
         tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
         tokens.sort(key=lambda t: len(t.content), reverse=True)
-        space = {True: r"\s*", False: ""}  # some tokens take the white space beside them
-        names = [space[t.lstrip] + re.escape(t.content) + space[t.rstrip] for t in tokens]
+        space = r"\s*"  # some tokens take the white space beside them
+        names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
         self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
 
         talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
@@ -44,61 +45,56 @@ class NativeTemplate:
 
     def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
         """As ChatML.pieces."""
-        gaps = self._scaffold(messages)
-        contents = self._contents(messages, gaps)
-        text, closes = "", False  # text since the last marker; must a marker close a reply now?
-        for i, gap in enumerate(gaps):
+        gaps, contents = self._shown(messages)
+        shown = text = ""  # all so far, and what of it follows the last marker or reply
+        closes = False  # must a marker close a reply now?
+        for i, (gap, content) in enumerate(zip(gaps, contents)):
             if closes and not self.marker.match(gap):
                 raise self._refusal("does not close a reply with a special token")
-            for j, part in enumerate(self.marker.split(gap)):
-                if j % 2 == 0:
-                    text += part
-                    continue
+            before, *parts = self.marker.split(gap)
+            text += before
+            for marker, after in zip(parts[::2], parts[1::2]):
                 if text:
                     yield text, False
-                yield self.ids[part if part in self.ids else part.strip()], closes
-                text, closes = "", False
-            if i == len(messages):
-                break
-            if messages[i]["role"] != "assistant" or i < first:
-                text += contents[i]
-                continue
-            space = self._space(messages[:i], text, _fill(gaps, contents, i))
-            if len(text) > len(space):
-                yield text[: len(text) - len(space)], False
-            yield space + contents[i], True
-            text, closes = "", True
+                yield self.ids[marker if marker in self.ids else marker.strip()], closes
+                text, closes = after, False
+            shown += gap
+            if first <= i < len(messages) and messages[i]["role"] == "assistant":
+                space = self._space(messages[:i], text, shown)
+                if text := text.removesuffix(space):
+                    yield text, False
+                yield space + content, True
+                text, closes = "", True
+            else:
+                text += content
+            shown += content
         if text:
             yield text, False
 
     def prompt(self, messages: list[Message]) -> Iterator[Piece]:
         """As ChatML.prompt: what precedes a reply."""
         reply = {"role": "assistant", "content": "reply"}
-        for piece, trains in self.pieces([*messages, reply], first=len(messages)):
-            if trains:
-                return
-            yield piece, False
+        pieces = self.pieces([*messages, reply], first=len(messages))
+        return takewhile(lambda piece: not piece[1], pieces)
 
-    def _scaffold(self, messages: list[Message]) -> list[str]:
-        """What the template prints before, between and after the contents."""
+    def _shown(self, messages: list[Message]) -> tuple[list[str], list[str]]:
+        """What the template prints before each content and after the last, and the contents as it
+        prints them: as they are, or stripped; the last is the end's, ""."""
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters
-        text = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)])
-        if re.findall("\ue000[0-9]+\ue001", text) != marks:
+        scaffold = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)])
+        if re.findall("\ue000[0-9]+\ue001", scaffold) != marks:
             raise self._refusal("drops, repeats or reorders messages")
-        return re.split("\ue000[0-9]+\ue001", text)
-
-    def _contents(self, messages: list[Message], gaps: list[str]) -> list[str]:
-        """The contents as the template prints them: as they are, or stripped."""
-        rendered, at, contents = self._render(messages), len(gaps[0]), []
+        gaps = re.split("\ue000[0-9]+\ue001", scaffold)
+        whole, shown, contents = self._render(messages), gaps[0], []
         for message, gap in zip(messages, gaps[1:]):
             content = message["content"]
-            if not rendered.startswith(content + gap, at):
+            if not whole.startswith(content + gap, len(shown)):
                 content = content.strip()
             contents.append(content)
-            at += len(content + gap)
-        if rendered != _fill(gaps, contents, len(messages)):
+            shown += content + gap
+        if whole != shown:
             raise self._refusal("rewrites the contents of messages")
-        return contents
+        return gaps, [*contents, ""]
 
     def _space(self, before: list[Message], text: str, shown: str) -> str:
         """The white space between the prompt that generation gets and the reply."""
@@ -119,11 +115,6 @@ class NativeTemplate:
 
     def _refusal(self, what: str) -> InputError:
         return InputError(f"--chat_template native: the tokenizer's template {what}; use chatml")
-
-
-def _fill(gaps: list[str], contents: list[str], n: int) -> str:
-    """What the template prints up to the n-th content."""
-    return "".join(gap + c for gap, c in zip(gaps[:n], contents)) + gaps[n]
 
 
 TEMPLATES = {"chatml": ChatML, "native": NativeTemplate}  # --chat_template

@@ -8,9 +8,10 @@ raise InputError; a flag that has nothing to do in this run is one printed line.
 
 import math
 import sys
+from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from transformers import HfArgumentParser
 
@@ -199,6 +200,18 @@ class Parser(HfArgumentParser):
 
     def error(self, message):  # argparse prints forty lines of usage before it
         raise InputError(f"{message} (--help lists the flags)")
+
+
+def add_flags(parser: ArgumentParser, *names: str) -> None:
+    """Give a tool's parser these flags of Config: their types, defaults, choices and help."""
+    for f in fields(Config):
+        if f.name in names:
+            kinds = get_args(f.type) or (f.type,)  # the words of a Literal; int of int | None
+            words = kinds if get_origin(f.type) is Literal else f.metadata.get("choices")
+            how = {"choices": words} if words else {"type": kinds[0]}
+            if f.type is bool:  # the scripts take a value after it; here that may be a directory
+                how = {"action": "store_true"}
+            parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
 
 
 def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import unicodedata
 from pathlib import Path
 
 from torch import Tensor
@@ -110,6 +111,7 @@ COLUMNS = {  # what the terminal shows of the metrics; metrics.jsonl has the oth
     "rewards/margins": "margin {:6.3f}",
     "rewards/accuracies": "accuracy {:4.2f}",
     "kl": "kl {:6.3f}",
+    "reward": "reward {:6.3f}",
     "grad_norm": "grad {:6.3f}",
     "learning_rate": "lr {:7.1e}",
     "tokens_per_second": "tok/s {:6.0f}",
@@ -124,3 +126,10 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
             if head + name in metrics:
                 parts.append(head.replace("_", " ") + form.format(metrics[head + name]))
     return "  ".join(parts)
+
+
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, but for newline, tab and joiner."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    others = {c for c in set(text) - {*"\n\t\u200d"} if unicodedata.category(c) in hidden}
+    return text.translate({ord(c): ascii(c)[1:-1] for c in others})

@@ -55,16 +55,11 @@ def one_line_errors(name: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted before there was anything to save", file=sys.stderr)
         sys.exit(130)
-
-
-def one_line(error: InputError) -> str:
-    """A file's name, or what stands in it, must not break the line nor colour the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 def quiet() -> None:
@@ -147,9 +142,8 @@ def read_data(cfg: Config, layouts: Layouts, opened: tuple) -> tuple[list, list,
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
 
     def read(sources, split):
-        examples, count = read_examples(
-            sources, layouts, tokenizer, template, limits, split, cfg.input_as_system
-        )
+        how = dict(split=split, input_as_system=cfg.input_as_system)
+        examples, count = read_examples(sources, layouts, tokenizer, template, limits, **how)
         print(f"{', '.join(sources)}: {describe(count)}")
         return examples, count["completions cut"]
 

@@ -19,12 +19,11 @@ from transformers import TextStreamer
 
 from nanoalign import InputError
 from nanoalign.formats.peft import without_adapter
-from nanoalign.formats.templates import TEMPLATES
 from nanoalign.model import Policy, generate
-from nanoalign.run.flags import Config, Parser
+from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
 from nanoalign.run.session import one_line_errors, quiet
-from nanoalign.tools.data import printable
 
 
 class Printer(TextStreamer):
@@ -109,11 +108,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best there is")
-    parser.add_argument("--chat_template", default="chatml", choices=TEMPLATES,
-                        help="native: the tokenizer's own template")  # fmt: skip
-    parser.add_argument("--load_in_4bit", action="store_true", help="hold the layers in 4 bits")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code")
+    add_flags(parser, "device", "chat_template", "load_in_4bit", "trust_remote_code")
     args = parser.parse_args(argv)
     quiet()
     policy = open_policy(args)

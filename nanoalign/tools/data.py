@@ -6,17 +6,19 @@ Trained tokens are green, markers blue, context grey; without colour (a pipe, NO
 stands between [[ and ]].
 """
 
-import argparse
 import os
 import sys
-import unicodedata
+from collections import Counter
+from contextlib import suppress
+from itertools import groupby
 
 from nanoalign import InputError
-from nanoalign.data import Example, Limits, describe
+from nanoalign.data import Limits, describe
 from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case, read_examples
 from nanoalign.formats.rows import rows_of
-from nanoalign.formats.templates import TEMPLATES
 from nanoalign.run.advice import suggested_weights
+from nanoalign.run.flags import Parser, add_flags
+from nanoalign.run.log import printable
 from nanoalign.run.policy import load_tokenizer
 from nanoalign.run.session import one_line_errors
 
@@ -25,70 +27,30 @@ METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 
-def printable(text: str) -> str:
-    """Text with its control and format characters escaped, but for newline, tab and joiner."""
-
-    def shown(c: str) -> str:
-        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        return c.encode("unicode_escape").decode() if hidden and c not in "\n\t\u200d" else c
-
-    return "".join(map(shown, text))
-
-
 def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
     """Text of ids, with the trained stretches marked. Markers are the tokenizer's added tokens,
     whether it calls them special or not, but for the runs of white space that some add."""
     markers = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
-    stretches = []  # (kind, ids): trained, marker or context
-    for token, trained in zip(ids, mask):
-        marker = token in markers
-        kind = (trained, marker)
-        if not stretches or stretches[-1][0] != kind:
-            stretches.append((kind, []))
-        stretches[-1][1].append(token)
-    text, open_mark = "", False
-    for (trained, marker), part in stretches:
-        piece = printable(tokenizer.decode(part, skip_special_tokens=False))
+    text = ""
+    pairs = zip(mask, (colour and i in markers for i in ids), ids)
+    for (trained, marker), stretch in groupby(pairs, key=lambda pair: pair[:2]):
+        piece = printable(tokenizer.decode([i for *_, i in stretch]))
         if colour:
             text += (GREEN if trained else BLUE if marker else GREY) + piece + PLAIN
-            continue
-        if trained != open_mark:
-            text += "[[" if trained else "]]"
-            open_mark = trained
-        text += piece
-    return text + ("]]" if open_mark else "")
+        else:
+            text += f"[[{piece}]]" if trained else piece
+    return text
 
 
-def histogram(lengths: list[int], width: int = 40) -> str:
+def histogram(lengths: list[int]) -> str:
     """Examples by length in tokens, in at most eight bins of equal width."""
-    size = max(1, -(-max(lengths) // 8))
-    bins = [0] * (max(lengths) // size + 1)
-    for length in lengths:
-        bins[length // size] += 1
-    most = max(bins)
-    rows = [
-        f"{i * size:>6} - {i * size + size - 1:<6}{count:>7}  {'#' * round(width * count / most)}"
-        for i, count in enumerate(bins)
-    ]
-    return "\n".join(rows)
-
-
-def show(examples: list[Example], count: dict, tokenizer, how_many: int, colour: bool) -> str:
-    parts = [describe(count)]
-    for example in examples[:how_many]:
-        for number, (ids, mask) in enumerate(example.completions):
-            tokens, trained = len(example.prompt) + len(ids), sum(mask)
-            name = f"completion {number + 1}" if len(example.completions) > 1 else "example"
-            label = "" if example.label is None else f", label {str(example.label).lower()}"
-            parts.append(f"--- {example.where}: {name}{label}, {tokens} tokens, {trained} train")
-            whole = example.prompt + ids, [False] * len(example.prompt) + mask
-            parts.append(render(tokenizer, *whole, colour))
-    parts += ["--- tokens of an example", histogram([len(example) for example in examples])]
-    if examples[0].label is not None:
-        up = sum(e.label for e in examples)
-        parts.append(f"{up} desirable, {len(examples) - up} undesirable")
-        parts.append(suggested_weights(up, len(examples) - up) or "balanced: no weights needed")
-    return "\n".join(parts)
+    size = max(lengths) // 8 + 1
+    bins = Counter(length // size for length in lengths)
+    text = ""
+    for i in range(max(bins) + 1):
+        bar = "#" * round(40 * bins[i] / max(bins.values()))
+        text += f"{i * size:>6} - {(i + 1) * size - 1:<6}{bins[i]:>7}  {bar}\n"
+    return text
 
 
 def method_of(source: str) -> str:
@@ -97,44 +59,47 @@ def method_of(source: str) -> str:
     _, row = next(iter(rows_of(source, "train")))
 
     def fit(method: str) -> tuple[int, bool]:
-        columns, reads = (), False
-        try:
+        columns = case = ()
+        with suppress(InputError):
             columns = layout_of(row, METHODS[method])
-            reads = bool(read_case(row, columns, METHODS[method]))
-        except InputError:
-            pass
-        return len(columns), reads
+            case = read_case(row, columns, METHODS[method])
+        return len(columns), bool(case)
 
     return max(METHODS, key=fit)
 
 
+@one_line_errors("data")
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanoalign.data", allow_abbrev=False)
+    parser = Parser((), prog="python -m nanoalign.data", allow_abbrev=False)
     parser.add_argument("dataset", nargs="+", help="JSON, JSONL or CSV files")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
     parser.add_argument("--method", choices=list(METHODS), help="else by the first row")
     parser.add_argument("--show", type=int, default=3, help="examples to print")
-    parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--max_prompt_length", type=int, default=None)
-    parser.add_argument("--truncation_mode", choices=["keep_end", "keep_start"], default="keep_end")
-    parser.add_argument("--chat_template", choices=list(TEMPLATES), default="chatml")
-    parser.add_argument("--input_as_system", action="store_true")
+    lengths = "max_length", "max_prompt_length", "truncation_mode"
+    add_flags(parser, *lengths, "chat_template", "input_as_system")
     args = parser.parse_args(argv)
     tokenizer, template, _ = load_tokenizer(args.model_name_or_path, args.chat_template)
     limits = Limits(args.max_length, args.max_prompt_length, args.truncation_mode)
+    how = dict(limits=limits, input_as_system=args.input_as_system)
     method = args.method or method_of(args.dataset[0])
-    examples, count = read_examples(
-        args.dataset, METHODS[method], tokenizer, template, limits, "train", args.input_as_system
-    )
-    print(f"as {method.upper()} data")
+    examples, count = read_examples(args.dataset, METHODS[method], tokenizer, template, **how)
+    print(f"as {method.upper()} data\n{describe(count)}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(show(examples, count, tokenizer, args.show, colour))
-
-
-def run(argv: list[str]) -> None:
-    with one_line_errors("data"):
-        main(argv)
+    for example in examples[: args.show]:
+        for number, (ids, mask) in enumerate(example.completions, 1):
+            name = f"completion {number}" if len(example.completions) > 1 else "example"
+            label = "" if example.label is None else f", label {str(example.label).lower()}"
+            whole, before = example.prompt + ids, [False] * len(example.prompt)
+            print(f"--- {example.where}: {name}{label}, {len(whole)} tokens, {sum(mask)} train")
+            print(render(tokenizer, whole, before + mask, colour))
+    print("--- tokens of an example")
+    print(histogram([len(example) for example in examples]), end="")
+    if method == "kto":
+        up = sum(example.label for example in examples)
+        down = len(examples) - up
+        print(f"{up} desirable, {down} undesirable")
+        print(suggested_weights(up, down) or "balanced: no weights needed")
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main(sys.argv[1:])
