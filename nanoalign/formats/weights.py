@@ -12,7 +12,7 @@ because transformers converts while it loads (some models' experts are merged; G
 dense model is loaded first after all, and one printed line says so.
 """
 
-import copy
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
@@ -52,6 +52,9 @@ def load_lm(
     `load_in_4bit` its linear layers are in FORMATS[quant_type]; those of a model that was saved in
     NF4 always are. InputError names the file and the tensor that is wrong.
     """
+    kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
+    if not how.keys() <= inspect.signature(kind).parameters.keys():
+        raise InputError(f"--use_bnb_nested_quant: {quant_type} has no scales to quantize again")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -59,7 +62,7 @@ def load_lm(
     if load_in_4bit or is_nf4(config):
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
-        freeze = partial(FORMATS[quant_type].from_linear, double_quant=double_quant)
+        freeze = partial(kind.from_linear, **how)
         model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
     else:
         model = load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
@@ -69,9 +72,9 @@ def load_lm(
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
+        name = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        )
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -80,10 +83,8 @@ def pick_device(name: str) -> torch.device:
 
 def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
-    gguf = str(name).endswith(".gguf")
-    if not gguf:  # checks the shards that an index names
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            files.read_index(name, index)
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        files.read_index(name, index)  # checks the shards that it names
     model, info = files.from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -92,7 +93,7 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
     )
-    if gguf:  # the weights are dense now, and can be saved
+    if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
     if info["missing_keys"]:
@@ -106,9 +107,6 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
         if not files.is_finite(tensor):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model.requires_grad_(False)  # until load_policy says what trains
-
-
-# ---------------------------------------------------------------------------------- frozen weights
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -126,17 +124,12 @@ def frozen_weights(model: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in frozen_layers(model).values())
 
 
-def format_of(layer: FrozenLinear) -> str:
-    return next(name for name, kind in FORMATS.items() if type(layer) is kind)
-
-
 def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=False) -> nn.Module:
     """The model with its linear layers frozen, streamed from its files where that can be.
 
     `dtype` is that of all other weights, and what frozen ones are rounded to.
     """
-    config, in_nf4 = copy.deepcopy(config), is_nf4(config)
-    if in_nf4:
+    if in_nf4 := is_nf4(config):
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
@@ -156,8 +149,8 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=F
     if not layers:
         raise InputError(f"{name}: has no linear layers to hold in 4 bits")
     bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
-    form = format_of(layers[0]).upper()
-    print(f"{len(layers)} linear layers in {form}: {bits:.2f} bits per parameter")
+    kind = note_of(layers[0])["bnb_4bit_quant_type"].upper()
+    print(f"{len(layers)} linear layers in {kind}: {bits:.2f} bits per parameter")
     return model.requires_grad_(False).eval()
 
 
@@ -211,32 +204,31 @@ def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
 def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
-    dense = linears(model)
-    packed = {name for name in dense if name + STATE in file_of}
+    packed = [name for name in linears(model) if name + STATE in file_of]
+    frozen = packed or list(linears(model))
     ours, read = model.state_dict(keep_vars=True), {}
-    for key, like in ours.items():
-        name, _, leaf = key.rpartition(".")
-        if key not in file_of:
-            continue  # tied to a tensor that is there
-        if leaf == "weight" and name in (packed or dense):
-            linear = dense[name]
-            if packed:
-                layer = read_packed(file_of, name, like.shape, device)
-                layer.bias = linear.bias
-            else:
-                weight = files.read_tensor(file_of[key], key, device, like.dtype)
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                layer = freeze(linear, f"{file_of[key]}: {key}")
-                linear.weight, weight = like, None  # nothing dense is kept
-            model.set_submodule(name, layer)
-            continue
-        tensor = files.read_finite(file_of[key], key, device, like)
+    for key in [
+        key for key in ours if key in file_of and key.removesuffix(".weight") not in frozen
+    ]:
+        like = ours[key]
+        tensor = files.read_tensor(file_of[key], key, device, like)
+        if tensor.is_floating_point() and not files.is_finite(tensor):
+            raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
         if id(like) in read and not torch.equal(tensor, read[id(like)]):
             raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
         read[id(like)] = tensor
         for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
             name, _, leaf = twin.rpartition(".")
             setattr(model.get_submodule(name), leaf, tensor)
+    for name in frozen:
+        linear, key = model.get_submodule(name), f"{name}.weight"
+        if packed:
+            layer = read_packed(file_of, name, linear.weight.shape, device)
+            layer.bias = linear.bias
+        else:
+            linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
+            layer = freeze(linear, f"{file_of[key]}: {key}")
+        model.set_submodule(name, layer)
 
 
 def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
@@ -249,7 +241,12 @@ def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) 
         raise InputError(f"{file_of[name + STATE]}: {error}") from None
 
 
-# ------------------------------------------------------------------ an adapter and its frozen base
+def note_of(layer: FrozenLinear) -> dict:
+    return {
+        "bnb_4bit_quant_type": next(n for n, kind in FORMATS.items() if type(layer) is kind),
+        "bnb_4bit_use_double_quant": vars(layer).get("double_quant", False),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+    }
 
 
 def write_note(model: nn.Module, directory: Path) -> None:
@@ -259,27 +256,22 @@ def write_note(model: nn.Module, directory: Path) -> None:
     adapter_config.json has no place for that (it warns of each key it does not know), hence a file.
     """
     path, layers = Path(directory) / NOTE, list(frozen_layers(model).values())
-    if not layers:
+    if layers:
+        path.write_text(json.dumps(note_of(layers[0]), indent=2) + "\n")
+    else:
         path.unlink(missing_ok=True)  # of another adapter, which is overwritten
-        return
-    note = {
-        "bnb_4bit_quant_type": format_of(layers[0]),
-        "bnb_4bit_use_double_quant": layers[0].double_quant,
-        "dtype": str(layers[0].dtype).removeprefix("torch."),
-    }
-    path.write_text(json.dumps(note, indent=2) + "\n")
 
 
 def read_note(directory: str | Path) -> dict | None:
     """What write_note wrote, as load_lm's quant_type, double_quant and dtype; None without one."""
     path = Path(directory) / NOTE
-    if not path.exists():
-        return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         kind, dtype = note["bnb_4bit_quant_type"], note["dtype"]
         FORMATS[kind], DTYPES[dtype]
         double_quant = bool(note["bnb_4bit_use_double_quant"])
         return {"quant_type": kind, "double_quant": double_quant, "dtype": dtype}
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what was written here: {error!r}") from None
