@@ -18,7 +18,7 @@ from nanoalign.chatml import ChatML
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter, read_adapter_config, save_adapter
 from nanoalign.formats.templates import TEMPLATES, NativeTemplate
-from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
+from nanoalign.formats.weights import format_for, frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import LoRAConfig, Reference
 from nanoalign.packing import Example, packed
@@ -80,8 +80,9 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         train_all=not cfg.use_peft,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
-        quant_type=cfg.bnb_4bit_quant_type,
-        double_quant=cfg.use_bnb_nested_quant,
+        **format_for(
+            cfg.load_in_4bit and adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant
+        ),
     )
     model = lm.model
     attention = model.config._attn_implementation

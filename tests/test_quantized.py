@@ -258,7 +258,7 @@ def peer(directory, dtype, double=None):
 def test_ours_opens_in_bitsandbytes(double, dtype, kind, tmp_path):
     directory = make(tmp_path / "dense", kind, dtype, tie_word_embeddings=True, **SMALL)
     ours = open_4bit(directory, double)
-    save_4bit(ours, tmp_path / "four", AutoTokenizer.from_pretrained(directory))
+    save_4bit(ours, tmp_path / "four")
     theirs = peer(tmp_path / "four", dtype)
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert theirs.dtype == dtype
@@ -614,6 +614,46 @@ def test_a_note_of_an_unknown_format_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         merge(adapter, tmp_path / "merged")
     assert re.search(f"{NOTE}.*int8", capsys.readouterr().err)
+
+
+def test_doubled_scales_of_a_format_without_are_refused(tmp_path, monkeypatch):
+    """Before the model is read, in one line; and FrozenLinear itself knows nothing of them."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    asked = {"load_in_4bit": True, "quant_type": "int8", "double_quant": True}
+    with pytest.raises(InputError, match="^--use_bnb_nested_quant: int8 does not quantize its"):
+        load_lm("nowhere", **asked)
+    assert "double_quant" not in vars(Int8Linear.from_linear(torch.nn.Linear(2, 2)))
+
+
+def test_an_adapter_goes_on_with_the_base_of_its_note(tmp_path, monkeypatch):
+    """--load_in_4bit takes the note's format; a flag that asks for another one is refused."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    base = make(tmp_path / "base")
+
+    def opened(adapter, **flags):
+        cfg = {"load_in_4bit": True, "device": "cpu", **flags}
+        return load_policy(SFTConfig(base, adapter_name_or_path=adapter, **cfg))
+
+    def trained(directory, **flags):
+        save_policy(opened(None, **flags), tmp_path / directory)
+        return str(tmp_path / directory)
+
+    eight = trained("int8", bnb_4bit_quant_type="int8")
+    nested, plain = trained("nested", use_bnb_nested_quant=True), trained("plain")
+    for flags in {}, {"bnb_4bit_quant_type": "int8"}:
+        layers = frozen_layers(opened(eight, **flags).model).values()
+        assert len(layers) == 14 and {type(layer) for layer in layers} == {Int8Linear}
+    for adapter, double in (nested, True), (plain, False):
+        layers = frozen_layers(opened(adapter).model).values()
+        assert len(layers) == 14 and {layer.double_quant for layer in layers} == {double}
+    for adapter, flag, value in (
+        (plain, "use_bnb_nested_quant", True),
+        (eight, "use_bnb_nested_quant", True),
+        (nested, "bnb_4bit_quant_type", "int8"),
+    ):
+        with pytest.raises(InputError, match=f"^{adapter}: trained on another base than the flags"):
+            opened(adapter, **{flag: value})
+        assert not frozen_layers(opened(adapter, load_in_4bit=False, **{flag: value}).model)
 
 
 def test_a_move_of_dtype_leaves_the_scales_of_any_format():

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from nanoalign import InputError
 from nanoalign.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear
@@ -122,9 +121,7 @@ def is_nf4(config) -> bool:
     return bool(found.get("load_in_4bit")) and found.get("bnb_4bit_quant_type") == "nf4"
 
 
-def save_4bit(
-    model: nn.Module, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+def save_4bit(model: nn.Module, directory: str | Path) -> None:
     """Write an NF4 model, without adapter, as transformers + bitsandbytes writes it."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     if not layers:
@@ -144,5 +141,3 @@ def save_4bit(
         "bnb_4bit_quant_storage": "uint8",
     }
     model.save_pretrained(directory, state_dict=tensors, save_original_format=False)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)

@@ -43,15 +43,18 @@ def local_file(name: str, file: str) -> Path | None:
 
 def tensor_files(name: str) -> dict[str, Path]:
     """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
-    if path := local_file(name, "model.safetensors"):
-        return dict.fromkeys(tensor_names(path), path)
-    index = "model.safetensors.index.json"
-    file_of = read_index(name, index)
-    held = {path: tensor_names(path) for path in set(file_of.values())}
+    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
+    file_of, held = {} if whole else read_index(name, index), set()
+    for path in {whole} if whole else set(file_of.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held |= {(key, path) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged: {error}") from None
     for key, path in file_of.items():
-        if key not in held[path]:
+        if (key, path) not in held:
             raise InputError(f"{path}: {key} is missing; {index} says it is here")
-    return file_of
+    return file_of or dict(held)
 
 
 def read_index(name: str, index_name: str) -> dict[str, Path]:
@@ -73,14 +76,6 @@ def read_index(name: str, index_name: str) -> dict[str, Path]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: no index of shards: {error!r}") from None
     return {key: paths[shard] for key, shard in shard_of.items()}
-
-
-def tensor_names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged: {error}") from None
 
 
 def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:

@@ -3,13 +3,12 @@
 `load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
 one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too.
 
-The usual way to a 4-bit model is to load it and then quantize it, and the peak of memory is the
-dense model that 4 bits were meant to avoid. Here weights stream: the model is built with its
-parameters on the meta device, where they have a shape and no memory; then each tensor is read,
-cast, packed, and forgotten before the next one is read. At no time is there more than the 4-bit
-model and what one tensor needs on its way. Where the files hold other tensors than the model,
-because transformers converts while it loads (some models' experts are merged; GGUF; .bin), the
-dense model is loaded first after all, and one printed line says so.
+To load a model and then quantize it has its peak of memory at the dense model, which 4 bits were
+meant to avoid. Here weights stream: the model is built with its parameters on the meta device,
+where they have a shape and no memory; then each tensor is read, cast, packed, and forgotten before
+the next one is read. Where the files hold other tensors than the model, because transformers
+converts while it loads (some models' experts are merged; GGUF; .bin), the dense model is loaded
+first after all, and one printed line says so.
 """
 
 import inspect
@@ -53,8 +52,8 @@ def load_lm(
     NF4 always are. InputError names the file and the tensor that is wrong.
     """
     kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
-    if not how.keys() <= inspect.signature(kind).parameters.keys():
-        raise InputError(f"--use_bnb_nested_quant: {quant_type} has no scales to quantize again")
+    if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
+        raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -72,9 +71,8 @@ def load_lm(
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        )
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator() if found else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -124,11 +122,9 @@ def frozen_weights(model: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in frozen_layers(model).values())
 
 
-def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=False) -> nn.Module:
-    """The model with its linear layers frozen, streamed from its files where that can be.
-
-    `dtype` is that of all other weights, and what frozen ones are rounded to.
-    """
+def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) -> nn.Module:
+    """The model with its linear layers frozen, streamed from its files where that can be. `dtype`
+    is that of all other weights, and what frozen ones are rounded to."""
     if in_nf4 := is_nf4(config):
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
@@ -149,7 +145,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=F
     if not layers:
         raise InputError(f"{name}: has no linear layers to hold in 4 bits")
     bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
-    kind = note_of(layers[0])["bnb_4bit_quant_type"].upper()
+    kind = type(layers[0]).__name__.removesuffix("Linear").upper()
     print(f"{len(layers)} linear layers in {kind}: {bits:.2f} bits per parameter")
     return model.requires_grad_(False).eval()
 
@@ -161,18 +157,15 @@ def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_lin
 
 
 def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The model with its parameters on meta and its buffers computed.
-
-    Buffers that a constructor computes (rotary frequencies, say) are in no file. So only parameters
-    go to meta; torch has a hook for the moment in which a module registers one.
+    """The model with its parameters on meta. Its buffers, which are in no file (rotary frequencies,
+    say), are computed; so meta takes each parameter in the moment in which a module registers it.
     """
 
     def to_meta(module, name, parameter):
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"))
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook, kind = register_module_parameter_registration_hook(to_meta), AutoModelForCausalLM
     try:
-        kind = AutoModelForCausalLM
         return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     finally:
         hook.remove()
@@ -207,10 +200,9 @@ def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -
     packed = [name for name in linears(model) if name + STATE in file_of]
     frozen = packed or list(linears(model))
     ours, read = model.state_dict(keep_vars=True), {}
-    for key in [
-        key for key in ours if key in file_of and key.removesuffix(".weight") not in frozen
-    ]:
-        like = ours[key]
+    for key, like in ours.items():
+        if key not in file_of or key.removesuffix(".weight") in frozen:
+            continue  # tied to a tensor that is there; or see below
         tensor = files.read_tensor(file_of[key], key, device, like)
         if tensor.is_floating_point() and not files.is_finite(tensor):
             raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
@@ -223,30 +215,17 @@ def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -
     for name in frozen:
         linear, key = model.get_submodule(name), f"{name}.weight"
         if packed:
-            layer = read_packed(file_of, name, linear.weight.shape, device)
+            keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
+            tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
+            try:
+                layer = from_bitsandbytes(tensors, name, linear.weight.shape)
+            except InputError as error:
+                raise InputError(f"{file_of[name + STATE]}: {error}") from None
             layer.bias = linear.bias
         else:
             linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
             layer = freeze(linear, f"{file_of[key]}: {key}")
         model.set_submodule(name, layer)
-
-
-def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
-    """What bitsandbytes quantized, as it is."""
-    keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
-    try:
-        tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
-        return from_bitsandbytes(tensors, name, shape)
-    except InputError as error:
-        raise InputError(f"{file_of[name + STATE]}: {error}") from None
-
-
-def note_of(layer: FrozenLinear) -> dict:
-    return {
-        "bnb_4bit_quant_type": next(n for n, kind in FORMATS.items() if type(layer) is kind),
-        "bnb_4bit_use_double_quant": vars(layer).get("double_quant", False),
-        "dtype": str(layer.dtype).removeprefix("torch."),
-    }
 
 
 def write_note(model: nn.Module, directory: Path) -> None:
@@ -255,11 +234,15 @@ def write_note(model: nn.Module, directory: Path) -> None:
     An adapter learns to live with the rounding of its base, so a merge has to know of it. PEFT's
     adapter_config.json has no place for that (it warns of each key it does not know), hence a file.
     """
-    path, layers = Path(directory) / NOTE, list(frozen_layers(model).values())
-    if layers:
-        path.write_text(json.dumps(note_of(layers[0]), indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)  # of another adapter, which is overwritten
+    path, layer = Path(directory) / NOTE, next(iter(frozen_layers(model).values()), None)
+    if layer is None:
+        return path.unlink(missing_ok=True)  # of another adapter, which is overwritten
+    note = {
+        "bnb_4bit_quant_type": next(name for name, kind in FORMATS.items() if type(layer) is kind),
+        "bnb_4bit_use_double_quant": vars(layer).get("double_quant", False),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+    }
+    path.write_text(json.dumps(note, indent=2) + "\n")
 
 
 def read_note(directory: str | Path) -> dict | None:
@@ -275,3 +258,15 @@ def read_note(directory: str | Path) -> dict | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what was written here: {error!r}") from None
+
+
+def format_for(adapter: str | None, quant_type: str, double_quant: bool) -> dict:
+    """The quant_type and double_quant to load an adapter's base with: what its note says, and else
+    the flags. A flag that is not at its default and says otherwise is an InputError."""
+    note = read_note(adapter) if adapter else None
+    if note is None:
+        return {"quant_type": quant_type, "double_quant": double_quant}
+    kind, doubled = note["quant_type"], note["double_quant"]
+    if quant_type not in ("nf4", kind) or double_quant > doubled:
+        raise InputError(f"{adapter}: trained on another base than the flags ask for: {note}")
+    return {"quant_type": kind, "double_quant": doubled}
