@@ -225,6 +225,7 @@ def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -
         else:
             linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
             layer = freeze(linear, f"{file_of[key]}: {key}")
+            linear.weight = None  # whoever still holds the old layer, nothing dense is kept
         model.set_submodule(name, layer)
 
 
