@@ -4,17 +4,14 @@ arXiv 2305.14314. Fine-tuning with LoRA never changes the base weights, so they 
 enough to compute with. Four bits give 16 levels; the question is where to put them.
 
 **The levels are quantiles of a normal.** The weights of a trained network are, in any small
-neighbourhood, close to normal with mean zero. A code carries most when all its values are used
-equally often, so the levels go where a normal has equal probability between them: at its
-quantiles, scaled to [-1, 1]. Zero has to be a level (appendix E), or every weight that is exactly
-zero (padding, pruning) would come back as noise. So the two halves are spaced separately, from a
-tail to the median, and share the zero: 8 levels on the negative side, 9 on the positive one.
+neighbourhood, close to normal with mean zero, and a code carries most when all its values are used
+equally often. So the levels are the quantiles of a normal, scaled to [-1, 1]. Zero has to be one
+(appendix E), or what is exactly zero (padding, pruning) would come back as noise; so each half is
+spaced on its own, from a tail to the median: 8 levels from -1 to the zero, 9 from there to 1.
 
 **The scale is local.** Each run of 64 weights (row-major, straddling rows where it must) is divided
 by its own largest magnitude, its absmax, so one outlier spoils 63 neighbours and not a matrix. A
-weight is then code and scale; on normal weights the rms error is 9.2 % of the rms weight.
-
-**The arithmetic**, in bits per weight:
+weight is then code and scale; on normal weights the rms error is 9.2 % of the rms weight. In bits:
 
     plain     4 + 32 / 64                            = 4.500
     doubled   4 +  8 / 64 + 32 / (64 * 256)          = 4.127

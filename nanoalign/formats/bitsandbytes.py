@@ -34,13 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # json, as a uint8 tensor
 NESTED = {"nested_blocksize": 256, "nested_dtype": "float32"}  # in it with double quantization
 BUFFERS = {"packed": ".weight", "absmax": ".weight.absmax", "absmax2": ".weight.nested_absmax"}
-MAPS = {".weight.quant_map": LEVELS, ".weight.nested_quant_map": DYNAMIC_MAP}
+MAPS = {".weight.quant_map": LEVELS, ".weight.nested_quant_map": DYNAMIC_MAP}  # in each layer
 PACKED = [STATE, *BUFFERS.values(), *MAPS]  # all that may follow a layer's name
-
-
-def maps(layer: NF4Linear) -> dict[str, torch.Tensor]:
-    """The levels that stand in the file with each layer: of its weights, of its doubled scales."""
-    return dict(list(MAPS.items())[: 2 if layer.double_quant else 1])
 
 
 def to_bitsandbytes(layer, name):
@@ -54,7 +49,7 @@ def to_bitsandbytes(layer, name):
     if layer.double_quant:
         state |= NESTED | {"nested_offset": layer.offset.item()}
     tensors = {name + BUFFERS[b]: t for b, t in layer.named_buffers() if b in BUFFERS}
-    for suffix, levels in maps(layer).items():
+    for suffix, levels in list(MAPS.items())[: 1 + layer.double_quant]:
         tensors[name + suffix] = levels.clone()  # safetensors refuses one tensor under two keys
     tensors[name + STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     if layer.bias is not None:
@@ -96,15 +91,14 @@ def from_bitsandbytes(tensors, name, shape=None):
         check(found == value, STATE, f"{key} {found!r}, expected {value!r}")
     check(blocksize % 32 == 0, STATE, f"blocksize {blocksize}, expected a multiple of 32")
 
-    sizes = [((n + 1) // 2, torch.uint8), (blocks, torch.uint8 if double else torch.float32)]
+    layer.register_buffer("packed", read(".weight", (n + 1) // 2, torch.uint8).view(-1, 1))
+    kind = torch.uint8 if double else torch.float32
+    layer.register_buffer("absmax", read(".weight.absmax", blocks, kind).view(-1))
     if double:
-        sizes.append((math.ceil(blocks / 256), torch.float32))
-    for (buffer, suffix), size in zip(BUFFERS.items(), sizes):
-        layer.register_buffer(buffer, read(suffix, *size).view(-1))
-    layer.packed = layer.packed.view(-1, 1)
-    if double:
-        layer.register_buffer("offset", offset.to(layer.absmax.device))
-    for suffix, levels in maps(layer).items():
+        absmax2 = read(".weight.nested_absmax", math.ceil(blocks / 256), torch.float32)
+        layer.register_buffer("absmax2", absmax2.view(-1))
+        layer.register_buffer("offset", offset.to(absmax2.device))
+    for suffix, levels in list(MAPS.items())[: 1 + double]:
         found = read(suffix, levels.numel(), levels.dtype).cpu()
         check(torch.allclose(found, levels, rtol=0, atol=1e-6), suffix, "other levels than NF4's")
     if name + ".bias" in tensors:

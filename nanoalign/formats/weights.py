@@ -172,10 +172,10 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
 
 
 def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
-    """Why the files can't be streamed into a skeleton, if transformers may know a conversion.
+    """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
-    transformers used to save, are passed over. A tied tensor may stand under either of its names.
+    transformers used to save, don't count; a tied tensor may stand under either of its names.
     """
     if not file_of:
         return "has no safetensors files"
