@@ -4,21 +4,14 @@ arXiv 2305.14314. Fine-tuning with LoRA never changes the base weights, so they 
 enough to compute with. Four bits give 16 levels; the question is where to put them.
 
 **The levels are quantiles of a normal.** The weights of a trained network are, in any small
-neighbourhood, close to normal with mean zero. A code carries most when all its values are used
-equally often, so the levels go where a normal has equal probability between them: at its
-quantiles, scaled to [-1, 1]. Two details (appendix E) make NF4 what it is:
-
-  - Zero is a level, or every weight that is exactly zero (padding, pruning) would come back as
-    noise. Evenly spaced quantiles of a symmetric law straddle it; so the two halves are spaced
-    separately, from a tail to the median at probability 1/2, and both end in the zero.
-  - 16 is even, so with a shared zero the halves cannot be alike: the negative side has 8 levels
-    with the zero, the positive side 9. 8 + 9 - 1 = 16.
+neighbourhood, close to normal with mean zero, and a code carries most when all its values are used
+equally often. So the levels are the quantiles of a normal, scaled to [-1, 1]. Zero has to be one
+(appendix E), or what is exactly zero (padding, pruning) would come back as noise; so each half is
+spaced on its own, from a tail to the median: 8 levels from -1 to the zero, 9 from there to 1.
 
 **The scale is local.** Each run of 64 weights (row-major, straddling rows where it must) is divided
 by its own largest magnitude, its absmax, so one outlier spoils 63 neighbours and not a matrix. A
-weight is then code and scale; on normal weights the rms error is 9.2 % of the rms weight.
-
-**The arithmetic**, in bits per weight:
+weight is then code and scale; on normal weights the rms error is 9.2 % of the rms weight. In bits:
 
     plain     4 + 32 / 64                            = 4.500
     doubled   4 +  8 / 64 + 32 / (64 * 256)          = 4.127
@@ -29,9 +22,8 @@ off and the rest stored in 8 bits, 256 to a block. A 7 B model: 14 GB in bf16, 3
 **Training through it.** y = x W' needs dx = dy W, and W is rebuilt from four bits both times: the
 dense weight lives for one matrix product, and nothing but the packed one is kept for backward.
 
-bitsandbytes does this in C++ and CUDA; our bytes are bit for bit its own, and
-formats/bitsandbytes.py reads and writes its files. What runs in training is fast/nf4.py's
-quantize and dequantize: the same numbers, sooner.
+bitsandbytes does this in C++ and CUDA; our bytes are bit for bit its own. What runs in training
+are the twins of quantize and dequantize in fast/nf4.py: the same numbers, sooner.
 """
 
 import functools
@@ -46,31 +38,25 @@ from nanoalign import InputError
 from nanoalign.fast import nf4 as fast
 
 # fmt: off
-LEVELS = torch.tensor([  # as published: every NF4 file holds these very numbers
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
+LEVELS = torch.tensor([  # as published, and as every NF4 file holds them in fp32
+    -1.0, -0.696192801, -0.525073051, -0.394917488, -0.284441382, -0.18477343, -0.0910500363,
+    0.0, 0.0795802996, 0.160930201, 0.246112302, 0.337915242, 0.440709829, 0.562617004,
+    0.722956836, 1.0,
 ])
 # fmt: on
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2  # (15,): code = how many of them lie below the value
-TINY = 1e-38  # what a scale of zero, that of a block of zeros, is raised to before dividing
+TINY = 1e-38  # what the scale of a block of zeros is raised to before dividing by it
 
 
 def derive_levels() -> Tensor:
     """LEVELS from their definition (arXiv 2305.14314, appendix E), to 1e-6 of the constants."""
-    # The quantile of 1 is infinite: the tail is half a step inside, at the mean of what 16 and 15
-    # intervals would ask for.
-    tail = 1 - (1 / 32 + 1 / 30) / 2
+    tail = 1 - (1 / 32 + 1 / 30) / 2  # not 1, whose quantile is infinite: half a step inside
 
     def half(n):  # n quantiles from the tail towards the median, which is left out
         return [NormalDist().inv_cdf(tail + (0.5 - tail) * i / n) for i in range(n)]
 
     negative, positive = [-q for q in half(7)], half(8)[::-1]
     return torch.tensor(negative + [0.0] + positive) / positive[-1]
-
-
-# --------------------------------------------------------------------------- weight <-> four bits
 
 
 def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
@@ -99,9 +85,6 @@ def dequantize(packed, absmax, shape, dtype, blocksize: int = 64) -> Tensor:
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[:n]
     scales = absmax.repeat_interleave(blocksize)[:n]
     return (tables(absmax.device)[0][codes.int()] * scales).to(dtype).view(shape)
-
-
-# ------------------------------------------------------------------------- scales <-> eight bits
 
 
 def dynamic_map() -> Tensor:
@@ -147,9 +130,6 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return tables(codes.device)[1][codes.int()] * scale + offset
 
 
-# -------------------------------------------------------------------------------------- the layers
-
-
 class FrozenProduct(torch.autograd.Function):
     """x W' + b with a frozen W that is rebuilt in forward and again in backward, never kept.
 
@@ -176,37 +156,24 @@ class FrozenLinear(nn.Module):
     """nn.Linear whose weight is frozen in a format of its own; the bias trains if it requires grad.
 
     A format is a subclass with two methods: pack(weight) registers buffers that say what a weight
-    (out, in) is, and dequantize() rebuilds it from them, (out, in) in `self.dtype`. Formats whose
-    scales can be quantized too look at `self.double_quant`.
+    (out, in) is, and dequantize() rebuilds it from them, (out, in) in `self.dtype`.
     """
 
-    def __init__(
-        self, in_features, out_features, bias=False, dtype=torch.bfloat16, double_quant=False,
-        device=None,
-    ):  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, dtype=torch.bfloat16):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.dtype, self.double_quant = dtype, double_quant
-        bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_parameter("bias", bias)
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_parameter("bias", None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name="weight", **how) -> "FrozenLinear":
-        """Freeze an nn.Linear. The bias is shared with it."""
-        how |= {"dtype": linear.weight.dtype, "device": "meta"}
-        layer = cls(linear.in_features, linear.out_features, **how)
-        layer.fill(linear.weight, name)
+        """Freeze an nn.Linear, whose bias is shared. InputErrors call the weight `name`."""
+        weight = linear.weight.detach()
+        if not torch.stack(weight.aminmax()).isfinite().all():
+            raise InputError(f"{name}: holds NaN or infinity, cannot be quantized")
+        layer = cls(linear.in_features, linear.out_features, weight.dtype, **how)
+        layer.pack(weight)
         layer.bias = linear.bias
         return layer
-
-    def fill(self, weight: Tensor, name="weight") -> None:
-        """Pack a weight (out, in), on its device. An InputError names it, if it does not fit."""
-        expected = self.out_features, self.in_features
-        if weight.shape != expected:
-            raise InputError(f"{name}: shape {tuple(weight.shape)}, expected {expected}")
-        if not torch.stack(weight.detach().aminmax()).isfinite().all():
-            raise InputError(f"{name}: holds NaN or infinity, cannot be quantized")
-        self.pack(weight.detach())
 
     def merge(self) -> nn.Linear:
         """The nn.Linear that this layer computes, in its own dtype."""
@@ -215,9 +182,8 @@ class FrozenLinear(nn.Module):
         linear.bias = self.bias
         return linear
 
-    # Traced into a graph, forward and backward would hold the same expression twice: the compiler
-    # would compute it once and keep the dense weight. So a compiled model calls this as it stands.
-    # (torch.compiler.disable would import the compiler here and now, for a second.)
+    # Traced, forward and backward hold the same expression: the compiler would compute it once and
+    # keep the dense weight. (torch.compiler.disable would do too; its import takes a second.)
     @torch._disable_dynamo
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -239,29 +205,17 @@ class FrozenLinear(nn.Module):
 
 
 class NF4Linear(FrozenLinear):
-    """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled.
+    """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled."""
 
-    The constructor allocates the buffers, for a state dict to be loaded into.
-    """
-
-    def __init__(self, *size, blocksize=64, device=None, **more):
-        super().__init__(*size, device=device, **more)
-        self.blocksize, n = blocksize, self.in_features * self.out_features
-        blocks = math.ceil(n / blocksize)
-
-        def buffer(name, dtype, *shape):
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-
-        buffer("packed", torch.uint8, (n + 1) // 2, 1)
-        buffer("absmax", torch.uint8 if self.double_quant else torch.float32, blocks)
-        if self.double_quant:
-            buffer("absmax2", torch.float32, math.ceil(blocks / 256))
-            buffer("offset", torch.float32)
+    def __init__(self, *size, double_quant=False, blocksize=64):
+        super().__init__(*size)
+        self.double_quant, self.blocksize = double_quant, blocksize
 
     def pack(self, weight: Tensor) -> None:
-        self.packed, self.absmax = fast.quantize(weight, self.blocksize, quantize)
-        if self.double_quant:
-            self.absmax, self.absmax2, self.offset = double_quantize(self.absmax)
+        packed, absmax = fast.quantize(weight, self.blocksize, quantize)
+        scales = double_quantize(absmax) if self.double_quant else [absmax]
+        for name, buffer in zip(("packed", "absmax", "absmax2", "offset"), (packed, *scales)):
+            self.register_buffer(name, buffer)
 
     def dequantize(self) -> Tensor:
         absmax = self.absmax

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from functools import partial
 
 import pytest
@@ -36,7 +37,6 @@ from nanoalign.packing import Example, packed
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools.merge import main as merge_main
-from nanoalign.tools.merge import merge
 from train_sft import run_sft
 
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
     [
         ({Q: None}, f"no file holds {Q}"),
         ({"model.more": torch.ones(2)}, "model.safetensors: model.more is not in the model"),
-        ({Q: torch.ones(32, 16)}, rf"{Q}: shape \(32, 16\)"),
+        ({Q: torch.ones(32, 16)}, rf"model.safetensors: {Q}: shape \(32, 16\), not \(32, 32\)"),
         ({NORM: torch.ones(3)}, rf"model.safetensors: {NORM}: shape \(3,\), not \(32,\)"),
         ({Q: torch.full((32, 32), torch.nan)}, f"model.safetensors: {Q}: holds NaN"),
         ({NORM: torch.full((32,), torch.inf)}, f"model.safetensors: {NORM} holds NaN or inf"),
@@ -258,7 +258,7 @@ def peer(directory, dtype, double=None):
 def test_ours_opens_in_bitsandbytes(double, dtype, kind, tmp_path):
     directory = make(tmp_path / "dense", kind, dtype, tie_word_embeddings=True, **SMALL)
     ours = open_4bit(directory, double)
-    save_4bit(ours, tmp_path / "four", AutoTokenizer.from_pretrained(directory))
+    save_4bit(ours, tmp_path / "four")
     theirs = peer(tmp_path / "four", dtype)
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert theirs.dtype == dtype
@@ -369,7 +369,7 @@ def test_train_then_merge(tmp_path, capsys):
 
     load_policy(SFTConfig(base, adapter_name_or_path=str(adapter), device="cpu"))
     assert "it was trained on a 4-bit base" in capsys.readouterr().out
-    merge_main([str(adapter), str(tmp_path / "merged"), "--dtype", "float32", "--device", "cpu"])
+    merge(adapter, tmp_path / "merged", "--dtype", "float32")
     said = capsys.readouterr().out
     assert "NF4" in said and "largest change of a logit on" in said and "in float32" in said
 
@@ -416,6 +416,10 @@ def test_idle_flag_and_modules_that_cannot_train(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------- merging
 
 
+def merge(adapter, directory, *flags):
+    merge_main([str(adapter), str(directory), "--device", "cpu", *flags])
+
+
 def greedy(model):
     prompt = IDS[:, :8]
     out = model.generate(
@@ -453,7 +457,7 @@ def test_merge_is_exact(flags, tied, four, tmp_path, capsys):
     save_policy(policy, tmp_path / "adapter")
     assert (tmp_path / "adapter" / NOTE).exists() is four
 
-    merge(str(tmp_path / "adapter"), str(tmp_path / "fp32"), dtype="float32", device="cpu")
+    merge(tmp_path / "adapter", tmp_path / "fp32", "--dtype", "float32")
     said = capsys.readouterr().out
     assert float(said.split("sample tokens: ")[1].split(";")[0]) < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
@@ -468,7 +472,7 @@ def test_merge_is_exact(flags, tied, four, tmp_path, capsys):
     torch.testing.assert_close(logits(merged), logits(policy.model), rtol=1e-4, atol=1e-4)
     assert greedy(merged) == greedy(policy.model)
 
-    merge(str(tmp_path / "adapter"), str(tmp_path / "bf16"), device="cpu")
+    merge(tmp_path / "adapter", tmp_path / "bf16")
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
     assert rounded.dtype == torch.bfloat16
     for key, tensor in rounded.state_dict().items():
@@ -482,7 +486,7 @@ def test_merge_with_new_tokens(tied, tmp_path):
     make_tokenizer(special=("<|endoftext|>",)).save_pretrained(base)
     policy = shaken(load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")))
     save_policy(policy, tmp_path / "adapter")
-    merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="float32", device="cpu")
+    merge(tmp_path / "adapter", tmp_path / "merged", "--dtype", "float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     markers = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -512,12 +516,12 @@ def test_merge_without_a_note(tmp_path):
     base = make(tmp_path / "base")
     policy = shaken(load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")))
     save_policy(policy, tmp_path / "adapter")
-    adapter = str(tmp_path / "adapter")
-    merge(adapter, str(tmp_path / "a"), device="cpu")
-    merge(adapter, str(tmp_path / "b"), device="cpu", load_in_4bit=False)
+    adapter = tmp_path / "adapter"
+    merge(adapter, tmp_path / "a")
+    merge(adapter, tmp_path / "b", "--no-load_in_4bit")
     (tmp_path / "adapter" / NOTE).unlink()
-    merge(adapter, str(tmp_path / "c"), device="cpu")
-    merge(adapter, str(tmp_path / "d"), device="cpu", load_in_4bit=True)
+    merge(adapter, tmp_path / "c")
+    merge(adapter, tmp_path / "d", "--load_in_4bit")
     a, b, c, d = (load_file(tmp_path / x / "model.safetensors")[Q] for x in "abcd")
     assert torch.equal(a, d) and torch.equal(b, c) and not torch.equal(a, b)
 
@@ -588,7 +592,7 @@ def test_another_format_is_one_class_and_one_line(tmp_path, monkeypatch, capsys)
 
     @torch.no_grad()
     def logps_of_merged(name, *flags):
-        merge_main([str(adapter), str(tmp_path / name), "--device", "cpu", *flags])
+        merge(adapter, tmp_path / name, *flags)
         lm = load_lm(str(tmp_path / name), device="cpu").eval()
         lm.model.set_attn_implementation(packed())
         return lm(batch).logps
@@ -601,14 +605,55 @@ def test_another_format_is_one_class_and_one_line(tmp_path, monkeypatch, capsys)
         assert (logps_of_merged(wrong, wrong) - trained).abs().max() > 1e-3
 
 
-def test_a_note_of_an_unknown_format_is_refused(tmp_path, monkeypatch):
+def test_a_note_of_an_unknown_format_is_refused(tmp_path, monkeypatch, capsys):
     base, adapter = make(tmp_path / "base"), tmp_path / "adapter"
     with monkeypatch.context() as patch:
         patch.setitem(FORMATS, "int8", Int8Linear)
         cfg = SFTConfig(base, load_in_4bit=True, bnb_4bit_quant_type="int8", device="cpu")
         save_policy(load_policy(cfg), adapter)
-    with pytest.raises(InputError, match=f"{NOTE}.*int8"):
-        merge(str(adapter), str(tmp_path / "merged"), device="cpu")
+    with pytest.raises(SystemExit):
+        merge(adapter, tmp_path / "merged")
+    assert re.search(f"{NOTE}.*int8", capsys.readouterr().err)
+
+
+def test_doubled_scales_of_a_format_without_are_refused(tmp_path, monkeypatch):
+    """Before the model is read, in one line; and FrozenLinear itself knows nothing of them."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    asked = {"load_in_4bit": True, "quant_type": "int8", "double_quant": True}
+    with pytest.raises(InputError, match="^--use_bnb_nested_quant: int8 does not quantize its"):
+        load_lm("nowhere", **asked)
+    assert "double_quant" not in vars(Int8Linear.from_linear(torch.nn.Linear(2, 2)))
+
+
+def test_an_adapter_goes_on_with_the_base_of_its_note(tmp_path, monkeypatch):
+    """--load_in_4bit takes the note's format; a flag that asks for another one is refused."""
+    monkeypatch.setitem(FORMATS, "int8", Int8Linear)
+    base = make(tmp_path / "base")
+
+    def opened(adapter, **flags):
+        cfg = {"load_in_4bit": True, "device": "cpu", **flags}
+        return load_policy(SFTConfig(base, adapter_name_or_path=adapter, **cfg))
+
+    def trained(directory, **flags):
+        save_policy(opened(None, **flags), tmp_path / directory)
+        return str(tmp_path / directory)
+
+    eight = trained("int8", bnb_4bit_quant_type="int8")
+    nested, plain = trained("nested", use_bnb_nested_quant=True), trained("plain")
+    for flags in {}, {"bnb_4bit_quant_type": "int8"}:
+        layers = frozen_layers(opened(eight, **flags).model).values()
+        assert len(layers) == 14 and {type(layer) for layer in layers} == {Int8Linear}
+    for adapter, double in (nested, True), (plain, False):
+        layers = frozen_layers(opened(adapter).model).values()
+        assert len(layers) == 14 and {layer.double_quant for layer in layers} == {double}
+    for adapter, flag, value in (
+        (plain, "use_bnb_nested_quant", True),
+        (eight, "use_bnb_nested_quant", True),
+        (nested, "bnb_4bit_quant_type", "int8"),
+    ):
+        with pytest.raises(InputError, match=f"^{adapter}: trained on another base than the flags"):
+            opened(adapter, **{flag: value})
+        assert not frozen_layers(opened(adapter, load_in_4bit=False, **{flag: value}).model)
 
 
 def test_a_move_of_dtype_leaves_the_scales_of_any_format():

@@ -2,8 +2,8 @@
 
 The definitions make temporaries in fp32 that are larger than the weight itself, and each of them
 travels to memory and back. On a CPU, chunks of 2**18 weights keep them in a core's second-level
-cache: a 4096 x 4096 weight is quantized three times as fast, and in a few MB. On a GPU,
-torch.compile fuses all of dequantizing into one kernel.
+cache: a 4096 x 4096 weight is quantized three times as fast. On a GPU, torch.compile fuses all of
+dequantizing into one kernel.
 """
 
 import functools
@@ -18,10 +18,7 @@ GPU_CHUNK = 2**22  # 16 MB of fp32: a GPU wants fewer and larger calls
 
 
 def quantize(weight, blocksize, definition):
-    """definition(weight, blocksize), chunk by chunk: blocks know nothing of each other.
-
-    Besides its results it needs a few MB (on a GPU some 60), whatever the size of the weight.
-    """
+    """definition(weight, blocksize), chunk by chunk: in a few MB (on a GPU some 60) at any size."""
     n, device = weight.numel(), weight.device
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(n / blocksize), device=device)
@@ -38,12 +35,10 @@ def dequantize(packed, absmax, shape, dtype, blocksize, levels):
     n, packed = math.prod(shape), packed.flatten()
     if n % blocksize:  # complete the last block
         packed = F.pad(packed, (0, len(absmax) * blocksize // 2 - len(packed)))
-    packed = packed.view(-1, blocksize // 2)
-    if packed.is_cpu:
-        weight = decode_cpu(packed, absmax, levels, dtype)
-    else:
-        quickest = fused_decode() if n >= CHUNK else decode  # nothing to gain on a small weight
-        weight = quickest(packed, absmax, levels, dtype)
+    quickest = decode_cpu if packed.is_cpu else decode
+    if n >= CHUNK and not packed.is_cpu:  # below, there is nothing to gain
+        quickest = fused_decode()
+    weight = quickest(packed.view(-1, blocksize // 2), absmax, levels, dtype)
     return weight.flatten()[:n].view(shape)
 
 
@@ -58,8 +53,8 @@ def decode(packed, absmax, levels, dtype):
 def fused_decode():
     """decode as ONE kernel, where triton is: 4 bits are read, 16 written, nothing in between.
 
-    It is compiled at its first call. Of (blocks, bytes) only `blocks` varies from weight to
-    weight, so a model with many shapes compiles twice: for the first, and for any.
+    Only the number of blocks varies from weight to weight, so a model with many shapes compiles
+    twice: for the first, and for any.
     """
     return torch.compile(decode) if importlib.util.find_spec("triton") else decode
 
@@ -68,14 +63,13 @@ def decode_cpu(packed, absmax, levels, dtype):
     """decode for a CPU, faster than what inductor makes of it: a byte looks up a PAIR of levels.
 
     The pair is one 64-bit word, so a lookup is one load and one store; and the fp32 products of a
-    chunk are rounded while they are in the cache, instead of travelling to memory and back.
+    chunk are rounded while they are in the cache.
     """
     out = torch.empty(len(packed), 2 * packed.shape[1], dtype=dtype)
     step = CHUNK // out.shape[1]
-    for i in range(0, len(packed), step):
-        words = words_of(levels).index_select(0, packed[i : i + step].flatten().int())
-        values = words.view(torch.float32).view(-1, out.shape[1])
-        out[i : i + step] = values.mul_(absmax[i : i + step, None])
+    for chunk, its_absmax, its_out in zip(*(t.split(step) for t in (packed, absmax, out))):
+        words = words_of(levels).index_select(0, chunk.flatten().int())
+        its_out[:] = words.view(torch.float32).view(its_out.shape).mul_(its_absmax[:, None])
     return out
 
 

@@ -4,7 +4,8 @@ What goes wrong with a directory, a file or a tensor is an InputError of one lin
 """
 
 import json
-from pathlib import Path, PurePosixPath
+import re
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,24 +36,25 @@ def from_pretrained(kind, name: str, **more):
 def local_file(name: str, file: str) -> Path | None:
     """A file of a directory, or of a hub repository, from which it is fetched if need be."""
     try:
-        return Path(cached_file(name, file))
+        return None if str(name).endswith(".gguf") else Path(cached_file(name, file))
     except OSError:
         return None
 
 
 def tensor_files(name: str) -> dict[str, Path]:
     """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
-    if str(name).endswith(".gguf"):
-        return {}
-    if path := local_file(name, "model.safetensors"):
-        return dict.fromkeys(tensor_names(path), path)
-    index = "model.safetensors.index.json"
-    file_of = read_index(name, index)
-    held = {path: tensor_names(path) for path in set(file_of.values())}
+    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
+    file_of, held = {} if whole else read_index(name, index), set()
+    for path in {whole} if whole else set(file_of.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held |= {(key, path) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged: {error}") from None
     for key, path in file_of.items():
-        if key not in held[path]:
+        if (key, path) not in held:
             raise InputError(f"{path}: {key} is missing; {index} says it is here")
-    return file_of
+    return file_of or dict(held)
 
 
 def read_index(name: str, index_name: str) -> dict[str, Path]:
@@ -60,34 +62,24 @@ def read_index(name: str, index_name: str) -> dict[str, Path]:
 
     All shards are there, and none may lead out of the directory: transformers takes any path.
     """
-    index = local_file(name, index_name)
+    index, paths = local_file(name, index_name), {}
     if index is None:
         return {}
     try:
         shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        places = {shard: PurePosixPath(shard) for shard in set(shard_of.values())}
+        for shard in set(shard_of.values()):
+            if re.search(r"^/|(^|/)\.\.(/|$)|[\\:]", shard):
+                raise InputError(f"{index}: {shard} leads out of the directory")
+            paths[shard] = local_file(name, shard)
+            if paths[shard] is None:
+                raise InputError(f"{index}: {shard} is not there")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: no index of shards: {error!r}") from None
-    paths = {}
-    for shard, place in places.items():
-        if place.is_absolute() or ".." in place.parts or "\\" in shard or ":" in shard:
-            raise InputError(f"{index}: {shard} leads out of the directory")
-        paths[shard] = local_file(name, shard)
-        if paths[shard] is None:
-            raise InputError(f"{index}: {shard} is not there")
     return {key: paths[shard] for key, shard in shard_of.items()}
 
 
-def tensor_names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged: {error}") from None
-
-
-def read_tensor(path: Path, key: str, device: torch.device, dtype=None) -> Tensor:
-    """A copy of one tensor on the device; if it is of floating point, in `dtype`.
+def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:
+    """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
 
     safetensors maps a file into memory, and what has been read through an open mapping stays
     resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
@@ -95,18 +87,12 @@ def read_tensor(path: Path, key: str, device: torch.device, dtype=None) -> Tenso
     """
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(key)
-    if dtype is None or not tensor.is_floating_point():
-        dtype = tensor.dtype
-    return tensor.to(device, dtype, copy=True)
-
-
-def read_finite(path: Path, key: str, device: torch.device, like: Tensor) -> Tensor:
-    """One tensor for a place in the model: with the shape and dtype of `like`, and finite."""
-    tensor = read_tensor(path, key, device, like.dtype)
+    if like is None:
+        return tensor.to(device, copy=True)
     if tensor.shape != like.shape:
         raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
-    if tensor.is_floating_point() and not is_finite(tensor):
-        raise InputError(f"{path}: {key} holds NaN or infinity")
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    tensor = tensor.to(device, dtype, copy=True)
     return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
 
 

@@ -16,15 +16,14 @@ from nanoalign.packing import Example, packed_attention
 
 
 def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
-    """Can this kind of model be trained here? -> its head's (scale, softcap).
+    """-> what the head does beyond a product, (scale, softcap), or InputError.
 
     Two examples in one row, one with two branches, must give the log-probs of transformers' own
     forward pass, sequence by sequence, in fp32, on a miniature of the model with random weights.
-    Raises InputError if not.
     """
     from transformers import AttentionInterface  # late, as in packing.packed
 
-    ids, calls, small = list(range(1, 24)), [], miniature(config)
+    ids, calls, small, reason = list(range(1, 24)), [], miniature(config), None
     examples = [
         Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
         Example(ids[3:7], [(ids[9:20], [True] * 11)]),
@@ -44,14 +43,14 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
             AttentionInterface.register("packed_probe", counted)
             model.set_attn_implementation("packed_probe")
             got = PackedLM(model, scale, softcap, None)(examples).logps.tolist()
+        if len(calls) != small.num_hidden_layers:
+            reason = "it does not use transformers' AttentionInterface"
+        elif any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
+            reason = "it computes something that packing does not know"
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}") from None
-    where = f"{name}: {config.model_type}"
-    if len(calls) != small.num_hidden_layers:
-        raise InputError(f"{where} does not use transformers' AttentionInterface")
-    if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
-        raise InputError(f"{where} computes something that packing does not know")
+    if reason:
+        raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}")
     return scale, softcap
 
 
@@ -60,17 +59,10 @@ def miniature(config):
     config = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     layers = max(2, len(kinds))
-    small = {
-        "num_hidden_layers": layers,
-        "layer_types": (kinds * 2)[:layers],
-        "vocab_size": 64,
-        "sliding_window": 4,
-        "attention_chunk_size": 4,
-        "intermediate_size": 64,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    small = {"num_hidden_layers": layers, "layer_types": (kinds * 2)[:layers]}
+    small |= dict.fromkeys(("sliding_window", "attention_chunk_size"), 4)
+    small |= dict.fromkeys(("vocab_size", "intermediate_size"), 64)
+    small |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), None)
     for key, value in small.items():
         if getattr(config, key, None) is not None:
             setattr(config, key, value)
@@ -86,7 +78,7 @@ def head_of(model, row) -> tuple[float, float | None]:
 
 
 def plain_logps(model, prompt: list[int], completion: list[int]) -> float:
-    """log pi(completion | prompt) as everybody computes it: all the logits of one sequence."""
+    """log pi(completion | prompt) from all the logits of one sequence."""
     ids = torch.tensor([prompt + completion])
     logps = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (n, V)
     return logps.gather(1, ids[0, len(prompt) :, None]).sum().item()

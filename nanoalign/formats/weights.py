@@ -3,16 +3,15 @@
 `load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
 one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too.
 
-The usual way to a 4-bit model is to load it and then quantize it, and the peak of memory is the
-dense model that 4 bits were meant to avoid. Here weights stream: the model is built with its
-parameters on the meta device, where they have a shape and no memory; then each tensor is read,
-cast, packed, and forgotten before the next one is read. At no time is there more than the 4-bit
-model and what one tensor needs on its way. Where the files hold other tensors than the model,
-because transformers converts while it loads (some models' experts are merged; GGUF; .bin), the
-dense model is loaded first after all, and one printed line says so.
+To load a model and then quantize it has its peak of memory at the dense model, which 4 bits were
+meant to avoid. Here weights stream: the model is built with its parameters on the meta device,
+where they have a shape and no memory; then each tensor is read, cast, packed, and forgotten before
+the next one is read. Where the files hold other tensors than the model, because transformers
+converts while it loads (some models' experts are merged; GGUF; .bin), the dense model is loaded
+first after all, and one printed line says so.
 """
 
-import copy
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
@@ -52,6 +51,9 @@ def load_lm(
     `load_in_4bit` its linear layers are in FORMATS[quant_type]; those of a model that was saved in
     NF4 always are. InputError names the file and the tensor that is wrong.
     """
+    kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
+    if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
+        raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -59,7 +61,7 @@ def load_lm(
     if load_in_4bit or is_nf4(config):
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
-        freeze = partial(FORMATS[quant_type].from_linear, double_quant=double_quant)
+        freeze = partial(kind.from_linear, **how)
         model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
     else:
         model = load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
@@ -69,9 +71,8 @@ def load_lm(
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator() if found else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -80,10 +81,8 @@ def pick_device(name: str) -> torch.device:
 
 def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
-    gguf = str(name).endswith(".gguf")
-    if not gguf:  # checks the shards that an index names
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            files.read_index(name, index)
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        files.read_index(name, index)  # checks the shards that it names
     model, info = files.from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -92,7 +91,7 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
     )
-    if gguf:  # the weights are dense now, and can be saved
+    if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
     if info["missing_keys"]:
@@ -106,9 +105,6 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
         if not files.is_finite(tensor):
             raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model.requires_grad_(False)  # until load_policy says what trains
-
-
-# ---------------------------------------------------------------------------------- frozen weights
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -126,17 +122,10 @@ def frozen_weights(model: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in frozen_layers(model).values())
 
 
-def format_of(layer: FrozenLinear) -> str:
-    return next(name for name, kind in FORMATS.items() if type(layer) is kind)
-
-
-def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=False) -> nn.Module:
-    """The model with its linear layers frozen, streamed from its files where that can be.
-
-    `dtype` is that of all other weights, and what frozen ones are rounded to.
-    """
-    config, in_nf4 = copy.deepcopy(config), is_nf4(config)
-    if in_nf4:
+def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) -> nn.Module:
+    """The model with its linear layers frozen, streamed from its files where that can be. `dtype`
+    is that of all other weights, and what frozen ones are rounded to."""
+    if in_nf4 := is_nf4(config):
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
@@ -156,8 +145,8 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code=F
     if not layers:
         raise InputError(f"{name}: has no linear layers to hold in 4 bits")
     bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
-    form = format_of(layers[0]).upper()
-    print(f"{len(layers)} linear layers in {form}: {bits:.2f} bits per parameter")
+    kind = type(layers[0]).__name__.removesuffix("Linear").upper()
+    print(f"{len(layers)} linear layers in {kind}: {bits:.2f} bits per parameter")
     return model.requires_grad_(False).eval()
 
 
@@ -168,28 +157,25 @@ def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_lin
 
 
 def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The model with its parameters on meta and its buffers computed.
-
-    Buffers that a constructor computes (rotary frequencies, say) are in no file. So only parameters
-    go to meta; torch has a hook for the moment in which a module registers one.
+    """The model with its parameters on meta. Its buffers, which are in no file (rotary frequencies,
+    say), are computed; so meta takes each parameter in the moment in which a module registers it.
     """
 
     def to_meta(module, name, parameter):
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"))
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook, kind = register_module_parameter_registration_hook(to_meta), AutoModelForCausalLM
     try:
-        kind = AutoModelForCausalLM
         return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     finally:
         hook.remove()
 
 
 def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
-    """Why the files can't be streamed into a skeleton, if transformers may know a conversion.
+    """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
-    transformers used to save, are passed over. A tied tensor may stand under either of its names.
+    transformers used to save, don't count; a tied tensor may stand under either of its names.
     """
     if not file_of:
         return "has no safetensors files"
@@ -211,45 +197,36 @@ def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
 def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
-    dense = linears(model)
-    packed = {name for name in dense if name + STATE in file_of}
+    packed = [name for name in linears(model) if name + STATE in file_of]
+    frozen = packed or list(linears(model))
     ours, read = model.state_dict(keep_vars=True), {}
     for key, like in ours.items():
-        name, _, leaf = key.rpartition(".")
-        if key not in file_of:
-            continue  # tied to a tensor that is there
-        if leaf == "weight" and name in (packed or dense):
-            linear = dense[name]
-            if packed:
-                layer = read_packed(file_of, name, like.shape, device)
-                layer.bias = linear.bias
-            else:
-                weight = files.read_tensor(file_of[key], key, device, like.dtype)
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                layer = freeze(linear, f"{file_of[key]}: {key}")
-                linear.weight, weight = like, None  # nothing dense is kept
-            model.set_submodule(name, layer)
-            continue
-        tensor = files.read_finite(file_of[key], key, device, like)
+        if key not in file_of or key.removesuffix(".weight") in frozen:
+            continue  # tied to a tensor that is there; or see below
+        tensor = files.read_tensor(file_of[key], key, device, like)
+        if tensor.is_floating_point() and not files.is_finite(tensor):
+            raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
         if id(like) in read and not torch.equal(tensor, read[id(like)]):
             raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
         read[id(like)] = tensor
         for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
             name, _, leaf = twin.rpartition(".")
             setattr(model.get_submodule(name), leaf, tensor)
-
-
-def read_packed(file_of: dict[str, Path], name: str, shape: torch.Size, device) -> NF4Linear:
-    """What bitsandbytes quantized, as it is."""
-    keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
-    try:
-        tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
-        return from_bitsandbytes(tensors, name, shape)
-    except InputError as error:
-        raise InputError(f"{file_of[name + STATE]}: {error}") from None
-
-
-# ------------------------------------------------------------------ an adapter and its frozen base
+    for name in frozen:
+        linear, key = model.get_submodule(name), f"{name}.weight"
+        if packed:
+            keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
+            tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
+            try:
+                layer = from_bitsandbytes(tensors, name, linear.weight.shape)
+            except InputError as error:
+                raise InputError(f"{file_of[name + STATE]}: {error}") from None
+            layer.bias = linear.bias
+        else:
+            linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
+            layer = freeze(linear, f"{file_of[key]}: {key}")
+            linear.weight = None  # whoever still holds the old layer, nothing dense is kept
+        model.set_submodule(name, layer)
 
 
 def write_note(model: nn.Module, directory: Path) -> None:
@@ -258,14 +235,13 @@ def write_note(model: nn.Module, directory: Path) -> None:
     An adapter learns to live with the rounding of its base, so a merge has to know of it. PEFT's
     adapter_config.json has no place for that (it warns of each key it does not know), hence a file.
     """
-    path, layers = Path(directory) / NOTE, list(frozen_layers(model).values())
-    if not layers:
-        path.unlink(missing_ok=True)  # of another adapter, which is overwritten
-        return
+    path, layer = Path(directory) / NOTE, next(iter(frozen_layers(model).values()), None)
+    if layer is None:
+        return path.unlink(missing_ok=True)  # of another adapter, which is overwritten
     note = {
-        "bnb_4bit_quant_type": format_of(layers[0]),
-        "bnb_4bit_use_double_quant": layers[0].double_quant,
-        "dtype": str(layers[0].dtype).removeprefix("torch."),
+        "bnb_4bit_quant_type": next(name for name, kind in FORMATS.items() if type(layer) is kind),
+        "bnb_4bit_use_double_quant": vars(layer).get("double_quant", False),
+        "dtype": str(layer.dtype).removeprefix("torch."),
     }
     path.write_text(json.dumps(note, indent=2) + "\n")
 
@@ -273,13 +249,25 @@ def write_note(model: nn.Module, directory: Path) -> None:
 def read_note(directory: str | Path) -> dict | None:
     """What write_note wrote, as load_lm's quant_type, double_quant and dtype; None without one."""
     path = Path(directory) / NOTE
-    if not path.exists():
-        return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         kind, dtype = note["bnb_4bit_quant_type"], note["dtype"]
         FORMATS[kind], DTYPES[dtype]
         double_quant = bool(note["bnb_4bit_use_double_quant"])
         return {"quant_type": kind, "double_quant": double_quant, "dtype": dtype}
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what was written here: {error!r}") from None
+
+
+def format_for(adapter: str | None, quant_type: str, double_quant: bool) -> dict:
+    """The quant_type and double_quant to load an adapter's base with: what its note says, and else
+    the flags. A flag that is not at its default and says otherwise is an InputError."""
+    note = read_note(adapter) if adapter else None
+    if note is None:
+        return {"quant_type": quant_type, "double_quant": double_quant}
+    kind, doubled = note["quant_type"], note["double_quant"]
+    if quant_type not in ("nf4", kind) or double_quant > doubled:
+        raise InputError(f"{adapter}: trained on another base than the flags ask for: {note}")
+    return {"quant_type": kind, "double_quant": doubled}

@@ -19,7 +19,7 @@ from nanoalign.formats.peft import (
     save_adapter,
 )
 from nanoalign.formats.templates import TEMPLATES
-from nanoalign.formats.weights import frozen_weights, load_lm, read_note, write_note
+from nanoalign.formats.weights import format_for, frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
@@ -55,6 +55,7 @@ def tokenizer_of(cfg: Config):
 
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
+    adapter = cfg.load_in_4bit and cfg.adapter_name_or_path
     return load_lm(
         name,
         dtype=cfg.dtype,
@@ -62,8 +63,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
-        quant_type=cfg.bnb_4bit_quant_type,
-        double_quant=cfg.use_bnb_nested_quant,
+        **format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
     )
 
 
