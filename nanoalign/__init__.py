@@ -1,17 +1,19 @@
 """nanoalign: SFT, DPO and KTO with LoRA and 4-bit NF4, small enough to read in an evening.
 
-The street, in reading order; a file imports only from files above it:
+The lesson is nine files, each importing only files above it:
 
-    files     JSON, JSONL, CSV          -> rows, each with its file and line
-    chatml    messages                  -> ids and the mask of trained tokens
-    packing   prompts and completions   -> one row without padding, and who sees whom in it
-    data      rows (through layouts)    -> examples, their order, batches
-    nf4, lora                           -> a 4-bit base, and the few weights that train on it
-    logps     row and hidden states     -> log-probs of the trained tokens, without the logits
-    losses    log-probs                 -> SFT, DPO and KTO losses
-    model     a directory (a probe)     -> a model ready to train; back to a directory (adapter)
-    reference                           -> the log-probs that DPO and KTO compare with
-    train     the loop, with checkpoint and metrics
+    chatml    a conversation              -> ids and the mask of the tokens that train
+    packing   a batch of examples         -> one row without padding, and who sees whom in it
+    lora      a frozen layer              -> the same with a small change that trains
+    nf4       a weight                    -> four bits, and a layer that trains through them
+    logps     a row                       -> log-probs of the trained tokens
+    losses    log-probs                   -> SFT, DPO and KTO losses
+    data      conversations               -> examples that fit; the order of an epoch
+    model     a model of transformers     -> a policy; and text out of it
+    train     a method's sums             -> one optimizer step after another
+
+A definition's quicker twin is in fast/. Behind the other doors: formats/, other people's files;
+run/, what keeps a run alive; tools/, commands; world.py, the built-in model and data.
 """
 
 __version__ = "0.1.0"

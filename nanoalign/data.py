@@ -38,16 +38,14 @@ class Limits:
 
 
 def make_examples(
-    cases: Iterable[Case],
-    tokenizer,
-    template,
-    limits: Limits = Limits(),  # noqa: B008
+    cases: Iterable[Case], tokenizer, template, limits: Limits | None = None
 ) -> tuple[list[Example], Counter]:
     """Cases -> examples, numbered from 0, and a count of what was cut or skipped.
 
     Everything is encoded in one call of the tokenizer. Raises InputError, naming the case, where
     the template refuses a conversation.
     """
+    limits = limits or Limits()
     conversations, origins = [], []  # pieces; of each case: how many of them, label, where
     for number, case in enumerate(cases, start=1):
         n = len(case.prompt)
@@ -92,17 +90,6 @@ def cut(completion: Completion, room: float = math.inf) -> Completion:
     mask = mask[: max(0, min(room, len(mask)))]
     end = len(mask) - mask[::-1].index(True) if True in mask else 0
     return completion if end == len(ids) else (ids[:end], mask[:end])
-
-
-CUTS = ("prompts cut", "completions cut")
-SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left")
-
-
-def describe(count: Counter) -> str:
-    """What became of the rows, in one line."""
-    shorter = [f"{count[key]} {key}" for key in CUTS if count[key]]
-    skipped = [f"{count[key]} skipped: {key}" for key in SKIPS if count[key]]
-    return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *shorter, *skipped])
 
 
 def epoch_order(

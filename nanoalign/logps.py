@@ -81,13 +81,7 @@ class PackedLM(nn.Module):
     in where it differs from that of the weights (full fine-tuning: fp32 weights, bf16 products).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        scale: float = 1.0,
-        softcap: float | None = None,
-        autocast: torch.dtype | None = None,
-    ):
+    def __init__(self, model: nn.Module, scale=1.0, softcap: float | None = None, autocast=None):
         super().__init__()
         self.model, self.scale, self.softcap, self.autocast = model, scale, softcap, autocast
         self.mean_weight = None

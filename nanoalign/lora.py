@@ -10,9 +10,8 @@ and so much less memory for gradients and optimizer states. Since B = 0 the mode
 and switching the change off gives the model as it was: DPO's and KTO's reference costs nothing.
 
 Everything here wraps modules and patches nothing, and a wrapper's `merge` gives the plain module
-that it amounts to. The names of the wrappers' parameters are those of PEFT, so that "what trains"
-and "what an adapter file holds" (formats/peft.py) are the same list. Trained weights are fp32
-whatever the base is.
+that it amounts to. Its parameters have PEFT's names, so that "what trains" and "what an adapter
+file holds" (formats/peft.py) are the same list. Trained weights are fp32 whatever the base is.
 """
 
 from collections.abc import Iterator
@@ -109,27 +108,20 @@ class TokenRows(nn.Module):
         return table
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Anything that LoRALinear can wrap: nn.Linear, NF4Linear, or a layer of your own."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
 def linear_names(model: nn.Module) -> list[str]:
-    """All linear layers but the output head: where LoRA usually goes."""
+    """All linear layers but the output head: where LoRA usually goes. A layer is linear that has
+    in_features and out_features: nn.Linear, NF4Linear, or one of your own."""
     head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if is_linear(m) and m is not head]
+    return [n for n, m in model.named_modules() if hasattr(m, "in_features") and m is not head]
 
 
-def add_lora(
-    model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names: list[str] | None = None
-) -> None:
+def add_lora(model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names=None) -> None:
     """Freeze the model, and put LoRA on the linear layers `names` (None: on all but the head)."""
     model.requires_grad_(False)
     for name in linear_names(model) if names is None else names:
         base = model.get_submodule(name)
-        layer = LoRALinear(base, r, scaling, dropout)
         device = next(t for t in (*base.parameters(), *base.buffers())).device
-        model.set_submodule(name, layer.to(device))
+        model.set_submodule(name, LoRALinear(base, r, scaling, dropout).to(device))
 
 
 def tied(model: nn.Module) -> bool:
@@ -162,11 +154,8 @@ class Reference:
     """The policy as it was when training began, in the same weights.
 
     A new LoRA layer (B = 0) is switched off. Whatever else trains (an adapter that is continued,
-    biases, token rows) is kept in a frozen copy and swapped in. Make it after the policy is loaded
-    and before the first step; then
-
-        with reference():
-            ...  # the model is the reference here, in eval mode
+    biases, token rows) is kept in a frozen copy and swapped in. Made before the first step, it is
+    used so: `with reference(): ...`, and in there the model is the reference, in eval mode.
     """
 
     def __init__(self, model: nn.Module):

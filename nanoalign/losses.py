@@ -39,6 +39,11 @@ def numbers(cfg, *functions) -> dict[str, object]:
     return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
 
 
+def ask(loss, numbers: dict, **known) -> Tensor:
+    """The loss, given what it needs of `known`, and its own numbers."""
+    return loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
+
+
 def sft_loss(logps: Tensor) -> Tensor:
     """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x).
 
@@ -116,15 +121,17 @@ def dpo_loss(
     already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
     0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
     arXiv 2404.19733, eq. 1), so that its own probability does not fall. `numbers` are the loss's
-    own (label_smoothing). Returns losses, chosen rewards and rejected rewards, each
-    (B,). At the first step the policy is the reference and the sigmoid loss is ln 2.
+    own. Returns losses, chosen rewards and rejected rewards, each (B,). At the first step the
+    policy is the reference and the sigmoid loss is ln 2.
     """
-    policy = Pair(chosen_logps, rejected_logps)
-    reference = Pair(ref_chosen_logps, ref_rejected_logps)
-    known = {"policy": policy, "reference": reference, "beta": beta}
-    known["lengths"] = Pair(chosen_lengths, rejected_lengths)
-    loss = DPO_LOSSES[loss_type]
-    losses = loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
+    losses = ask(
+        DPO_LOSSES[loss_type],
+        numbers,
+        policy=Pair(chosen_logps, rejected_logps),
+        reference=Pair(ref_chosen_logps, ref_rejected_logps),
+        lengths=Pair(chosen_lengths, rejected_lengths),
+        beta=beta,
+    )
     if rpo_alpha:
         losses = losses - rpo_alpha * chosen_logps / chosen_lengths
     return (
@@ -170,11 +177,9 @@ def kto_loss(
     logps, ref_logps (B,) in nats; desirable (B,) bool; z0 () >= 0 from `kl_baseline`.
     Returns losses and rewards, each (B,). At the first step the loss is 1/2 times the weight.
     """
-    delta = logps - ref_logps
+    delta, sign = logps - ref_logps, torch.where(desirable, 1.0, -1.0)
+    losses = ask(KTO_LOSSES[loss_type], numbers, delta=delta, sign=sign, beta=beta, z0=z0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
-    known = {"delta": delta, "sign": torch.where(desirable, 1.0, -1.0), "beta": beta, "z0": z0}
-    loss = KTO_LOSSES[loss_type]
-    losses = loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
     return weight * losses, beta * delta.detach()
 
 

@@ -107,18 +107,13 @@ def generate(policy: Policy, conversations: list[list[Message]], **how) -> list[
 
 @torch.no_grad()
 def sample(
-    policy: Policy,
-    prompts: list[list[int]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    streamer=None,
-) -> list[list[int]]:
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int = 256,
+    temperature: float = 0.0, top_p: float = 1.0, streamer=None,
+) -> list[list[int]]:  # fmt: skip
     """The ids of one reply to each prompt, up to the one that ends it: transformers' generate.
 
-    A prompt ends in a reply's header. Temperature 0 is greedy; otherwise tokens are sampled, from
-    the likeliest that together have probability `top_p`. A `streamer` gets the tokens of a single
-    reply while they are made.
+    A prompt ends in a reply's header. Temperature 0 is greedy; else tokens are sampled, from the
+    likeliest of together probability `top_p`. A `streamer` gets a single reply's as they are made.
     """
     longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
     rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)

@@ -99,15 +99,9 @@ class Step:
 
 
 def train(
-    cfg,
-    policy: Policy,
-    examples: list[Example],
-    method: Method,
-    optimizer: torch.optim.Optimizer | None = None,
-    first: int = 0,
-    order: Callable = epoch_order,
-    scale: Callable[[], float] = lambda: 1.0,
-) -> Iterator[Step]:
+    cfg, policy: Policy, examples: list[Example], method: Method, optimizer=None,
+    first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
+) -> Iterator[Step]:  # fmt: skip
     """Train the policy in place, and yield each step when it is done:
 
         for step in train(cfg, policy, examples, sft):
@@ -128,11 +122,9 @@ def train(
         if place == 0 or not ordered:
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
         drawn = ordered[place * per_step : (place + 1) * per_step]
-        micro_batches = fitting(drawn, cfg.per_device_train_batch_size, longest)
+        parts = fitting(drawn, cfg.per_device_train_batch_size, longest)
         rate = learning_rate(cfg, done, total)
-        sums, norm = optimizer_step(
-            optimizer, rate, method(micro_batches), cfg.max_grad_norm, scale()
-        )
+        sums, norm = optimizer_step(optimizer, rate, method(parts), cfg.max_grad_norm, scale())
         yield Step(done + 1, drawn, sums, rate, norm)
 
 

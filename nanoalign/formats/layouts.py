@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from nanoalign import InputError
 from nanoalign.chatml import ROLES, Message
-from nanoalign.data import Case, Example, Limits, describe, make_examples
+from nanoalign.data import Case, Example, Limits, make_examples
 from nanoalign.formats.rows import rows_of
 
 Layouts = dict[tuple[str, ...], Callable[..., Case]]  # of a method: columns -> what reads them
@@ -102,7 +102,7 @@ def read_examples(
     collects = gc.isenabled()
     gc.disable()  # there are millions of lists: looking for cycles costs a quarter of the time
     try:
-        examples, cuts = make_examples(cases, tokenizer, template, limits or Limits())
+        examples, cuts = make_examples(cases, tokenizer, template, limits)
     finally:
         if collects:
             gc.enable()
@@ -110,6 +110,17 @@ def read_examples(
     if not examples:
         raise InputError(f"{', '.join(sources)}: {describe(count)}; expected a row to train on")
     return examples, count
+
+
+CUTS = ("prompts cut", "completions cut")
+SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left")
+
+
+def describe(count: Counter) -> str:
+    """What became of the rows, in one line."""
+    shorter = [f"{count[key]} {key}" for key in CUTS if count[key]]
+    skipped = [f"{count[key]} skipped: {key}" for key in SKIPS if count[key]]
+    return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *shorter, *skipped])
 
 
 def read_cases(

@@ -21,15 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.lora import (
-    LoRALinear,
-    add_lora,
-    add_token_rows,
-    is_linear,
-    linear_names,
-    plain,
-    tied,
-)
+from nanoalign.lora import LoRALinear, add_lora, add_token_rows, linear_names, plain, tied
+from nanoalign.nf4 import FrozenLinear
 
 
 @dataclass
@@ -132,7 +125,7 @@ def _train_whole(model: nn.Module, name: str) -> None:
         raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
     for path in paths:
         module = model.get_submodule(path)
-        if any(is_linear(m) and not hasattr(m, "weight") for m in module.modules()):
+        if any(isinstance(m, FrozenLinear) for m in module.modules()):
             raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(module is table for table in tables) and tied(model):

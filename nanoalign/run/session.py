@@ -18,8 +18,8 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.data import Example, Limits, describe
-from nanoalign.formats.layouts import Layouts, read_examples
+from nanoalign.data import Example, Limits
+from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint
 from nanoalign.run.advice import advice, afterthought

@@ -13,8 +13,8 @@ from contextlib import suppress
 from itertools import groupby
 
 from nanoalign import InputError
-from nanoalign.data import Limits, describe
-from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case, read_examples
+from nanoalign.data import Limits
+from nanoalign.formats.layouts import DPO, KTO, SFT, describe, layout_of, read_case, read_examples
 from nanoalign.formats.rows import rows_of
 from nanoalign.run.advice import suggested_weights
 from nanoalign.run.flags import Parser, add_flags
