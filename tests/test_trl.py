@@ -204,6 +204,27 @@ def test_kto_in_one_batch(model_dir, trained, tmp_path):
     assert mine[0]["loss"] == pytest.approx(0.5, abs=1e-6)
 
 
+def test_kto_where_a_mismatched_completion_has_to_be_cut(model_dir, trained, tmp_path):
+    """Long prompts with short replies and the other way round: (x, y) fits max_length, (x, y')
+    does not, and is cut where TRL cuts it."""
+    texts = [
+        ("Light is scattered. " * 3, "Bye."),
+        ("Hello!", "Light is scattered, I am fine. " * 3),
+    ]
+    rows = [
+        {"prompt": f"{i} {prompt}", "completion": reply, "label": i != 0}
+        for i, (prompt, reply) in enumerate(texts * 3)
+    ]
+    args = (rows, model_dir, trained, tmp_path)
+    kl = {}
+    for longest in (1024, 90):
+        how = dict(per_device_train_batch_size=6, max_length=longest)
+        mine, other = ours("kto", *args, **how), theirs("kto", *args, **how)
+        assert_same(mine, other, ["kl", *REWARDS, *PER_SIDE])
+        kl[longest] = [line["kl"] for line in mine]
+    assert max(abs(a - b) for a, b in zip(*kl.values())) > 0.01, kl  # it was cut
+
+
 # ----------------------------------------------------------------------------------- other losses
 
 
