@@ -83,27 +83,21 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         files.read_index(name, index)  # checks the shards that it names
-    model, info = files.from_pretrained(
-        AutoModelForCausalLM,
-        name,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-    )
+    how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True  # refused below, by name
+    model, info = files.from_pretrained(AutoModelForCausalLM, name, **how)
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    if info["missing_keys"]:
-        raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
-    if info["mismatched_keys"]:
-        key, found, expected = min(info["mismatched_keys"])
-        raise InputError(f"{name}: {key}: shape {tuple(found)}, expected {tuple(expected)}")
+    faults = [f"missing keys in the weights: {key}" for key in sorted(info["missing_keys"])]
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        faults.append(f"{key}: shape {tuple(found)}, expected {tuple(expected)}")
+    named = model.named_parameters()
+    faults += [f"{key} holds NaN or infinity" for key, t in named if not files.is_finite(t)]
+    if faults:
+        raise InputError(f"{name}: {faults[0]}")
     if extra := info["unexpected_keys"]:
         print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
-    for tensor_name, tensor in model.named_parameters():
-        if not files.is_finite(tensor):
-            raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model.requires_grad_(False)  # until load_policy says what trains
 
 
@@ -130,7 +124,10 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
     model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
-    reason = mismatch(model, file_of)
+    places = {}  # of each tensor, its names: where two are tied, both
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        places.setdefault(tensor, []).append(key)
+    reason = mismatch(model, places, file_of)
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
@@ -138,7 +135,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         model = load_dense(name, dtype, trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
-        stream(model, file_of, device, freeze)
+        stream(model, places, file_of, device, freeze)
         if files.local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
@@ -171,7 +168,7 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
         hook.remove()
 
 
-def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
+def mismatch(model: nn.Module, places: dict, file_of: dict[str, Path]) -> str | None:
     """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
@@ -179,12 +176,11 @@ def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
     """
     if not file_of:
         return "has no safetensors files"
-    ours = model.state_dict(keep_vars=True)
-    there = {id(tensor) for key, tensor in ours.items() if key in file_of}
-    missing = [key for key, tensor in ours.items() if id(tensor) not in there]
-    known = ours.keys() | {name + suffix for name in linears(model) for suffix in PACKED}
+    missing = [keys[0] for keys in places.values() if file_of.keys().isdisjoint(keys)]
+    packed = {name + suffix for name in linears(model) for suffix in PACKED}
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    extra = sorted(k for k in file_of.keys() - known if k.rpartition(".")[2] not in computed)
+    extra = sorted(file_of.keys() - packed.union(*places.values()))
+    extra = [key for key in extra if key.rpartition(".")[2] not in computed]
     if missing and extra:
         return f"has {extra[0]} and not {missing[0]}"
     if missing:
@@ -194,24 +190,24 @@ def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
     return None
 
 
-def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
+def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
     packed = [name for name in linears(model) if name + STATE in file_of]
     frozen = packed or list(linears(model))
-    ours, read = model.state_dict(keep_vars=True), {}
-    for key, like in ours.items():
-        if key not in file_of or key.removesuffix(".weight") in frozen:
-            continue  # tied to a tensor that is there; or see below
-        tensor = files.read_tensor(file_of[key], key, device, like)
-        if tensor.is_floating_point() and not files.is_finite(tensor):
-            raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
-        if id(like) in read and not torch.equal(tensor, read[id(like)]):
-            raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
-        read[id(like)] = tensor
-        for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
-            name, _, leaf = twin.rpartition(".")
-            setattr(model.get_submodule(name), leaf, tensor)
+    for like, keys in places.items():
+        if keys[0].removesuffix(".weight") in frozen:
+            continue  # see below
+        first = None
+        for key in filter(file_of.get, keys):
+            tensor = files.read_tensor(file_of[key], key, device, like)
+            if tensor.is_floating_point() and not files.is_finite(tensor):
+                raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
+            if first is not None and not torch.equal(tensor, first):
+                raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
+            first = tensor
+        for name, _, leaf in (key.rpartition(".") for key in keys):
+            setattr(model.get_submodule(name), leaf, first)
     for name in frozen:
         linear, key = model.get_submodule(name), f"{name}.weight"
         if packed:
@@ -264,10 +260,8 @@ def read_note(directory: str | Path) -> dict | None:
 def format_for(adapter: str | None, quant_type: str, double_quant: bool) -> dict:
     """The quant_type and double_quant to load an adapter's base with: what its note says, and else
     the flags. A flag that is not at its default and says otherwise is an InputError."""
-    note = read_note(adapter) if adapter else None
-    if note is None:
-        return {"quant_type": quant_type, "double_quant": double_quant}
-    kind, doubled = note["quant_type"], note["double_quant"]
-    if quant_type not in ("nf4", kind) or double_quant > doubled:
+    asked = {"quant_type": quant_type, "double_quant": double_quant}
+    note = adapter and read_note(adapter) or asked
+    if quant_type not in ("nf4", note["quant_type"]) or double_quant > note["double_quant"]:
         raise InputError(f"{adapter}: trained on another base than the flags ask for: {note}")
-    return {"quant_type": kind, "double_quant": doubled}
+    return {key: note[key] for key in asked}
