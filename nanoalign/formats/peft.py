@@ -125,11 +125,10 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
             every = [n for n, _ in module.named_parameters()]
             model.set_submodule(path, TrainedModule(module, every))
     add_token_rows(model, config.trainable_token_indices)
-    if config.bias != "none":
-        named = [n for n, _ in model.named_parameters() if n.endswith(".bias")]
-        for path in [n.removesuffix(".bias") for n in named]:
-            if config.bias == "all" or path.endswith(".base_layer"):
-                model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
+    ends = {"none": (), "lora_only": ".base_layer.bias", "all": ".bias"}[config.bias]
+    for name in [n for n, _ in model.named_parameters() if n.endswith(ends)]:
+        path = name.removesuffix(".bias")
+        model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
     return names
 
 

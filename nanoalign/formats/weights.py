@@ -189,7 +189,6 @@ def mismatch(model: nn.Module, places: dict, file_of: dict[str, Path]) -> str | 
         raise InputError(f"{next(iter(file_of.values())).parent}: no file holds {missing[0]}")
     if extra:
         raise InputError(f"{file_of[extra[0]]}: {extra[0]} is not in the model")
-    return None
 
 
 def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, freeze) -> None:
@@ -252,7 +251,7 @@ def local_file(name: str, file: str) -> Path | None:
 
 
 def tensor_files(name: str) -> dict[str, Path]:
-    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors"""
+    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
     whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
     file_of, held = {} if whole else read_index(name, index), set()
     for path in {whole} if whole else set(file_of.values()):
