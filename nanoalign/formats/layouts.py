@@ -20,8 +20,8 @@ from nanoalign.chatml import ROLES, Message
 from nanoalign.data import Case, Example, Limits, make_examples
 from nanoalign.formats.rows import rows_of
 
-Layouts = dict[tuple[str, ...], Callable[..., Case]]  # of a method: columns -> what reads them
 MESSAGE_KEYS = ("role", "content"), ("from", "value")
+Layouts = dict[tuple[str, ...], Callable[..., Case]]  # of a method: columns -> what reads them
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
@@ -112,15 +112,12 @@ def read_examples(
     return examples, count
 
 
-CUTS = ("prompts cut", "completions cut")
-SKIPS = ("empty completion", "chosen equal to rejected", "no trained token left")
-
-
 def describe(count: Counter) -> str:
     """What became of the rows, in one line."""
-    shorter = [f"{count[key]} {key}" for key in CUTS if count[key]]
-    skipped = [f"{count[key]} skipped: {key}" for key in SKIPS if count[key]]
-    return "; ".join([f"{count['rows']} rows, {count['examples']} examples", *shorter, *skipped])
+    said = [f"{count['rows']} rows, {count['examples']} examples"]
+    said += [f"{count[key]} {key}" for key in ("prompts cut", "completions cut") if count[key]]
+    skips = ("empty completion", "chosen equal to rejected", "no trained token left")
+    return "; ".join(said + [f"{count[key]} skipped: {key}" for key in skips if count[key]])
 
 
 def read_cases(

@@ -10,7 +10,7 @@ this code does not know is refused, never left out.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from nanoalign import InputError
 from nanoalign.lora import LoRALinear, add_lora, add_token_rows, linear_names, plain, tied
 from nanoalign.nf4 import FrozenLinear
+
+PREFIX = "base_model.model."  # before every tensor's name in PEFT's files
 
 
 @dataclass
@@ -44,32 +46,33 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-# --------------------------------------------------------------------------- what an adapter trains
-
-
 def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
     """The names of the linear layers that PEFT's target_modules means.
 
     "all-linear": all but the output head. A name means each layer whose path ends in it; a string
     that is no layer's name is a regex for the whole path. What hits nothing is an InputError.
     """
-    linears, hits = linear_names(model), set()
+    paths, hits = linear_names(model), set()
     if target == "all-linear":
-        return linears
+        return paths
     patterns = [target] if isinstance(target, str) else target
     for pattern in patterns:
-        found = {n for n in linears if f".{n}".endswith(f".{pattern}")}
+        found, fault = ending_in(pattern, paths), "no linear layer; there are: "
         try:
             if not found and len(patterns) == 1:
-                found = {n for n in linears if re.fullmatch(pattern, n)}
+                found = [path for path in paths if re.fullmatch(pattern, path)]
+            fault += ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
         except re.error as error:
-            raise InputError(f"--lora_target_modules {pattern}: no regex: {error}") from None
+            fault = f"no regex: {error}"
         if not found:
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            fault = f"no linear layer; there are: {names}"
             raise InputError(f"--lora_target_modules {pattern}: {fault}")
-        hits |= found
-    return [name for name in linears if name in hits]
+        hits.update(found)
+    return [path for path in paths if path in hits]
+
+
+def ending_in(name: str, paths: Iterable[str]) -> list[str]:
+    """The modules that a name means: `q_proj`, or as much of the path before it as you like."""
+    return [path for path in paths if f".{path}".endswith(f".{name}")]
 
 
 class TrainedModule(nn.Module):
@@ -107,32 +110,26 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
     names = target_names(model, config.target_modules)
     add_lora(model, config.r, config.scaling, config.lora_dropout, names)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
     for name in config.modules_to_save:
-        _train_whole(model, name)
+        paths = ending_in(name, dict(model.named_modules()))
+        if not paths:
+            raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
+        for path in paths:
+            module = model.get_submodule(path)
+            if any(isinstance(m, FrozenLinear) for m in module.modules()):
+                raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
+            if any(module is table for table in tables) and tied(model):
+                # a head that trains on its own is no longer the embedding, nor the other way round
+                module.weight = nn.Parameter(module.weight.detach().clone())
+            every = [n for n, _ in module.named_parameters()]
+            model.set_submodule(path, TrainedModule(module, every))
     add_token_rows(model, config.trainable_token_indices)
-    if config.bias != "none":
-        named = [n for n, _ in model.named_parameters() if n.endswith(".bias")]
-        for path in [n.removesuffix(".bias") for n in named]:
-            if config.bias == "all" or path.endswith(".base_layer"):
-                model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
+    ends = {"none": (), "lora_only": ".base_layer.bias", "all": ".bias"}[config.bias]
+    for name in [n for n, _ in model.named_parameters() if n.endswith(ends)]:
+        path = name.removesuffix(".bias")
+        model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
     return names
-
-
-def _train_whole(model: nn.Module, name: str) -> None:
-    """PEFT's modules_to_save: every module of that name trains with all its parameters."""
-    paths = [n for n, _ in model.named_modules() if f".{n}".endswith(f".{name}")]
-    if not paths:
-        raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
-    for path in paths:
-        module = model.get_submodule(path)
-        if any(isinstance(m, FrozenLinear) for m in module.modules()):
-            raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
-        tables = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(module is table for table in tables) and tied(model):
-            # a head that trains on its own is no longer the embedding, nor the other way round
-            module.weight = nn.Parameter(module.weight.detach().clone())
-        every = [n for n, _ in module.named_parameters()]
-        model.set_submodule(path, TrainedModule(module, every))
 
 
 @contextmanager
@@ -146,11 +143,6 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
-
-
-# ---------------------------------------------------------------------------------------- on disk
-
-PREFIX = "base_model.model."  # before every tensor's name in PEFT's files
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,40 +159,38 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
     if targets == "all-linear":  # PEFT reads it too, but says what it means only after loading
         targets = sorted({name.rpartition(".")[2] for name in layers})
-    elif any(f".{name}".endswith(f".{targets}") for name in layers):
+    elif isinstance(targets, str) and ending_in(targets, layers):
         targets = [targets]  # one name: a string by itself is a regex to PEFT
     text = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    text |= {**vars(config), "target_modules": targets}
-    for key in ("modules_to_save", "trainable_token_indices"):
-        text[key] = text[key] or None
+    text |= {k: None if v in ([], {}) else v for k, v in vars(config).items()}
+    text["target_modules"] = targets
     (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
 
 
-def _list_of(kind: type, value) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+def _names(value) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _rows(value) -> bool:
-    return _list_of(int, value) and all(row >= 0 for row in value)
+    tables = list(value.values()) if isinstance(value, dict) else [value]
+    lists = all(isinstance(rows, list) for rows in tables)
+    return lists and all(type(row) is int and row >= 0 for rows in tables for row in rows)
 
 
+NUMBER = (int, float)
 FIELDS = {  # of adapter_config.json: what it may be, in words and in code
     "r": ("a whole number from 1 to 65535", lambda v: type(v) is int and 0 < v < 2**16),
-    "lora_alpha": ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30),
-    "lora_dropout": (
-        "a number from 0 to below 1",
-        lambda v: type(v) in (int, float) and 0 <= v < 1,
-    ),
-    "target_modules": ("names", lambda v: isinstance(v, str) or _list_of(str, v)),
+    "lora_alpha": ("a number above 0", lambda v: type(v) in NUMBER and 0 < v < 1e30),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: type(v) in NUMBER and 0 <= v < 1),
+    "target_modules": ("names", lambda v: isinstance(v, str) or _names(v)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "bias": ("none, lora_only or all", lambda v: v in ("none", "lora_only", "all")),
-    "modules_to_save": ("a list of names", lambda v: _list_of(str, v)),
-    "trainable_token_indices": (
-        "ids, in a list or in one for each table",
-        lambda v: all(map(_rows, v.values())) if isinstance(v, dict) else _rows(v),
-    ),
+    "modules_to_save": ("a list of names", _names),
+    "trainable_token_indices": ("ids, in a list or in one for each table", _rows),
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
+IDLE = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
+        "megatron_core", "qalora_group_size")  # fmt: skip
 
 
 def read_adapter_config(directory: Path) -> LoRAConfig:
@@ -216,19 +206,15 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
         raise InputError(f"{path}: no JSON object; expected PEFT's adapter_config.json")
     if text.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
-    idle = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
-            "megatron_core", "qalora_group_size", "init_lora_weights")  # fmt: skip
-    for key, value in text.items():
-        if value and key not in FIELDS and key not in idle:  # use_dora, rank_pattern, ...
-            raise InputError(f"{path}: {key} is not known here")
-    start = text.get("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
+    start = text.pop("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
     if start not in (True, False, "gaussian", "orthogonal"):
         raise InputError(f"{path}: init_lora_weights {start} is not known here")
     given = {k: v for k, v in text.items() if k in FIELDS and v is not None}
-    for key, value in given.items():
-        expected, fits = FIELDS[key]
-        if not fits(value):
-            raise InputError(f"{path}: {key} is {value!r}; expected {expected}")
+    for key, value in text.items():
+        if value and key not in FIELDS and key not in IDLE:  # use_dora, rank_pattern, ...
+            raise InputError(f"{path}: {key} is not known here")
+        if key in given and not FIELDS[key][1](value):
+            raise InputError(f"{path}: {key} is {value!r}; expected {FIELDS[key][0]}")
     config = LoRAConfig(**{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **given})  # PEFT's own
     if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
         config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
@@ -251,10 +237,9 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
             raise InputError(f"{path}: {what}: an adapter of another base or configuration?")
     for name, parameter in wanted.items():
         tensor, short = found[name], name.removeprefix(PREFIX)
-        shape, expected = tuple(tensor.shape), tuple(parameter.shape)
-        if shape != expected:
-            fault = f"has shape {shape}, here it is {expected}: an adapter of another base?"
-            raise InputError(f"{path}: {short} {fault}")
+        if tensor.shape != parameter.shape:
+            fault = f"has shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}"
+            raise InputError(f"{path}: {short} {fault}: an adapter of another base?")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise InputError(f"{path}: {short} holds what is no finite number")
         parameter.data.copy_(tensor)

@@ -23,7 +23,7 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
     """
     from transformers import AttentionInterface  # late, as in packing.packed
 
-    ids, calls, small, reason = list(range(1, 24)), [], miniature(config), None
+    ids, calls, small = list(range(1, 24)), [], miniature(config)
     examples = [
         Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
         Example(ids[3:7], [(ids[9:20], [True] * 11)]),
@@ -44,13 +44,13 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
             model.set_attn_implementation("packed_probe")
             got = PackedLM(model, scale, softcap, None)(examples).logps.tolist()
         if len(calls) != small.num_hidden_layers:
-            reason = "it does not use transformers' AttentionInterface"
-        elif any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
-            reason = "it computes something that packing does not know"
+            raise ValueError("it does not use transformers' AttentionInterface")
+        if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in zip(got, expected)):
+            raise ValueError("it computes something that packing does not know")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if reason:
-        raise InputError(f"{name}: {config.model_type} can't be trained here: {reason}")
+        fault = f"{name}: {config.model_type} can't be trained here: {reason}"
+        raise InputError(fault) from None
     return scale, softcap
 
 

@@ -37,12 +37,11 @@ def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
         from datasets import load_dataset
 
         dataset = load_dataset(source, split=split)
-    except ImportError:
-        why = "to read it from the hub: pip install 'nanoalign[hub]'"
-        raise InputError(f"{source}: no such file; {why}") from None
     except Exception as error:  # of many kinds: no network, no such name, no such split
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: no such file, and the hub says: {why}") from None
+        why = ", and the hub says: " + " ".join(str(error).split())[:200]
+        if isinstance(error, ImportError):
+            why = "; to read it from the hub: pip install 'nanoalign[hub]'"
+        raise InputError(f"{source}: no such file{why}") from None
     return ((f"{source}[{split}], row {i}", row) for i, row in enumerate(dataset, 1))
 
 

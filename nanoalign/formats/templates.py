@@ -104,11 +104,9 @@ class NativeTemplate:
             raise self._refusal("shows a reply's prompt otherwise than generation would")
         return space
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: list[Message], **how) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
         except Exception as error:  # a template is a program, and says no in its own words
             why = " ".join(str(error).split())[:200]
             raise self._refusal(f"says: {why!r}") from None

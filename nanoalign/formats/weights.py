@@ -13,17 +13,19 @@ first after all, and one printed line says so.
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import cached_file
 
 from nanoalign import InputError
-from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import DTYPES, PACKED, STATE, from_bitsandbytes, is_nf4
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
@@ -54,7 +56,7 @@ def load_lm(
     kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
     if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
-    config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     dtype, device = dtype or torch.float32, pick_device(device)
@@ -82,28 +84,22 @@ def pick_device(name: str) -> torch.device:
 def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        files.read_index(name, index)  # checks the shards that it names
-    model, info = files.from_pretrained(
-        AutoModelForCausalLM,
-        name,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-    )
+        read_index(name, index)  # checks the shards that it names
+    how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True  # refused below, by name
+    model, info = from_pretrained(AutoModelForCausalLM, name, **how)
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    if info["missing_keys"]:
-        raise InputError(f"{name}: missing keys in the weights: {min(info['missing_keys'])}")
-    if info["mismatched_keys"]:
-        key, found, expected = min(info["mismatched_keys"])
-        raise InputError(f"{name}: {key}: shape {tuple(found)}, expected {tuple(expected)}")
+    faults = [f"missing keys in the weights: {key}" for key in sorted(info["missing_keys"])]
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        faults.append(f"{key}: shape {tuple(found)}, expected {tuple(expected)}")
+    named = model.named_parameters()
+    faults += [f"{key} holds NaN or infinity" for key, t in named if not is_finite(t)]
+    if faults:
+        raise InputError(f"{name}: {faults[0]}")
     if extra := info["unexpected_keys"]:
         print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
-    for tensor_name, tensor in model.named_parameters():
-        if not files.is_finite(tensor):
-            raise InputError(f"{name}: {tensor_name} holds NaN or infinity")
     return model.requires_grad_(False)  # until load_policy says what trains
 
 
@@ -129,8 +125,11 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
-    model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
-    reason = mismatch(model, file_of)
+    model, file_of = skeleton(config, dtype, trust_remote_code), tensor_files(name)
+    places = {}  # of each tensor, its names: where two are tied, both
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        places.setdefault(tensor, []).append(key)
+    reason = mismatch(model, places, file_of)
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
@@ -138,8 +137,8 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         model = load_dense(name, dtype, trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
-        stream(model, file_of, device, freeze)
-        if files.local_file(name, "generation_config.json"):
+        stream(model, places, file_of, device, freeze)
+        if local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
     if not layers:
@@ -171,7 +170,7 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
         hook.remove()
 
 
-def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
+def mismatch(model: nn.Module, places: dict, file_of: dict[str, Path]) -> str | None:
     """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
@@ -179,54 +178,136 @@ def mismatch(model: nn.Module, file_of: dict[str, Path]) -> str | None:
     """
     if not file_of:
         return "has no safetensors files"
-    ours = model.state_dict(keep_vars=True)
-    there = {id(tensor) for key, tensor in ours.items() if key in file_of}
-    missing = [key for key, tensor in ours.items() if id(tensor) not in there]
-    known = ours.keys() | {name + suffix for name in linears(model) for suffix in PACKED}
+    missing = [keys[0] for keys in places.values() if file_of.keys().isdisjoint(keys)]
+    packed = {name + suffix for name in linears(model) for suffix in PACKED}
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    extra = sorted(k for k in file_of.keys() - known if k.rpartition(".")[2] not in computed)
+    extra = sorted(file_of.keys() - packed.union(*places.values()))
+    extra = [key for key in extra if key.rpartition(".")[2] not in computed]
     if missing and extra:
         return f"has {extra[0]} and not {missing[0]}"
     if missing:
         raise InputError(f"{next(iter(file_of.values())).parent}: no file holds {missing[0]}")
     if extra:
         raise InputError(f"{file_of[extra[0]]}: {extra[0]} is not in the model")
-    return None
 
 
-def stream(model: nn.Module, file_of: dict[str, Path], device, freeze: Freeze) -> None:
+def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
     packed = [name for name in linears(model) if name + STATE in file_of]
     frozen = packed or list(linears(model))
-    ours, read = model.state_dict(keep_vars=True), {}
-    for key, like in ours.items():
-        if key not in file_of or key.removesuffix(".weight") in frozen:
-            continue  # tied to a tensor that is there; or see below
-        tensor = files.read_tensor(file_of[key], key, device, like)
-        if tensor.is_floating_point() and not files.is_finite(tensor):
-            raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
-        if id(like) in read and not torch.equal(tensor, read[id(like)]):
-            raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
-        read[id(like)] = tensor
-        for twin in [k for k, t in ours.items() if t is like]:  # itself, mostly
-            name, _, leaf = twin.rpartition(".")
-            setattr(model.get_submodule(name), leaf, tensor)
+    for like, keys in places.items():
+        if keys[0].removesuffix(".weight") in frozen:
+            continue  # see below
+        first = None
+        for key in filter(file_of.get, keys):
+            tensor = read_tensor(file_of[key], key, device, like)
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
+            if first is not None and not torch.equal(tensor, first):
+                raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
+            first = tensor
+        for name, _, leaf in (key.rpartition(".") for key in keys):
+            setattr(model.get_submodule(name), leaf, first)
     for name in frozen:
         linear, key = model.get_submodule(name), f"{name}.weight"
         if packed:
+            where = f"{file_of[name + STATE]}: "  # errors name the tensors as this dict does
             keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
-            tensors = {key: files.read_tensor(file_of[key], key, device) for key in keys}
-            try:
-                layer = from_bitsandbytes(tensors, name, linear.weight.shape)
-            except InputError as error:
-                raise InputError(f"{file_of[name + STATE]}: {error}") from None
+            tensors = {where + key: read_tensor(file_of[key], key, device) for key in keys}
+            layer = from_bitsandbytes(tensors, where + name, linear.weight.shape)
             layer.bias = linear.bias
         else:
-            linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
+            linear.weight = read_tensor(file_of[key], key, device, linear.weight)
             layer = freeze(linear, f"{file_of[key]}: {key}")
             linear.weight = None  # whoever still holds the old layer, nothing dense is kept
         model.set_submodule(name, layer)
+
+
+def from_pretrained(kind, name: str, **more):
+    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
+    source = name
+    if str(name).endswith(".gguf"):
+        more["gguf_file"], source = Path(name).name, Path(name).parent
+    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
+        raise InputError(f"{name}: no such directory")
+    try:
+        return kind.from_pretrained(source, **more)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
+        why = " ".join(str(error).split()) or type(error).__name__
+        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
+            why = "pickled weights that are more than tensors; expected safetensors"
+        if "trust_remote_code" in why:
+            why = "comes with code of its own, which runs only with --trust_remote_code"
+        raise InputError(f"{name}: {why[:300]}") from None
+
+
+def local_file(name: str, file: str) -> Path | None:
+    """A file of a directory, or of a hub repository, from which it is fetched if need be."""
+    try:
+        return None if str(name).endswith(".gguf") else Path(cached_file(name, file))
+    except OSError:
+        return None
+
+
+def tensor_files(name: str) -> dict[str, Path]:
+    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
+    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
+    file_of, held = {} if whole else read_index(name, index), set()
+    for path in {whole} if whole else set(file_of.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held |= {(key, path) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged: {error}") from None
+    for key, path in file_of.items():
+        if (key, path) not in held:
+            raise InputError(f"{path}: {key} is missing; {index} says it is here")
+    return file_of or dict(held)
+
+
+def read_index(name: str, index_name: str) -> dict[str, Path]:
+    """The index of a model in shards -> {tensor: its shard}; {} if there is no such index.
+
+    All shards are there, and none may lead out of the directory: transformers takes any path.
+    """
+    index, paths = local_file(name, index_name), {}
+    if index is None:
+        return {}
+    try:
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for shard in set(shard_of.values()):
+            if re.search(r"^/|(^|/)\.\.(/|$)|[\\:]", shard):
+                raise InputError(f"{index}: {shard} leads out of the directory")
+            paths[shard] = local_file(name, shard)
+            if paths[shard] is None:
+                raise InputError(f"{index}: {shard} is not there")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: no index of shards: {error!r}") from None
+    return {key: paths[shard] for key, shard in shard_of.items()}
+
+
+def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:
+    """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
+
+    safetensors maps a file into memory, and what has been read through an open mapping stays
+    resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
+    file is opened anew for each tensor.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(key)
+    if like is None:
+        return tensor.to(device, copy=True)
+    if tensor.shape != like.shape:
+        raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    tensor = tensor.to(device, dtype, copy=True)
+    return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """By its extremes: no mask as large as the tensor, and NaN shows in them as well."""
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def write_note(model: nn.Module, directory: Path) -> None:
@@ -264,10 +345,8 @@ def read_note(directory: str | Path) -> dict | None:
 def format_for(adapter: str | None, quant_type: str, double_quant: bool) -> dict:
     """The quant_type and double_quant to load an adapter's base with: what its note says, and else
     the flags. A flag that is not at its default and says otherwise is an InputError."""
-    note = read_note(adapter) if adapter else None
-    if note is None:
-        return {"quant_type": quant_type, "double_quant": double_quant}
-    kind, doubled = note["quant_type"], note["double_quant"]
-    if quant_type not in ("nf4", kind) or double_quant > doubled:
+    asked = {"quant_type": quant_type, "double_quant": double_quant}
+    note = adapter and read_note(adapter) or asked
+    if quant_type not in ("nf4", note["quant_type"]) or double_quant > note["double_quant"]:
         raise InputError(f"{adapter}: trained on another base than the flags ask for: {note}")
-    return {"quant_type": kind, "double_quant": doubled}
+    return {key: note[key] for key in asked}

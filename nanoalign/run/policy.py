@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.formats.files import from_pretrained
+from nanoalign.formats import weights
 from nanoalign.formats.peft import (
     LoRAConfig,
     add_adapter,
@@ -19,7 +19,6 @@ from nanoalign.formats.peft import (
     save_adapter,
 )
 from nanoalign.formats.templates import TEMPLATES
-from nanoalign.formats.weights import format_for, frozen_weights, load_lm, read_note, write_note
 from nanoalign.logps import PackedLM
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
@@ -41,7 +40,7 @@ def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
 
 def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
     """-> (tokenizer, template, ids of the template's markers that had to be added)."""
-    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    tokenizer = weights.from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
 
 
@@ -56,14 +55,14 @@ def tokenizer_of(cfg: Config):
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     adapter = cfg.load_in_4bit and cfg.adapter_name_or_path
-    return load_lm(
+    return weights.load_lm(
         name,
         dtype=cfg.dtype,
         device=cfg.device,
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
-        **format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
+        **weights.format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
     )
 
 
@@ -113,10 +112,10 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
     if adapter:
         load_adapter(model, adapter)
         print(f"goes on from the adapter {adapter}")
-        if read_note(adapter) and not frozen_weights(model):
+        if weights.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + frozen_weights(model)
+    total = sum(p.numel() for p in model.parameters()) + weights.frozen_weights(model)
     share = (
         f"{trained:,} trained weights ({trained / total:.2%}); --use_peft false trains all weights"
     )
@@ -147,7 +146,7 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
         save_adapter(policy.model, policy.lora, directory)
-        write_note(policy.model, directory)
+        weights.write_note(policy.model, directory)
     else:
         policy.model.set_attn_implementation(policy.attention)
         policy.model.save_pretrained(directory)

@@ -25,9 +25,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter
-from nanoalign.formats.weights import load_lm, read_note
+from nanoalign.formats.weights import from_pretrained, load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import base_of
