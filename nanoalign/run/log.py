@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 import unicodedata
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from nanoalign.logps import Scores
 from nanoalign.run.files import saving, write_text
-from nanoalign.train import Sums, means
+from nanoalign.train import Step, Sums
 
 
 def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
@@ -43,18 +42,13 @@ class Log:
     TensorBoard or Weights & Biases when `report_to` asks for it and the package is installed.
     """
 
-    def __init__(self, directory: Path, total: int, state: dict, report_to: str = "none"):
-        """`state` is where the run stands: its "step", and the seconds ("time") it took so far."""
-        self.last = time.monotonic()
-        self.start = self.last - state["time"]
-        self.total = total
-        path = directory / "metrics.jsonl"
-        keep_lines(path, state["step"])
+    def __init__(self, directory: Path, total: int, step: int, report_to: str = "none"):
+        """For a run that has done `step` of `total` steps."""
+        self.total, path = total, directory / "metrics.jsonl"
+        keep_lines(path, step)
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
-        self.bar = tqdm(
-            total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self.report, self.end = (lambda numbers, step: None), (lambda: None)
         try:
             if report_to == "tensorboard":
@@ -79,27 +73,22 @@ class Log:
         self.bar.close()
         self.end()
 
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.start, 3)
-
-    def advance(self, sums: Sums | None, tokens: int) -> None:
-        """The bar: one step done, with its loss and speed. `sums` is None if it was left out."""
-        speed = tokens / (time.monotonic() - self.last)
-        loss = f"loss {means(sums)['loss']:.4f}" if sums else "no loss"
+    def advance(self, step: Step, speed: float) -> None:
+        """The bar: one step done, with its loss, and the tokens per second."""
+        loss = f"loss {step.metrics['loss']:.4f}" if step.sums else "no loss"
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} tok/s", refresh=False)
         self.bar.update()
-        self.last = time.monotonic()
 
     def say(self, text: str) -> None:
         self.bar.clear()
         print(text, flush=True)
 
     def line(self, metrics: dict[str, float]) -> None:
-        """`metrics` holds "step" and whatever else is known there."""
+        """`metrics` holds "step", "epoch", "time" and whatever else is known there."""
         with saving(Path(self.file.name)):
-            self.file.write(json.dumps({**metrics, "time": self.seconds()}) + "\n")
+            self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch")}
+        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
         self.report(numbers, metrics["step"])
         self.say(terminal_line(metrics, self.total))
 

@@ -172,13 +172,17 @@ def finish(cfg: Config, run: Run) -> Run:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
             write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
+    commit = None
+    with contextlib.suppress(OSError):  # there is no git
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
         "data_sha256": checkpoint.data_fingerprint(run.examples),  # of ids, masks and labels
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
-        "git_commit": git_commit(),
+        "git_commit": commit,
     }
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     if line := afterthought(lines):
@@ -187,10 +191,3 @@ def finish(cfg: Config, run: Run) -> Run:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
     return run
-
-
-def git_commit() -> str | None:
-    """The commit of the code that ran, where it is a git checkout."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # there is no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
