@@ -1,4 +1,8 @@
-"""What a run says while it runs: metrics.jsonl, a line on the terminal, TensorBoard or W&B."""
+"""What a run says while it runs.
+
+Every line of metrics goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short,
+and to TensorBoard or Weights & Biases when --report_to asks for it and the package is installed.
+"""
 
 import contextlib
 import json
@@ -36,14 +40,9 @@ def keep_lines(path: Path, until: int) -> None:
 
 
 class Log:
-    """What a run says; `close` it at its end.
+    """For a run that has done `step` of `total` steps; `close` it at its end."""
 
-    Every line goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short, and to
-    TensorBoard or Weights & Biases when `report_to` asks for it and the package is installed.
-    """
-
-    def __init__(self, directory: Path, total: int, step: int, report_to: str = "none"):
-        """For a run that has done `step` of `total` steps."""
+    def __init__(self, directory: Path, total: int, step: int, report_to: str):
         self.total, path = total, directory / "metrics.jsonl"
         keep_lines(path, step)
         with saving(path):

@@ -25,6 +25,8 @@ from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
 from nanoalign.run.session import one_line_errors, quiet
 
+FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
+
 
 class Printer(TextStreamer):
     """Prints a reply piece by piece and keeps it."""
@@ -88,10 +90,9 @@ def talk(policy: Policy, args) -> None:
 
 def open_policy(args) -> Policy:
     """A model or an adapter directory, loaded as the scripts load it."""
-    names = "load_in_4bit", "device", "chat_template", "trust_remote_code"
-    cfg = Config(**{name: getattr(args, name) for name in names})
     adapter = Path(args.directory, "adapter_config.json").exists()
-    setattr(cfg, "adapter_name_or_path" if adapter else "model_name_or_path", args.directory)
+    directory = {"adapter_name_or_path" if adapter else "model_name_or_path": args.directory}
+    cfg = Config(**directory, **{name: getattr(args, name) for name in FLAGS})
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg)
     if not adapter:
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
-    add_flags(parser, "device", "chat_template", "load_in_4bit", "trust_remote_code")
+    add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
     quiet()
     policy = open_policy(args)

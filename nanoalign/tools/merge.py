@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
     base, with_tokenizer, lora = base_of(args)
-    adapter, directory, more = args.adapter_name_or_path, args.directory, {}
+    adapter, directory = args.adapter_name_or_path, args.directory
     note = read_note(adapter)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,17 +76,17 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{directory}: not empty")
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}") from None
-    more["trust_remote_code"] = args.trust_remote_code
-    tokenizer = from_pretrained(AutoTokenizer, with_tokenizer, **more)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = from_pretrained(AutoTokenizer, with_tokenizer, **trust)
 
     if args.load_in_4bit:  # in the dtype that the weights were rounded from, whatever is written
         kind, double_quant = args.bnb_4bit_quant_type, args.use_bnb_nested_quant
-        more |= {"load_in_4bit": True, "quant_type": kind, "double_quant": double_quant}
+        base_format = {"load_in_4bit": True, "quant_type": kind, "double_quant": double_quant}
     elif note and args.load_in_4bit is None:
-        more |= {"load_in_4bit": True, **note}
+        base_format = {"load_in_4bit": True, **note}
     else:
-        more["dtype"] = args.dtype
-    model = load_lm(base, device=args.device, **more).model
+        base_format = {"dtype": args.dtype}
+    model = load_lm(base, device=args.device, **trust, **base_format).model
     dtype = model.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if lora.trainable_token_indices and len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
