@@ -22,12 +22,11 @@ from nanoalign.data import (
     Example,
     Limits,
     batches,
-    describe,
     epoch_order,
     make_examples,
     with_mismatches,
 )
-from nanoalign.formats.layouts import DPO, KTO, SFT, answered, read_examples
+from nanoalign.formats.layouts import DPO, KTO, SFT, answered, describe, read_examples
 from nanoalign.tools.data import method_of
 
 

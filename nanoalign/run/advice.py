@@ -42,8 +42,7 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
     """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not."""
     if not up or not down:  # said elsewhere: KTO learns from the contrast of both
         return None
-    ratio = w_up * up / (w_down * down) if w_down else float("inf")
-    if 1 <= ratio <= 4 / 3:
+    if w_down * down <= w_up * up <= 4 / 3 * w_down * down:
         return None
     # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
     if w_up == 0 or (up < down and w_down > 0):

@@ -61,11 +61,9 @@ def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
 def differences(ours: dict, theirs: dict) -> str:
     """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data"."""
     now, then = ours["flags"], theirs["flags"]
-    words = [
-        f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted((now.keys() | then.keys()) - FREE)
-        if now.get(name) != then.get(name)
-    ]
+    flags = sorted((now.keys() | then.keys()) - FREE)
+    changed = [name for name in flags if now.get(name) != then.get(name)]
+    words = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in changed]
     parts = [part for part in ours if part != "flags" and ours[part] != theirs[part]]
     return "; ".join(words + [f"other {part}" for part in parts])
 
