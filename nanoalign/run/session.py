@@ -43,15 +43,15 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
 
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
-    quiet()
-    with one_line_errors(Path(sys.argv[0]).name):
+    with command(Path(sys.argv[0]).name):
         run(parse(kind, sys.argv[1:], built_in))
 
 
 @contextlib.contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
+def command(name: str) -> Iterator[None]:
     """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
-    outside the loop, which has its own way to stop, with code 130."""
+    outside the loop, which has its own way to stop, with code 130. The libraries are quiet."""
+    quiet()
     try:
         yield
     except InputError as error:

@@ -23,7 +23,7 @@ from nanoalign.model import Policy, generate
 from nanoalign.run.flags import Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
-from nanoalign.run.session import one_line_errors, quiet
+from nanoalign.run.session import command
 
 FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
 
@@ -100,7 +100,8 @@ def open_policy(args) -> Policy:
     return policy
 
 
-def main(argv: list[str]) -> None:
+@command("chat")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", help="a model or an adapter")
     parser.add_argument("--prompt", help="one reply to this, then the end")
@@ -111,7 +112,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
-    quiet()
     policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -124,5 +124,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("chat"):
-        main(sys.argv[1:])
+    main()

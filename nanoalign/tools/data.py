@@ -19,7 +19,7 @@ from nanoalign.run.advice import suggested_weights
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_tokenizer
-from nanoalign.run.session import one_line_errors, read
+from nanoalign.run.session import command, read
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 FLAGS = "max_length max_prompt_length truncation_mode chat_template input_as_system".split()
@@ -67,8 +67,8 @@ def method_of(source: str) -> str:
     return max(METHODS, key=fit)
 
 
-@one_line_errors("data")
-def main(argv: list[str]) -> None:
+@command("data")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.data", allow_abbrev=False)
     parser.add_argument("dataset", nargs="+", help="JSON, JSONL or CSV files")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
@@ -98,4 +98,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

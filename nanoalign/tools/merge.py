@@ -16,7 +16,6 @@ Training notes beside the adapter that its base was in 4 bits, and how. Adapters
 don't say: --load_in_4bit does.
 """
 
-import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import base_of
-from nanoalign.run.session import one_line_errors, quiet
+from nanoalign.run.session import command
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 FLAGS = ("dtype", "bnb_4bit_quant_type", "use_bnb_nested_quant", "device", "trust_remote_code")
@@ -55,11 +54,10 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@one_line_errors("nanoalign.merge")
+@command("nanoalign.merge")
 @torch.no_grad()
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write base + adapter to a directory, dense, in --dtype (auto: that of the base)."""
-    quiet()
     parser = Parser(prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
     parser.add_argument("adapter_name_or_path", metavar="adapter", help="directory of an adapter")
     parser.add_argument("directory", type=Path, help="where the merged model goes")
@@ -109,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
