@@ -13,19 +13,17 @@ first after all, and one printed line says so.
 
 import inspect
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import cached_file
 
 from nanoalign import InputError
+from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import DTYPES, PACKED, STATE, from_bitsandbytes, is_nf4
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
@@ -56,7 +54,7 @@ def load_lm(
     kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
     if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
-    config = from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
     dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     dtype, device = dtype or torch.float32, pick_device(device)
@@ -84,10 +82,10 @@ def pick_device(name: str) -> torch.device:
 def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """What transformers loads, on the CPU; what it would only warn of is an InputError."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        read_index(name, index)  # checks the shards that it names
+        files.read_index(name, index)  # checks the shards that it names
     how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     how["ignore_mismatched_sizes"] = True  # refused below, by name
-    model, info = from_pretrained(AutoModelForCausalLM, name, **how)
+    model, info = files.from_pretrained(AutoModelForCausalLM, name, **how)
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
@@ -95,7 +93,7 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     for key, found, expected in sorted(info["mismatched_keys"]):
         faults.append(f"{key}: shape {tuple(found)}, expected {tuple(expected)}")
     named = model.named_parameters()
-    faults += [f"{key} holds NaN or infinity" for key, t in named if not is_finite(t)]
+    faults += [f"{key} holds NaN or infinity" for key, t in named if not files.is_finite(t)]
     if faults:
         raise InputError(f"{name}: {faults[0]}")
     if extra := info["unexpected_keys"]:
@@ -125,7 +123,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
-    model, file_of = skeleton(config, dtype, trust_remote_code), tensor_files(name)
+    model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
     places = {}  # of each tensor, its names: where two are tied, both
     for key, tensor in model.state_dict(keep_vars=True).items():
         places.setdefault(tensor, []).append(key)
@@ -138,7 +136,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         freeze_linears(model, device, freeze)
     else:
         stream(model, places, file_of, device, freeze)
-        if local_file(name, "generation_config.json"):
+        if files.local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
     if not layers:
@@ -201,8 +199,8 @@ def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, fre
             continue  # see below
         first = None
         for key in filter(file_of.get, keys):
-            tensor = read_tensor(file_of[key], key, device, like)
-            if tensor.is_floating_point() and not is_finite(tensor):
+            tensor = files.read_tensor(file_of[key], key, device, like)
+            if tensor.is_floating_point() and not files.is_finite(tensor):
                 raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
             if first is not None and not torch.equal(tensor, first):
                 raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
@@ -214,100 +212,14 @@ def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, fre
         if packed:
             where = f"{file_of[name + STATE]}: "  # errors name the tensors as this dict does
             keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
-            tensors = {where + key: read_tensor(file_of[key], key, device) for key in keys}
+            tensors = {where + key: files.read_tensor(file_of[key], key, device) for key in keys}
             layer = from_bitsandbytes(tensors, where + name, linear.weight.shape)
             layer.bias = linear.bias
         else:
-            linear.weight = read_tensor(file_of[key], key, device, linear.weight)
+            linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
             layer = freeze(linear, f"{file_of[key]}: {key}")
             linear.weight = None  # whoever still holds the old layer, nothing dense is kept
         model.set_submodule(name, layer)
-
-
-def from_pretrained(kind, name: str, **more):
-    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
-    source = name
-    if str(name).endswith(".gguf"):
-        more["gguf_file"], source = Path(name).name, Path(name).parent
-    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
-        raise InputError(f"{name}: no such directory")
-    try:
-        return kind.from_pretrained(source, **more)
-    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
-        why = " ".join(str(error).split()) or type(error).__name__
-        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
-            why = "pickled weights that are more than tensors; expected safetensors"
-        if "trust_remote_code" in why:
-            why = "comes with code of its own, which runs only with --trust_remote_code"
-        raise InputError(f"{name}: {why[:300]}") from None
-
-
-def local_file(name: str, file: str) -> Path | None:
-    """A file of a directory, or of a hub repository, from which it is fetched if need be."""
-    try:
-        return None if str(name).endswith(".gguf") else Path(cached_file(name, file))
-    except OSError:
-        return None
-
-
-def tensor_files(name: str) -> dict[str, Path]:
-    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
-    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
-    file_of, held = {} if whole else read_index(name, index), set()
-    for path in {whole} if whole else set(file_of.values()):
-        try:
-            with safe_open(path, framework="pt") as file:
-                held |= {(key, path) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged: {error}") from None
-    for key, path in file_of.items():
-        if (key, path) not in held:
-            raise InputError(f"{path}: {key} is missing; {index} says it is here")
-    return file_of or dict(held)
-
-
-def read_index(name: str, index_name: str) -> dict[str, Path]:
-    """The index of a model in shards -> {tensor: its shard}; {} if there is no such index.
-
-    All shards are there, and none may lead out of the directory: transformers takes any path.
-    """
-    index, paths = local_file(name, index_name), {}
-    if index is None:
-        return {}
-    try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        for shard in set(shard_of.values()):
-            if re.search(r"^/|(^|/)\.\.(/|$)|[\\:]", shard):
-                raise InputError(f"{index}: {shard} leads out of the directory")
-            paths[shard] = local_file(name, shard)
-            if paths[shard] is None:
-                raise InputError(f"{index}: {shard} is not there")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index}: no index of shards: {error!r}") from None
-    return {key: paths[shard] for key, shard in shard_of.items()}
-
-
-def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:
-    """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
-
-    safetensors maps a file into memory, and what has been read through an open mapping stays
-    resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
-    file is opened anew for each tensor.
-    """
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(key)
-    if like is None:
-        return tensor.to(device, copy=True)
-    if tensor.shape != like.shape:
-        raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
-    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
-    tensor = tensor.to(device, dtype, copy=True)
-    return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """By its extremes: no mask as large as the tensor, and NaN shows in them as well."""
-    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def write_note(model: nn.Module, directory: Path) -> None:

@@ -21,8 +21,7 @@ def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
         targets = " ".join(cfg.lora_target_modules)
         yield f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
     if isinstance(cfg, ReferenceConfig) and not 0.01 <= cfg.beta <= 1:
-        low, high = "little holds the policy to the reference", "it can hardly move"
-        why = low if cfg.beta < 0.01 else high
+        why = "it can hardly move" if cfg.beta > 1 else "little holds the policy to the reference"
         yield f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common"
     if not isinstance(cfg, KTOConfig):
         return
@@ -43,8 +42,7 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
     """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not."""
     if not up or not down:  # said elsewhere: KTO learns from the contrast of both
         return None
-    ratio = w_up * up / (w_down * down) if w_down else float("inf")
-    if 1 <= ratio <= 4 / 3:
+    if w_down * down <= w_up * up <= 4 / 3 * w_down * down:
         return None
     # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
     if w_up == 0 or (up < down and w_down > 0):
@@ -59,8 +57,8 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
 
 def afterthought(lines: list[dict]) -> str | None:
     """What the run's metrics ask to be explained."""
-    rewards = [ln for ln in lines if "rewards/chosen" in ln and "rewards/rejected" in ln]
-    if len(rewards) < 2:
+    rewards = [line for line in lines if "rewards/margins" in line]
+    if not rewards:
         return None
     first, last = rewards[0], rewards[-1]
     fell = last["rewards/chosen"] < min(0, first["rewards/chosen"])

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,8 +33,6 @@ from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
 FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
-# What state.json must hold, beside the fingerprint, for a run to go on.
-STATE = {"step": int, "num_tokens": int, "skipped": int, "window": dict, "time": float}
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 
 
@@ -64,11 +61,9 @@ def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
 def differences(ours: dict, theirs: dict) -> str:
     """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data"."""
     now, then = ours["flags"], theirs["flags"]
-    words = [
-        f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted((now.keys() | then.keys()) - FREE)
-        if now.get(name) != then.get(name)
-    ]
+    flags = sorted((now.keys() | then.keys()) - FREE)
+    changed = [name for name in flags if now.get(name) != then.get(name)]
+    words = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in changed]
     parts = [part for part in ours if part != "flags" and ours[part] != theirs[part]]
     return "; ".join(words + [f"other {part}" for part in parts])
 
@@ -90,59 +85,49 @@ def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
     (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
-def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, ours: dict) -> dict:
-    """Put weights, optimizer and random generators back as they were saved. -> state.json.
+def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
+    """Put weights, optimizer, random generators and `state` back as they were saved.
 
     Raises InputError when the checkpoint is one of another run, and one of UNREADABLE when it is
     damaged.
     """
-    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    if wrong := differences(ours, state["fingerprint"]):
+    then = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    if wrong := differences(state["fingerprint"], then["fingerprint"]):
         raise InputError(f"{directory}: a checkpoint of another run: {wrong}")
-    for key, kind in STATE.items():
-        if not isinstance(state[key], kind):
-            raise ValueError(f"{key} is {state[key]!r}")
+    then["fingerprint"] = state["fingerprint"]  # free flags are those of now
+    for key, value in state.items():
+        if type(then[key]) is not type(value):
+            raise ValueError(f"{key} is {then[key]!r}")
     saved = load_file(directory / "state.safetensors")
     generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
     for name, parameter in named.items():
         parameter.data.copy_(saved.pop(f"weight.{name}"))
-    kept = defaultdict(dict)  # parameter -> key -> what the optimizer kept of it
+    optimizer.state.clear()
     for name, tensor in saved.items():
         key, _, owner = name.partition(".")
         if owner not in named:
             raise ValueError(f"{name} belongs to nothing that trains")
-        kept[named[owner]][key] = tensor.to(named[owner].device)
-    optimizer.state.update(kept)
+        optimizer.state[named[owner]][key] = tensor.to(named[owner].device)
     for device, module in _generators().items():
         if device == "cpu" or f"rng.{device}" in generators:
             module.set_rng_state(generators[f"rng.{device}"])
-    return state
+    state |= then
 
 
-def resume(
-    which: str | None, directory: Path, named: dict[str, nn.Parameter], optimizer, ours: dict
-) -> dict:
-    """Go on from the newest checkpoint of `directory` ("last") or from a given one. -> its state.
-
-    {} when `which` is None or there is none yet. A damaged checkpoint is named and the one before
-    it taken.
-    """
-    if which is None:
-        return {}
+def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> None:
+    """Go on from the newest checkpoint of `directory` ("last") or from a given one, if there is one
+    yet. A damaged checkpoint is named and the one before it taken."""
     found = checkpoints_named(which, directory)
     for path in reversed(found):
         try:
-            state = load_state(path, named, optimizer, ours)
+            load_state(path, named, optimizer, state)
+            return print(f"going on from {path}")
         except UNREADABLE as error:
             why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             if path is found[0]:
                 raise InputError(f"{path}: damaged: {why}") from None
             print(f"{path}: damaged: {why}; taking the checkpoint before it")
-        else:
-            print(f"going on from {path}")
-            return state
     print(f"{directory if which == 'last' else which}: no checkpoint yet; starting at step 0")
-    return {}
 
 
 def _generators() -> dict:

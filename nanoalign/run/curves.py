@@ -41,8 +41,7 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: a notebook keeps its own figures
 
     seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
-    panels = {title: [n for n in names if n in seen] for title, names in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = {title: names for title, names in PANELS.items() if seen.intersection(names)}
     if not panels:
         return
     columns = min(3, len(panels))

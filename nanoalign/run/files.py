@@ -54,13 +54,13 @@ def write_whole(target: Path, write: Callable[[Path], None], replace: bool = Fal
             files = [path for path in beside.rglob("*") if path.is_file()]
             for path in [*files, beside]:
                 _flush(path)
-            if not replace:
+            if replace:
+                for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+                    os.replace(path, target / path.relative_to(beside))
+            else:
                 remove(target)
                 os.rename(beside, target)
-                return _flush(target.parent)
-            for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-                os.replace(path, target / path.relative_to(beside))
-            _flush(target)
+            _flush(beside.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -225,9 +225,8 @@ def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:
     if not given.keys() & {"model_name_or_path", "adapter_name_or_path"}:
         parser.set_defaults(**built_in)
     cfg = kind(**vars(parser.parse_args(argv)))
-    for name, times in given.items():
-        if times > 1:  # argparse would take the last one
-            raise InputError(f"--{name} is given {times} times; expected once")
+    for name in given - Counter(set(given)):  # argparse would take the last one
+        raise InputError(f"--{name} is given {given[name]} times; expected once")
     check(cfg, set(given))
     return cfg
 

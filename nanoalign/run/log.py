@@ -1,8 +1,11 @@
-"""What a run says while it runs: metrics.jsonl, a line on the terminal, TensorBoard or W&B."""
+"""What a run says while it runs.
+
+Every line of metrics goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short,
+and to TensorBoard or Weights & Biases when --report_to asks for it and the package is installed.
+"""
 
 import contextlib
 import json
-import time
 import unicodedata
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tqdm import tqdm
 
 from nanoalign.logps import Scores
 from nanoalign.run.files import saving, write_text
-from nanoalign.train import Sums, means
+from nanoalign.train import Step, Sums
 
 
 def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
@@ -37,24 +40,14 @@ def keep_lines(path: Path, until: int) -> None:
 
 
 class Log:
-    """What a run says; `close` it at its end.
+    """For a run that has done `step` of `total` steps; `close` it at its end."""
 
-    Every line goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short, and to
-    TensorBoard or Weights & Biases when `report_to` asks for it and the package is installed.
-    """
-
-    def __init__(self, directory: Path, total: int, state: dict, report_to: str = "none"):
-        """`state` is where the run stands: its "step", and the seconds ("time") it took so far."""
-        self.last = time.monotonic()
-        self.start = self.last - state["time"]
-        self.total = total
-        path = directory / "metrics.jsonl"
-        keep_lines(path, state["step"])
+    def __init__(self, directory: Path, total: int, step: int, report_to: str):
+        self.total, path = total, directory / "metrics.jsonl"
+        keep_lines(path, step)
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
-        self.bar = tqdm(
-            total=total, initial=state["step"], unit="step", disable=None, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self.report, self.end = (lambda numbers, step: None), (lambda: None)
         try:
             if report_to == "tensorboard":
@@ -79,27 +72,22 @@ class Log:
         self.bar.close()
         self.end()
 
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.start, 3)
-
-    def advance(self, sums: Sums | None, tokens: int) -> None:
-        """The bar: one step done, with its loss and speed. `sums` is None if it was left out."""
-        speed = tokens / (time.monotonic() - self.last)
-        loss = f"loss {means(sums)['loss']:.4f}" if sums else "no loss"
+    def advance(self, step: Step, speed: float) -> None:
+        """The bar: one step done, with its loss, and the tokens per second."""
+        loss = f"loss {step.metrics['loss']:.4f}" if step.sums else "no loss"
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} tok/s", refresh=False)
         self.bar.update()
-        self.last = time.monotonic()
 
     def say(self, text: str) -> None:
         self.bar.clear()
         print(text, flush=True)
 
     def line(self, metrics: dict[str, float]) -> None:
-        """`metrics` holds "step" and whatever else is known there."""
+        """`metrics` holds "step", "epoch", "time" and whatever else is known there."""
         with saving(Path(self.file.name)):
-            self.file.write(json.dumps({**metrics, "time": self.seconds()}) + "\n")
+            self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch")}
+        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
         self.report(numbers, metrics["step"])
         self.say(terminal_line(metrics, self.total))
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from nanoalign import InputError
 from nanoalign.formats import weights
+from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import (
     LoRAConfig,
     add_adapter,
@@ -25,8 +26,9 @@ from nanoalign.packing import packed
 from nanoalign.run.flags import Config
 
 
-def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
-    """The base model's name, and the settings of the adapter that training goes on from."""
+def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
+    """The base model's name, that of the tokenizer (the adapter's own where it brings one), and the
+    settings of the adapter that training goes on from."""
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
@@ -35,22 +37,18 @@ def base_of(cfg: Config) -> tuple[str, LoRAConfig | None]:
             raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
     if (Path(name) / "adapter_config.json").exists():
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
-    return name, lora
+    own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    return name, adapter if own else name, lora
 
 
 def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
     """-> (tokenizer, template, ids of the template's markers that had to be added)."""
-    tokenizer = weights.from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
     return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
 
 
 def tokenizer_of(cfg: Config):
-    """As load_tokenizer: the adapter's own tokenizer where it brings one, else the base model's."""
-    adapter = cfg.adapter_name_or_path
-    own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    return load_tokenizer(
-        adapter if own else base_of(cfg)[0], cfg.chat_template, cfg.trust_remote_code
-    )
+    return load_tokenizer(base_of(cfg)[1], cfg.chat_template, cfg.trust_remote_code)
 
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
@@ -72,7 +70,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     `opened` is tokenizer_of(cfg), where the data was read first. Raises InputError for whatever is
     wrong with the directory, the adapter or the flags.
     """
-    name, lora = base_of(cfg)
+    name, _, lora = base_of(cfg)
     tokenizer, template, added = opened or tokenizer_of(cfg)
     lm = load_base(cfg, name, train_all=not cfg.use_peft)
     model = lm.model
@@ -116,10 +114,10 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + weights.frozen_weights(model)
-    share = (
-        f"{trained:,} trained weights ({trained / total:.2%}); --use_peft false trains all weights"
+    print(
+        f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
+        f"({trained / total:.2%}); --use_peft false trains all weights"
     )
-    print(f"LoRA r={lora.r} on {len(layers)} layers: {share}")
     return lora
 
 

@@ -5,6 +5,7 @@ model; or, when all weights train and no copy of "then" is left, a table made be
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -33,15 +34,15 @@ def reference_of(
     computed here; with --precompute_ref_log_probs too. For a `loss` that compares with none
     nothing is loaded or computed, and the log-probs are 0.
     """
-    if not compares(loss):
-        return lambda batches: [
-            torch.zeros(sum(len(e.completions) for e in batch), device=policy.lm.device)
-            for batch in batches
-        ]
-    logps = _logps_of(cfg, policy)
-    all_train = policy.reference is None and not cfg.ref_model_name_or_path
-    if cfg.precompute_ref_log_probs or all_train:
-        logps = _precomputed(logps, everything())
+
+    def logps(examples: list[Example]) -> Tensor:
+        return torch.zeros(sum(len(e.completions) for e in examples), device=policy.lm.device)
+
+    if compares(loss):
+        logps = _logps_of(cfg, policy)
+        all_train = policy.reference is None and not cfg.ref_model_name_or_path
+        if cfg.precompute_ref_log_probs or all_train:
+            logps = _precomputed(logps, everything())
 
     def reference(batches):
         counts = [sum(len(e.completions) for e in batch) for batch in batches]
@@ -63,6 +64,25 @@ def without_gradient(lm: PackedLM, cfg: ReferenceConfig) -> LogpsOf:
     return logps
 
 
+def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
+    """The log-probs of another model, or of the policy as it was at the start."""
+    lm, at_start = policy.lm, policy.reference or nullcontext
+    if name := cfg.ref_model_name_or_path:
+        lm, at_start = load_base(cfg, name), nullcontext
+        lm.model.set_attn_implementation(packed())
+        if len(lm.head().weight) < len(policy.tokenizer):
+            raise InputError(f"{name}: has fewer tokens than the policy")
+    if at_start is nullcontext:
+        lm.eval()  # where it is the policy, it is asked before training begins, and only then
+    logps = without_gradient(lm, cfg)
+
+    def reference(examples: list[Example]) -> Tensor:
+        with at_start():
+            return logps(examples)
+
+    return reference
+
+
 def _precomputed(logps_of: LogpsOf, examples: list[Example]) -> LogpsOf:
     """The same function, from a table: it knows prompts and completions by what they are."""
 
@@ -76,23 +96,3 @@ def _precomputed(logps_of: LogpsOf, examples: list[Example]) -> LogpsOf:
     known = dict(zip(keys(once), logps.tolist()))
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda examples: torch.tensor([known[k] for k in keys(examples)], device=logps.device)
-
-
-def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
-    """The log-probs of another model, or of the policy as it was at the start."""
-    if name := cfg.ref_model_name_or_path:
-        other = load_base(cfg, name).eval()
-        other.model.set_attn_implementation(packed())
-        if len(other.head().weight) < len(policy.tokenizer):
-            raise InputError(f"{name}: has fewer tokens than the policy")
-        return without_gradient(other, cfg)
-    logps = without_gradient(policy.lm, cfg)
-    if policy.reference is None:
-        policy.lm.eval()  # all weights train: it is asked before training begins, and only then
-        return logps
-
-    def reference(examples: list[Example]) -> Tensor:
-        with policy.reference():
-            return logps(examples)
-
-    return reference

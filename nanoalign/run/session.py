@@ -43,15 +43,15 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
 
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
-    quiet()
-    with one_line_errors(Path(sys.argv[0]).name):
+    with command(Path(sys.argv[0]).name):
         run(parse(kind, sys.argv[1:], built_in))
 
 
 @contextlib.contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
+def command(name: str) -> Iterator[None]:
     """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
-    outside the loop, which has its own way to stop, with code 130."""
+    outside the loop, which has its own way to stop, with code 130. The libraries are quiet."""
+    quiet()
     try:
         yield
     except InputError as error:
@@ -85,7 +85,12 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     elif built_in and model and not Path(model, "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
-    examples, held_out, cut = read_data(cfg, layouts, opened)
+    examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
+    held_out = []
+    if cfg.eval_dataset:
+        held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
+    elif cfg.eval_fraction:
+        examples, held_out = hold_out(cfg, examples)
     for line in [] if built_in else advice(cfg, examples, cut):
         print(f"advice: {line}")
     random.seed(cfg.seed)
@@ -136,29 +141,25 @@ def end_if_finished(cfg: Config) -> None:
     raise SystemExit(0)
 
 
-def read_data(cfg: Config, layouts: Layouts, opened: tuple) -> tuple[list, list, int]:
-    """-> examples to train on, examples to evaluate on, and how many completions were cut."""
+def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split: str = "train"):
+    """-> the examples in `sources`, and how many completions were cut; and a printed line."""
     tokenizer, template, _ = opened
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
+    how = dict(split=split, input_as_system=cfg.input_as_system)
+    examples, count = read_examples(sources, layouts, tokenizer, template, limits, **how)
+    print(f"{', '.join(sources)}: {describe(count)}")
+    return examples, count["completions cut"]
 
-    def read(sources, split):
-        how = dict(split=split, input_as_system=cfg.input_as_system)
-        examples, count = read_examples(sources, layouts, tokenizer, template, limits, **how)
-        print(f"{', '.join(sources)}: {describe(count)}")
-        return examples, count["completions cut"]
 
-    examples, cut = read(cfg.dataset_name, cfg.dataset_train_split)
-    if cfg.eval_dataset:
-        return examples, read(cfg.eval_dataset, cfg.dataset_test_split)[0], cut
-    if not cfg.eval_fraction:
-        return examples, [], cut
+def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """-> examples to train on, and the share of them to evaluate on."""
     size = max(1, round(len(examples) * cfg.eval_fraction))
     if size >= len(examples):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
     print(f"{size} examples held out for evaluation")
     chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
     held_out = [e for e in examples if e.number in chosen]
-    return [e for e in examples if e.number not in chosen], held_out, cut
+    return [e for e in examples if e.number not in chosen], held_out
 
 
 def finish(cfg: Config, run: Run) -> Run:
@@ -172,13 +173,17 @@ def finish(cfg: Config, run: Run) -> Run:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
             write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
+    commit = None
+    with contextlib.suppress(OSError):  # there is no git
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
         "data_sha256": checkpoint.data_fingerprint(run.examples),  # of ids, masks and labels
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
-        "git_commit": git_commit(),
+        "git_commit": commit,
     }
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     if line := afterthought(lines):
@@ -187,10 +192,3 @@ def finish(cfg: Config, run: Run) -> Run:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
     return run
-
-
-def git_commit() -> str | None:
-    """The commit of the code that ran, where it is a git checkout."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # there is no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

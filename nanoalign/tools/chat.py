@@ -23,7 +23,9 @@ from nanoalign.model import Policy, generate
 from nanoalign.run.flags import Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
-from nanoalign.run.session import one_line_errors, quiet
+from nanoalign.run.session import command
+
+FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
 
 
 class Printer(TextStreamer):
@@ -88,10 +90,9 @@ def talk(policy: Policy, args) -> None:
 
 def open_policy(args) -> Policy:
     """A model or an adapter directory, loaded as the scripts load it."""
-    names = "load_in_4bit", "device", "chat_template", "trust_remote_code"
-    cfg = Config(**{name: getattr(args, name) for name in names})
     adapter = Path(args.directory, "adapter_config.json").exists()
-    setattr(cfg, "adapter_name_or_path" if adapter else "model_name_or_path", args.directory)
+    directory = {"adapter_name_or_path" if adapter else "model_name_or_path": args.directory}
+    cfg = Config(**directory, **{name: getattr(args, name) for name in FLAGS})
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg)
     if not adapter:
@@ -99,7 +100,8 @@ def open_policy(args) -> Policy:
     return policy
 
 
-def main(argv: list[str]) -> None:
+@command("chat")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", help="a model or an adapter")
     parser.add_argument("--prompt", help="one reply to this, then the end")
@@ -108,9 +110,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
-    add_flags(parser, "device", "chat_template", "load_in_4bit", "trust_remote_code")
+    add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
-    quiet()
     policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -123,5 +124,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("chat"):
-        main(sys.argv[1:])
+    main()

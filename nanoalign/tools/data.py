@@ -13,17 +13,16 @@ from contextlib import suppress
 from itertools import groupby
 
 from nanoalign import InputError
-from nanoalign.data import Limits
-from nanoalign.formats.layouts import DPO, KTO, SFT, describe, layout_of, read_case, read_examples
+from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case
 from nanoalign.formats.rows import rows_of
 from nanoalign.run.advice import suggested_weights
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_tokenizer
-from nanoalign.run.session import one_line_errors
+from nanoalign.run.session import command, read
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
-
+FLAGS = "max_length max_prompt_length truncation_mode chat_template input_as_system".split()
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 
@@ -68,22 +67,19 @@ def method_of(source: str) -> str:
     return max(METHODS, key=fit)
 
 
-@one_line_errors("data")
-def main(argv: list[str]) -> None:
-    parser = Parser((), prog="python -m nanoalign.data", allow_abbrev=False)
+@command("data")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m nanoalign.data", allow_abbrev=False)
     parser.add_argument("dataset", nargs="+", help="JSON, JSONL or CSV files")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
     parser.add_argument("--method", choices=list(METHODS), help="else by the first row")
     parser.add_argument("--show", type=int, default=3, help="examples to print")
-    lengths = "max_length", "max_prompt_length", "truncation_mode"
-    add_flags(parser, *lengths, "chat_template", "input_as_system")
+    add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
-    tokenizer, template, _ = load_tokenizer(args.model_name_or_path, args.chat_template)
-    limits = Limits(args.max_length, args.max_prompt_length, args.truncation_mode)
-    how = dict(limits=limits, input_as_system=args.input_as_system)
+    opened = load_tokenizer(args.model_name_or_path, args.chat_template)
     method = args.method or method_of(args.dataset[0])
-    examples, count = read_examples(args.dataset, METHODS[method], tokenizer, template, **how)
-    print(f"as {method.upper()} data\n{describe(count)}")
+    print(f"as {method.upper()} data")
+    examples, _ = read(args, METHODS[method], opened, args.dataset)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in examples[: args.show]:
         for number, (ids, mask) in enumerate(example.completions, 1):
@@ -91,7 +87,7 @@ def main(argv: list[str]) -> None:
             label = "" if example.label is None else f", label {str(example.label).lower()}"
             whole, before = example.prompt + ids, [False] * len(example.prompt)
             print(f"--- {example.where}: {name}{label}, {len(whole)} tokens, {sum(mask)} train")
-            print(render(tokenizer, whole, before + mask, colour))
+            print(render(opened[0], whole, before + mask, colour))
     print("--- tokens of an example")
     print(histogram([len(example) for example in examples]), end="")
     if method == "kto":
@@ -102,4 +98,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -16,8 +16,7 @@ Training notes beside the adapter that its base was in 4 bits, and how. Adapters
 don't say: --load_in_4bit does.
 """
 
-import sys
-from argparse import BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -25,12 +24,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
+from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter
-from nanoalign.formats.weights import from_pretrained, load_lm, read_note
+from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import base_of
-from nanoalign.run.session import one_line_errors, quiet
+from nanoalign.run.session import command
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 FLAGS = ("dtype", "bnb_4bit_quant_type", "use_bnb_nested_quant", "device", "trust_remote_code")
@@ -54,30 +54,37 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+@command("nanoalign.merge")
 @torch.no_grad()
-def merge(args: Namespace) -> None:
-    """Write base + adapter to args.directory, dense, in args.dtype (auto: that of the base)."""
-    (base, lora), adapter = base_of(args), args.adapter_name_or_path
-    note, directory = read_note(adapter), Path(args.directory)
+def main(argv: list[str] | None = None) -> None:
+    """Write base + adapter to a directory, dense, in --dtype (auto: that of the base)."""
+    parser = Parser(prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
+    parser.add_argument("adapter_name_or_path", metavar="adapter", help="directory of an adapter")
+    parser.add_argument("directory", type=Path, help="where the merged model goes")
+    parser.add_argument("--model_name_or_path", help="another base than it names")
+    parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
+    add_flags(parser, *FLAGS)
+    args = parser.parse_args(argv)
+    base, with_tokenizer, lora = base_of(args)
+    adapter, directory = args.adapter_name_or_path, args.directory
+    note = read_note(adapter)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise InputError(f"{directory}: not empty")
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}") from None
-    brings_tokenizer = (Path(adapter) / "tokenizer_config.json").exists()
-    more = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = from_pretrained(AutoTokenizer, adapter if brings_tokenizer else base, **more)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = from_pretrained(AutoTokenizer, with_tokenizer, **trust)
 
-    more |= {"device": args.device}
     if args.load_in_4bit:  # in the dtype that the weights were rounded from, whatever is written
         kind, double_quant = args.bnb_4bit_quant_type, args.use_bnb_nested_quant
-        more |= {"load_in_4bit": True, "quant_type": kind, "double_quant": double_quant}
+        base_format = {"load_in_4bit": True, "quant_type": kind, "double_quant": double_quant}
     elif note and args.load_in_4bit is None:
-        more |= {"load_in_4bit": True, **note}
+        base_format = {"load_in_4bit": True, **note}
     else:
-        more |= {"dtype": args.dtype}
-    model = load_lm(base, **more).model
+        base_format = {"dtype": args.dtype}
+    model = load_lm(base, device=args.device, **trust, **base_format).model
     dtype = model.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if lora.trainable_token_indices and len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -99,18 +106,5 @@ def merge(args: Namespace) -> None:
     print(f"saved in {directory}, dense in {str(dtype).removeprefix('torch.')}")
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags and merge; what the user can mend is one line and exit code 2."""
-    quiet()
-    parser = Parser((), prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
-    parser.add_argument("adapter_name_or_path", metavar="adapter", help="directory of an adapter")
-    parser.add_argument("directory", help="where the merged model goes")
-    parser.add_argument("--model_name_or_path", help="another base than it names")
-    parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
-    add_flags(parser, *FLAGS)
-    with one_line_errors("nanoalign.merge"):
-        merge(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

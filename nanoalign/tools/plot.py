@@ -3,16 +3,16 @@
 Reads each run's metrics.jsonl and draws what is there (run/curves.py).
 """
 
-import sys
 from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.flags import Parser
-from nanoalign.run.session import one_line_errors
+from nanoalign.run.session import command
 
 
-def main(argv: list[str]) -> None:
+@command("plot")
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.plot", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="output directories of runs")
     parser.add_argument("--out", type=Path, help="default: curves.png in the first run")
@@ -26,5 +26,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("plot"):
-        main(sys.argv[1:])
+    main()

@@ -1,0 +1,101 @@
+"""The files of a model: where its tensors are, and one tensor at a time out of them.
+
+What goes wrong with a directory, a file or a tensor is an InputError of one line that names it.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from nanoalign import InputError
+
+
+def from_pretrained(kind, name: str, **more):
+    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
+    source = name
+    if str(name).endswith(".gguf"):
+        more["gguf_file"], source = Path(name).name, Path(name).parent
+    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
+        raise InputError(f"{name}: no such directory")
+    try:
+        return kind.from_pretrained(source, **more)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
+        why = " ".join(str(error).split()) or type(error).__name__
+        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
+            why = "pickled weights that are more than tensors; expected safetensors"
+        if "trust_remote_code" in why:
+            why = "comes with code of its own, which runs only with --trust_remote_code"
+        raise InputError(f"{name}: {why[:300]}") from None
+
+
+def local_file(name: str, file: str) -> Path | None:
+    """A file of a directory, or of a hub repository, from which it is fetched if need be."""
+    try:
+        return None if str(name).endswith(".gguf") else Path(cached_file(name, file))
+    except OSError:
+        return None
+
+
+def tensor_files(name: str) -> dict[str, Path]:
+    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
+    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
+    file_of, held = {} if whole else read_index(name, index), set()
+    for path in {whole} if whole else set(file_of.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held |= {(key, path) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged: {error}") from None
+    for key, path in file_of.items():
+        if (key, path) not in held:
+            raise InputError(f"{path}: {key} is missing; {index} says it is here")
+    return file_of or dict(held)
+
+
+def read_index(name: str, index_name: str) -> dict[str, Path]:
+    """The index of a model in shards -> {tensor: its shard}; {} if there is no such index.
+
+    All shards are there, and none may lead out of the directory: transformers takes any path.
+    """
+    index, paths = local_file(name, index_name), {}
+    if index is None:
+        return {}
+    try:
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for shard in set(shard_of.values()):
+            if re.search(r"^/|(^|/)\.\.(/|$)|[\\:]", shard):
+                raise InputError(f"{index}: {shard} leads out of the directory")
+            paths[shard] = local_file(name, shard)
+            if paths[shard] is None:
+                raise InputError(f"{index}: {shard} is not there")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: no index of shards: {error!r}") from None
+    return {key: paths[shard] for key, shard in shard_of.items()}
+
+
+def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:
+    """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
+
+    safetensors maps a file into memory, and what has been read through an open mapping stays
+    resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
+    file is opened anew for each tensor.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(key)
+    if like is None:
+        return tensor.to(device, copy=True)
+    if tensor.shape != like.shape:
+        raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    tensor = tensor.to(device, dtype, copy=True)
+    return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """By its extremes: no mask as large as the tensor, and NaN shows in them as well."""
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
