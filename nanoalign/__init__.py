@@ -1,6 +1,6 @@
 """nanoalign: SFT, DPO and KTO with LoRA and 4-bit NF4, small enough to read in an evening.
 
-The lesson is nine files, each importing only files above it:
+The lesson is nine files, of which each imports only those above it (and its twin in fast/):
 
     chatml    a conversation              -> ids and the mask of the tokens that train
     packing   a batch of examples         -> one row without padding, and who sees whom in it
@@ -12,8 +12,8 @@ The lesson is nine files, each importing only files above it:
     model     a model of transformers     -> a policy; and text out of it
     train     a method's sums             -> one optimizer step after another
 
-A definition's quicker twin is in fast/. Behind the other doors: formats/, other people's files;
-run/, what keeps a run alive; tools/, commands; world.py, the built-in model and data.
+Behind the doors: fast/, the same numbers, sooner; formats/, other people's files; run/, what keeps
+a run alive; tools/, commands; world.py, the built-in model and data.
 """
 
 __version__ = "0.1.0"

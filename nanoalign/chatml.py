@@ -19,7 +19,7 @@ is invented.
 
 from collections.abc import Iterator
 
-from nanoalign.fast.encode import encode as encode  # ids_and_mask of many conversations
+from nanoalign.fast.encode import encode as encode  # ids_and_mask of many, and with care
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -76,10 +76,7 @@ class ChatML:
 
 def ids_and_mask(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
     """Pieces -> ids and the mask of the tokens that train, by definition: a marker is its id, and a
-    text what the tokenizer makes of it, the names of special tokens read like any other words.
-
-    `encode` does it for many conversations at once, and for tokenizers that need more care.
-    """
+    text what the tokenizer makes of it, the names of special tokens read like any other words."""
     ids, mask = [], []
     for piece, trains in pieces:
         plain = dict(add_special_tokens=False, split_special_tokens=True)

@@ -115,9 +115,9 @@ def with_mismatches(order: list[Example], max_length: int | None = None) -> list
     """For KTO's y': each example with its `mismatch`, the completion of the nearest earlier example
     of the epoch, cyclically, that has another prompt.
 
-    It depends on the order alone, not on the batch size: a batch of one has a partner, and no tail
-    meets itself. With the prompt it is to stand behind, y' has at most `max_length` tokens, and at
-    least one that trains. Raises InputError when all prompts are the same.
+    It depends on the order alone, so a batch of one has a partner too. With the prompt that it is
+    put behind, y' has at most `max_length` tokens, and at least one that trains. Raises InputError
+    when all prompts are the same.
     """
     if not order:
         return []
@@ -134,10 +134,6 @@ def with_mismatches(order: list[Example], max_length: int | None = None) -> list
         room = max(longest - len(example.prompt), mask.index(True) + 1)
         paired.append(replace(example, mismatch=cut((ids, mask), room)))
     return paired
-
-
-def batches(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on

@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
     def merge(self) -> nn.Module:
-        """The linear layer whose weight is W + scaling * B A, in fp32."""
+        """The linear layer of weight W + scaling * B A, in fp32. It uses base_layer up."""
         base = plain(self.base_layer).float()
         base.weight.data += self.delta()
         return base

@@ -2,17 +2,23 @@
 
 Every method here is a function of one quantity, log pi(y | x): the sum of the log-probs of a
 completion's trained tokens. The functions take (B,) tensors of it, one entry for each example, and
-return (B,) losses, not yet averaged, plus the rewards as detached (B,) tensors. They know no model,
-no tokenizer and no flags.
+return (B,) losses, not yet averaged, plus the rewards as detached (B,) tensors.
 
-A loss says in its parameters what it needs, and gets nothing else: `policy` and, if it compares
-with one, `reference`; `lengths`, if it averages over tokens; and its numbers, each of which is a
-flag of that name (run/flags.py). So a loss without `reference` neither loads nor computes one. A
-loss of your own is one more function and one more entry in DPO_LOSSES or KTO_LOSSES; its name is a
-valid --loss_type from then on.
+A loss says in its parameters what it needs, and gets nothing else. A loss of pairs may ask for
+
+    policy, reference, lengths    a Pair each: log pi, log pi_ref, numbers of trained tokens
+
+and one of single replies for
+
+    delta, sign, z0               log pi - log pi_ref; +1 for thumbs up, -1 for down; kl_baseline's
+
+and both for numbers, each of which is a flag of that name (run/flags.py). So a loss that does not
+ask for `reference` neither loads nor computes one. A loss of your own is one more function and one
+more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type from then on.
 
 The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
-without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x).
+without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x),
+per token where the loss is (SimPO, eq. 4).
 """
 
 import inspect
@@ -21,6 +27,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # all that is no number
 
 
 def needs(loss) -> set[str]:
@@ -34,9 +42,9 @@ def compares(loss) -> bool:
 
 
 def numbers(cfg, *functions) -> dict[str, object]:
-    """What the functions ask for and a config has: their numbers, by name."""
+    """The numbers that the functions ask for, out of a config that has them among others."""
     names = set().union(*map(needs, functions))
-    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    return {name: value for name, value in vars(cfg).items() if name in names}
 
 
 def ask(loss, numbers: dict, **known) -> Tensor:
@@ -45,11 +53,8 @@ def ask(loss, numbers: dict, **known) -> Tensor:
 
 
 def sft_loss(logps: Tensor) -> Tensor:
-    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x).
-
-    The loop divides by the step's number of trained tokens, so that a token weighs the same in a
-    short and in a long reply, and in whatever micro-batch it comes.
-    """
+    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x). The loop
+    divides by the step's trained tokens, so a token weighs the same in a short and a long reply."""
     return -logps
 
 
@@ -66,6 +71,7 @@ def margin(policy: Pair, reference: Pair) -> Tensor:
 
 
 def per_token(logps: Pair, lengths: Pair) -> Pair:
+    """Averages over the tokens of each reply."""
     return Pair(logps.chosen / lengths.chosen, logps.rejected / lengths.rejected)
 
 
@@ -124,21 +130,16 @@ def dpo_loss(
     own. Returns losses, chosen rewards and rejected rewards, each (B,). At the first step the
     policy is the reference and the sigmoid loss is ln 2.
     """
-    losses = ask(
-        DPO_LOSSES[loss_type],
-        numbers,
-        policy=Pair(chosen_logps, rejected_logps),
-        reference=Pair(ref_chosen_logps, ref_rejected_logps),
-        lengths=Pair(chosen_lengths, rejected_lengths),
-        beta=beta,
-    )
+    loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
+    policy = Pair(chosen_logps, rejected_logps)
+    reference = Pair(ref_chosen_logps, ref_rejected_logps)
+    known = {"policy": policy, "reference": reference, "lengths": lengths, "beta": beta}
+    losses = ask(loss, numbers, **known)
     if rpo_alpha:
         losses = losses - rpo_alpha * chosen_logps / chosen_lengths
-    return (
-        losses,
-        beta * (chosen_logps - ref_chosen_logps).detach(),
-        beta * (rejected_logps - ref_rejected_logps).detach(),
-    )
+    if not compares(loss) and "lengths" in needs(loss):
+        policy = per_token(policy, lengths)
+    return losses, *(beta * (p - r).detach() for p, r in zip(policy, reference))
 
 
 def kto(delta, sign, beta, z0):
@@ -156,8 +157,7 @@ def apo_zero_unpaired(delta, sign, beta):
     return 1 - torch.sigmoid(sign * beta * delta)
 
 
-# Of (B,) delta = log pi - log pi_ref and sign = +1 or -1. One without z0 saves what z0 costs: two
-# passes without gradient in each step.
+# A loss that does not ask for z0 saves what z0 costs, two passes without gradient in each step.
 KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 
 

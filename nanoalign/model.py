@@ -4,8 +4,8 @@
     policy(examples).logps                    # log pi(y | x) of each completion, with gradient
     generate(policy, [[{"role": "user", "content": "Hello!"}]])
 
-The model itself stays transformers'. Its attention runs through packing.packed_attention, which
-transformers' AttentionInterface allows, and its head is not called in training (logps.py). Where a
+The model itself stays transformers', but for its attention, which transformers' AttentionInterface
+lets run through packing.packed_attention; its head is not called in training (logps.py). Where a
 tokenizer lacks the markers of the chat template it gets them, and the model a row for each.
 """
 
@@ -46,9 +46,10 @@ class Policy:
         return self.lm(examples, neftune_alpha)
 
 
-def make_policy(model: nn.Module, tokenizer, r: int | None = None, alpha: float = 16) -> Policy:
-    """A model that writes ChatML, with LoRA of rank r on its linear layers (None: all trains)."""
-    template, added = open_template(tokenizer, ChatML)
+def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) -> Policy:
+    """A model with LoRA of rank r on its linear layers (None: all trains). The tokenizer becomes
+    one that writes the template."""
+    template, added = open_template(tokenizer, template)
     rows = fit_embeddings(model, tokenizer, added)
     if r is None:
         model.requires_grad_(True)
@@ -67,8 +68,8 @@ def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
         tokenizer.chat_template, tokenizer.eos_token = kind.jinja, kind.markers[-1]
     template = kind(tokenizer)
     if tokenizer.pad_token_id is None:  # generation pads; training never does
-        (stop, *_) = tokenizer.convert_ids_to_tokens(template.stop_ids)
-        tokenizer.pad_token = tokenizer.eos_token or stop
+        stops = tokenizer.convert_ids_to_tokens(template.stop_ids)
+        tokenizer.pad_token = tokenizer.eos_token or stops[0]
     return template, tokenizer.convert_tokens_to_ids(missing)
 
 

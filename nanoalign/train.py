@@ -13,8 +13,8 @@ whole step counted (trained tokens for SFT, examples for DPO and KTO). So 8 x 1,
 examples give the same gradient. The usual way averages within each batch and then the averages,
 which gives a token in a short batch more weight than one in a long batch.
 
-Whatever else a method yields under a name ("rewards/chosen") is a metric. Since it has the whole
-step before it, it can ask first for what the batches share: the reference's log-probs, KTO's z0.
+Whatever else a method yields is a metric under its name. Since it has the whole step before it, it
+can ask first for what the batches share: the reference's log-probs, KTO's z0.
 """
 
 import math
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanoalign.data import batches, epoch_order
+from nanoalign.data import epoch_order
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, row_tokens
 
@@ -80,7 +80,8 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
 
 def fitting(examples: list[Example], size: int, tokens: int) -> Batches:
     """Batches of `size` examples, cut where they would be rows of more than `tokens`."""
-    return [part for batch in batches(examples, size) for part in in_rows(batch, tokens)]
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    return [part for batch in batches for part in in_rows(batch, tokens)]
 
 
 @dataclass

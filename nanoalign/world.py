@@ -147,7 +147,7 @@ def build(seed: int = 0) -> None:
 
 
 def measure(policy: Policy, name: str = "test") -> dict:
-    """How the policy answers a held-out set: shares from 0 to 1, and its greedy replies."""
+    """How the policy answers a held-out set: shares from 0 to 1, and replies that were sampled."""
     lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line) for line in lines]
     prompts = [[{"role": "user", "content": row["question"]}] for row in asked]

@@ -129,7 +129,7 @@ def test_a_reply_begins_where_generation_begins(tokenizer, reply):
 
 def test_generation_stops_at_the_end_marker(tokenizer):
     assert ChatML(tokenizer).stop_ids == [tokenizer.convert_tokens_to_ids(IM_END)]
-    assert TEMPLATES == {"chatml": ChatML, "native": NativeTemplate}
+    assert TEMPLATES["chatml"] is ChatML and TEMPLATES["native"] is NativeTemplate
 
 
 def test_no_conversation_and_no_text(tokenizer):

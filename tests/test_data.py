@@ -21,13 +21,13 @@ from nanoalign.data import (
     Case,
     Example,
     Limits,
-    batches,
     epoch_order,
     make_examples,
     with_mismatches,
 )
 from nanoalign.formats.layouts import DPO, KTO, SFT, answered, describe, read_examples
 from nanoalign.tools.data import method_of
+from nanoalign.train import fitting
 
 
 def message(role, content):
@@ -974,5 +974,7 @@ def test_one_prompt_has_no_mismatch():
 
 
 def test_batches():
-    assert batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
-    assert batches([1, 2], 4) == [[1, 2]] and batches([], 4) == []
+    def sizes(count, size):
+        return [len(batch) for batch in fitting([Example([1], [([2], [True])])] * count, size, 99)]
+
+    assert sizes(5, 2) == [2, 2, 1] and sizes(2, 4) == [2] and sizes(0, 4) == []

@@ -17,6 +17,7 @@ from nanoalign.losses import (
     per_token,
     sft_loss,
 )
+from nanoalign.run.flags import DPOConfig
 
 
 def close(got, expected):
@@ -101,7 +102,7 @@ def test_a_loss_without_a_reference_and_with_a_number_of_its_own(monkeypatch):
     how = dict(loss_type="simpo", beta=0.5, simpo_gamma=0.2)
     losses, chosen, rejected = dpo_loss(**pair, ref_chosen_logps=0, ref_rejected_logps=0, **how)
     assert close(losses, [1.1031860, 0.2410085])
-    assert close(chosen, [-5.0, -10.0]) and close(rejected, [-8.0, -10.5])  # 0.5 * log pi
+    assert close(chosen, [-2.5, -2.0]) and close(rejected, [-2.0, -3.5])  # 0.5 * log pi per token
 
 
 def test_a_loss_gets_its_numbers_and_no_others():
@@ -150,7 +151,8 @@ def test_dpo_far_away_is_finite_and_its_rewards_carry_no_gradient(loss_type):
     chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
     rejected = torch.tensor([0.0, -1e4], requires_grad=True)
     zero = torch.zeros(2)
-    losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type)
+    own = {n: v for n, v in numbers(DPOConfig(), DPO_LOSSES[loss_type]).items() if n != "beta"}
+    losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type, **own)
     losses.sum().backward()
     assert (
         losses.shape == (2,)

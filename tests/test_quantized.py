@@ -21,6 +21,7 @@ from transformers import (
 
 from nanoalign import InputError
 from nanoalign.formats.bitsandbytes import save_4bit
+from nanoalign.formats.files import tensor_files
 from nanoalign.formats.peft import LoRAConfig, add_adapter
 from nanoalign.formats.weights import (
     FORMATS,
@@ -29,7 +30,6 @@ from nanoalign.formats.weights import (
     frozen_layers,
     load_lm,
     skeleton,
-    tensor_files,
 )
 from nanoalign.lora import LoRALinear
 from nanoalign.nf4 import FrozenLinear, NF4Linear

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import train_kto  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
-from nanoalign.data import batches  # noqa: E402
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
 from train_dpo import run_dpo  # noqa: E402
 from train_kto import run_kto  # noqa: E402
@@ -178,7 +177,8 @@ def trl_pairs(size):
     """TRL's mismatched completions: y_{i-1}, cyclically within each batch of the data."""
 
     def pair(order, max_length):
-        pairs = [(e, group[i - 1]) for group in batches(order, size) for i, e in enumerate(group)]
+        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        pairs = [(e, group[i - 1]) for group in groups for i, e in enumerate(group)]
         return [replace(e, mismatch=other.completions[0]) for e, other in pairs]
 
     return pair

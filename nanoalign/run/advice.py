@@ -6,6 +6,7 @@ The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their co
 from collections.abc import Iterator
 
 from nanoalign.data import Example
+from nanoalign.losses import compares
 from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
 
@@ -20,7 +21,8 @@ def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
     if cfg.use_peft and attention.issuperset(cfg.lora_target_modules):
         targets = " ".join(cfg.lora_target_modules)
         yield f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
-    if isinstance(cfg, ReferenceConfig) and not 0.01 <= cfg.beta <= 1:
+    compared = isinstance(cfg, ReferenceConfig) and compares(cfg.loss)
+    if compared and not 0.01 <= cfg.beta <= 1:
         why = "it can hardly move" if cfg.beta > 1 else "little holds the policy to the reference"
         yield f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common"
     if not isinstance(cfg, KTOConfig):

@@ -64,8 +64,10 @@ def differences(ours: dict, theirs: dict) -> str:
     flags = sorted((now.keys() | then.keys()) - FREE)
     changed = [name for name in flags if now.get(name) != then.get(name)]
     words = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in changed]
-    parts = [part for part in ours if part != "flags" and ours[part] != theirs[part]]
-    return "; ".join(words + [f"other {part}" for part in parts])
+    parts = [
+        part for part in ours if part != "flags" and ours[part] != theirs.get(part, ours[part])
+    ]
+    return "; ".join(words + [f"other {part}" for part in sorted(parts)])
 
 
 def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:

@@ -19,7 +19,7 @@ from nanoalign import InputError
 from nanoalign.formats.rows import on_hub
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import FORMATS
-from nanoalign.losses import DPO_LOSSES, KTO_LOSSES, compares, needs
+from nanoalign.losses import DPO_LOSSES, INPUTS, KTO_LOSSES, compares, needs
 
 # What a flag's number must do, as the error says it, and whether a number does.
 POSITIVE = "be more than 0", lambda x: x > 0
@@ -264,7 +264,10 @@ def check(cfg: Config, given: set[str]) -> None:
 
     idle = {f.name for f in fields(cfg) if "idle" in f.metadata and f.metadata["idle"](cfg)}
     if isinstance(cfg, ReferenceConfig):  # the numbers of losses that were not chosen
-        idle |= set().union(*map(needs, cfg.losses.values())) - needs(cfg.loss)
+        idle |= set().union(*map(needs, cfg.losses.values())) - needs(cfg.loss) - {"beta"}
+        if unknown := needs(cfg.loss) - INPUTS - vars(cfg).keys():
+            name = min(unknown)
+            raise InputError(f"--loss_type {cfg.loss_type}: its number {name} is no flag yet")
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
     if cfg.optim == "paged_adamw_32bit":

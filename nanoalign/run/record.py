@@ -78,6 +78,7 @@ class Record:
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
         self.state["fingerprint"] = fingerprint(vars(cfg), run.examples, run.policy.lm)
+        self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
         which = cfg.resume_from_checkpoint
         if which is not None:
             resume(which, self.directory, self.named, self.optimizer, self.state)

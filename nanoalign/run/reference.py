@@ -12,11 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign import InputError
-from nanoalign.data import Example, batches
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
-from nanoalign.packing import in_rows, packed, row_tokens
+from nanoalign.packing import Example, in_rows, packed, row_tokens
 from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import load_base
 
@@ -91,8 +90,8 @@ def _precomputed(logps_of: LogpsOf, examples: list[Example]) -> LogpsOf:
         return [(p, tuple(ids), tuple(mask)) for p, e in prompts for ids, mask in e.completions]
 
     once = list({tuple(keys([example])): example for example in examples}.values())
-    bar = tqdm(batches(once, 64), "reference log-probs", disable=None, leave=False)
-    logps = torch.cat([logps_of(some) for some in bar])
+    bar = tqdm(range(0, len(once), 64), "reference log-probs", disable=None, leave=False)
+    logps = torch.cat([logps_of(once[i : i + 64]) for i in bar])
     known = dict(zip(keys(once), logps.tolist()))
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda examples: torch.tensor([known[k] for k in keys(examples)], device=logps.device)
