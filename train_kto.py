@@ -25,56 +25,54 @@ from nanoalign.train import plan
 
 
 def run_kto(cfg: KTOConfig) -> Run:
-    run = start(cfg, KTO)
+    run, with_z0 = start(cfg, KTO), "z0" in needs(cfg.loss)
     up = sum(e.label for e in run.examples)
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
     if up in (0, len(run.examples)):
         print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
-    with_z0 = "z0" in needs(cfg.loss)
 
-    def pair(examples):
+    def mismatched(examples):  # each example gets its y', if the loss wants z0
         return with_mismatches(examples, cfg.max_length) if with_z0 else examples
 
-    pair(run.examples)  # refused here, before anything is written, if it can't be done
+    def order(*given):
+        return mismatched(epoch_order(*given))
+
+    mismatched(run.examples)  # refused here, before anything is written, if it can't be done
     try:
-        run.held_out = pair(run.held_out)
+        run.held_out = mismatched(run.held_out)
     except InputError as error:
         raise InputError(f"the examples to evaluate on: {error}") from None
 
-    def order(*given):
-        return pair(epoch_order(*given))
-
-    def mismatched(examples):  # x with the completion y' of another prompt
+    def only_mismatch(examples):  # (x, y')
         return [replace(e, completions=[e.mismatch]) for e in examples]
 
-    def both(examples):  # y and y', in one row
+    def with_mismatch(examples):  # (x, y, y') in one row
         return [replace(e, completions=e.completions + [e.mismatch]) for e in examples]
 
-    def everything():  # that the run asks the reference for: each y once, each epoch's y'
+    def all_requests():  # what the run will ask of the reference: each y once, each epoch's y'
         if not with_z0:
             return run.examples + run.held_out
         per_epoch, total = plan(cfg, len(run.examples))
         rounds = range(-(-total // per_epoch))  # begun, the last one perhaps not ended
         first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
-        return both(first + run.held_out) + mismatched(sum(later, []))
+        return with_mismatch(first + run.held_out) + only_mismatch(sum(later, []))
 
-    reference = reference_of(cfg, run.policy, cfg.loss, everything)
+    reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
     policy_now = without_gradient(run.policy.lm, cfg)
 
     def kto(batches):
         """z0 is that of the whole step; the loss is a mean over examples."""
-        step, z0 = sum(batches, []), torch.zeros(())
+        examples, z0 = sum(batches, []), torch.zeros(())
         if with_z0:
-            ref_logps, ref_kl = reference([both(step)])[0].view(-1, 2).T
-            z0 = kl_baseline(policy_now(mismatched(step)), ref_kl)
+            ref_logps, ref_kl = reference([with_mismatch(examples)])[0].view(-1, 2).T
+            z0 = kl_baseline(policy_now(only_mismatch(examples)), ref_kl)
         else:
-            (ref_logps,) = reference([step])
+            (ref_logps,) = reference([examples])
         for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
             scores = run.policy(batch)
-            up = torch.tensor([e.label for e in batch], device=ref.device)
-            losses, rewards = kto_loss(
-                scores.logps, ref, up, z0, **numbers(cfg, kto_loss, cfg.loss)
-            )
+            desirable = torch.tensor([e.label for e in batch], device=ref.device)
+            how = numbers(cfg, kto_loss, cfg.loss)
+            losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **how)
             sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]

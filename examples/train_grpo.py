@@ -2,11 +2,11 @@
 
     python train_sft.py && python examples/train_grpo.py
 
-GRPO (Shao et al. 2024, arXiv 2402.03300) samples a group of replies to each prompt, rewards each,
-and raises the log-probs of those above their group's mean. Here every step trains on replies of
-the very policy that it changes, so the paper's importance ratio is 1 and there is nothing to clip;
-there is no KL term either. A prompt and its group are one example, so the prompt is computed once,
-however many replies branch off it.
+GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3) samples a group of replies to each prompt, rewards
+each, and raises the log-probs of those above their group's mean. Here every step trains on replies
+of the very policy that it changes, so the importance ratio is 1 and there is nothing to clip. Two
+parts of the paper's objective are left out: the KL term, and the division by a reply's length. A
+prompt and its group are one example, so the prompt is computed once for all replies.
 
 In the built-in world an answer is right or wrong, and the reward says which. It says nothing of
 style; but full sentences come to be preferred, because the model gets them right more often.
@@ -20,7 +20,7 @@ from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.model import sample
 from nanoalign.packing import Example
-from nanoalign.run.flags import POSITIVE, SFTConfig, flag
+from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
 from nanoalign.run.session import Run, finish, main, start
 
@@ -32,7 +32,7 @@ BUILT_IN = dict(
 
 
 @dataclass
-class GRPOConfig(SFTConfig):
+class GRPOConfig(Config):
     num_generations: int = flag(8, "replies in a group", POSITIVE)
     max_completion_length: int = flag(24, "tokens of a sampled reply", POSITIVE)
     temperature: float = flag(1.0, "of sampling", POSITIVE)
@@ -54,9 +54,7 @@ def run_grpo(cfg: GRPOConfig) -> Run:
             replies = sample(run.policy, prompts, cfg.max_completion_length, cfg.temperature)
             groups = [replies[i : i + size] for i in range(0, len(replies), size)]
             rewards = torch.tensor([[reward(e, y) for y in g] for e, g in zip(batch, groups)])
-            spread = (
-                rewards.std(1, keepdim=True) + 1e-4
-            )  # a group that is all right teaches nothing
+            spread = rewards.std(1, keepdim=True) + 1e-4  # all alike: advantages of 0
             advantages = (rewards - rewards.mean(1, keepdim=True)) / spread  # (prompts, size)
 
             completions = [[(ids, [True] * len(ids)) for ids in group] for group in groups]

@@ -20,17 +20,17 @@ from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import load_base
 
 LogpsOf = Callable[[list[Example]], Tensor]  # examples -> (C,) log-probs of their completions
-Reference = Callable[[list[list[Example]]], Sequence[Tensor]]  # batches -> those of each batch
 
 
 def reference_of(
-    cfg: ReferenceConfig, policy: Policy, loss: Callable, everything: Callable[[], list[Example]]
-) -> Reference:
+    cfg: ReferenceConfig, policy: Policy, loss: Callable, all_requests: Callable[[], list[Example]]
+) -> Callable[[list[list[Example]]], Sequence[Tensor]]:
     """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
 
-    It is asked for all batches of a step at once, in rows of its own. With full fine-tuning there
-    is no copy of "now", so the log-probs of `everything()`, all that the run will ask for, are
-    computed here; with --precompute_ref_log_probs too. For a `loss` that compares with none
+    A function: batches -> log-probs of each batch's completions. It is asked for all batches of a
+    step at once, in rows of its own. With full fine-tuning there is no copy of "now", so the
+    log-probs of `all_requests()`, all that the run will ask for, are computed here; with
+    --precompute_ref_log_probs too. For a `loss` that compares with none
     nothing is loaded or computed, and the log-probs are 0.
     """
 
@@ -41,7 +41,7 @@ def reference_of(
         logps = _logps_of(cfg, policy)
         all_train = policy.reference is None and not cfg.ref_model_name_or_path
         if cfg.precompute_ref_log_probs or all_train:
-            logps = _precomputed(logps, everything())
+            logps = _precomputed(logps, all_requests())
 
     def reference(batches):
         counts = [sum(len(e.completions) for e in batch) for batch in batches]
