@@ -239,7 +239,7 @@ def run_ours(args) -> None:
         "sft": (SFTConfig, run_sft), "dpo": (DPOConfig, run_dpo), "kto": (KTOConfig, run_kto),
     }[args.method]  # fmt: skip
 
-    def read(sources, *_):
+    def read(sources, *_, **__):
         from collections import Counter
 
         rows = [json.loads(line) for line in Path(sources[0]).read_text().splitlines()]
