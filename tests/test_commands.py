@@ -74,6 +74,13 @@ def parsed(method, *flags):
     return parse(METHODS[method][0], [*NEEDED, *flags], {})
 
 
+def test_a_loss_whose_number_is_no_flag(monkeypatch):
+    monkeypatch.setitem(DPOConfig.losses, "own", lambda policy, reference, beta, price: ...)
+    with pytest.raises(InputError, match="^--loss_type own: its number price is no flag yet$"):
+        parsed("dpo", "--loss_type", "own")
+    parsed("dpo", "--loss_type", "sigmoid")
+
+
 BAD_FLAGS = [
     ("sft", "--no_such_flag 3", "unrecognized arguments: --no_such_flag"),
     ("sft", "--beta 0.1", "unrecognized arguments: --beta"),  # DPO's and KTO's

@@ -152,6 +152,9 @@ def test_whatever_the_optimizer_keeps_is_restored(flags, tmp_path, monkeypatch):
     call("sft", given | LAST)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+    monkeypatch.undo()  # and AdamW does not take its checkpoint for one of its own
+    with pytest.raises(InputError, match="a checkpoint of another run: other optimizer"):
+        call("sft", given | {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-4"})
 
 
 def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model_dir):

@@ -28,7 +28,7 @@ from nanoalign import InputError  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
 from nanoalign.fast.dropout import Dropout  # noqa: E402
 from nanoalign.formats.peft import trained_tensors  # noqa: E402
-from nanoalign.lora import LoRALinear  # noqa: E402
+from nanoalign.lora import LoRALinear, TokenRows  # noqa: E402
 from nanoalign.losses import sigmoid  # noqa: E402
 from nanoalign.model import generation  # noqa: E402
 from nanoalign.packing import Example  # noqa: E402
@@ -446,3 +446,9 @@ def test_dpo_goes_on_from_sft_with_new_markers(marked, tmp_path):
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[0] == pytest.approx(0.6931472, abs=1e-5) and losses[-1] < 0.65
     peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_rows_of_tokens_are_where_their_table_is():
+    """On a GPU a CPU's index could not be compared with the ids; meta stands in for one."""
+    rows = TokenRows(torch.nn.Embedding(5, 3, device="meta"), [1, 4], None)
+    assert rows.rows.is_meta and rows(torch.zeros(1, 2, dtype=torch.long, device="meta")).is_meta
