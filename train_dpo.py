@@ -18,6 +18,7 @@ from nanoalign.run.session import Run, finish, main, start
 
 def run_dpo(cfg: DPOConfig) -> Run:
     run = start(cfg, DPO)
+    own = numbers(cfg, dpo_loss, cfg.loss)
     reference = reference_of(cfg, run.policy, cfg.loss, lambda: run.examples + run.held_out)
 
     def dpo(batches):
@@ -32,7 +33,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
                 ref_logps[1::2],
                 chosen.lengths,
                 rejected.lengths,
-                **numbers(cfg, dpo_loss, cfg.loss),
+                **own,
             )
             won = (rewards[0] > rewards[1]).float().sum()
             yield {

@@ -58,6 +58,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         return with_mismatch(first + run.held_out) + only_mismatch(sum(later, []))
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
+    own = numbers(cfg, kto_loss, cfg.loss)
     policy_now = without_gradient(run.policy.lm, cfg)
 
     def kto(batches):
@@ -71,8 +72,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
             scores = run.policy(batch)
             desirable = torch.tensor([e.label for e in batch], device=ref.device)
-            how = numbers(cfg, kto_loss, cfg.loss)
-            losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **how)
+            losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)
             sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]

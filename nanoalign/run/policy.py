@@ -51,6 +51,13 @@ def tokenizer_of(cfg: Config):
     return load_tokenizer(base_of(cfg)[1], cfg.chat_template, cfg.trust_remote_code)
 
 
+def make_room(model: nn.Module, tokenizer, lora: LoRAConfig | None) -> None:
+    """Rows for the tokens of an adapter that the model lacks; the adapter fills them."""
+    tokens = vocabulary(tokenizer)
+    if lora and lora.trainable_token_indices and tokens > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     adapter = cfg.load_in_4bit and cfg.adapter_name_or_path
     return weights.load_lm(
@@ -74,9 +81,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     tokenizer, template, added = opened or tokenizer_of(cfg)
     lm = load_base(cfg, name, train_all=not cfg.use_peft)
     model = lm.model
-    if lora and lora.trainable_token_indices:  # the adapter fills the rows that the model lacks
-        if vocabulary(tokenizer) > len(model.get_input_embeddings().weight):
-            model.resize_token_embeddings(vocabulary(tokenizer), mean_resizing=False)
+    make_room(model, tokenizer, lora)
     try:
         rows = fit_embeddings(model, tokenizer, added)
     except InputError as error:

@@ -38,12 +38,13 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
             record.advance(step)
             if run.held_out and record.due(cfg.eval_steps):
                 record.evaluate(method)
+            # Asked once a step: a signal after the save must not end the run without a checkpoint.
             stop = bool(signals) and not record.ended
             if record.ended:
                 write_whole(record.directory, partial(save_policy, run.policy), replace=True)
             elif stop or record.due(cfg.save_steps):
                 record.save_checkpoint()
-            if stop:  # asked once: a signal that comes later finds no checkpoint of this step
+            if stop:
                 hint = "--resume_from_checkpoint goes on from there"
                 record.log.say(f"stopped after step {record.step}; {hint}")
                 raise SystemExit(128 + signals[0])

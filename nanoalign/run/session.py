@@ -175,8 +175,8 @@ def finish(cfg: Config, run: Run) -> Run:
             write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
     commit = None
     with contextlib.suppress(OSError):  # there is no git
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        ask = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     record = {
         "method": cfg.method,
         "flags": vars(cfg),

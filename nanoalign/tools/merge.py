@@ -29,7 +29,7 @@ from nanoalign.formats.peft import add_adapter, load_adapter
 from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser, add_flags
-from nanoalign.run.policy import base_of
+from nanoalign.run.policy import base_of, make_room
 from nanoalign.run.session import command
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         base_format = {"dtype": args.dtype}
     model = load_lm(base, device=args.device, **trust, **base_format).model
     dtype = model.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    if lora.trainable_token_indices and len(tokenizer) > len(model.get_input_embeddings().weight):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    make_room(model, tokenizer, lora)
     if dtype == torch.float32:
         to_dtype(model, dtype)  # computes in it; 4-bit weights remain what they were
     add_adapter(model, lora)
