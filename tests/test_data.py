@@ -162,6 +162,15 @@ SFT_ROWS = {
     "two users in a row": (
         {"messages": [user("Q"), user("R"), assistant("A")]}, chatml(user("Q"), user("R")), A),
     "more columns than needed": ({"id": 7, "prompt": "Q", "completion": "A", "tag": None}, Q, A),
+    "an input that its layout has no place for": (
+        {"prompt": "Q", "completion": "A", "input": ["I"]}, Q, A),
+    "first replies of weight 0": (
+        {"messages": [user("P"), {**assistant("O"), "weight": 0}, user("Q"),
+                      {**assistant("A"), "weight": 1}, user("R"), assistant("B")]},
+        chatml(user("P"), assistant("O"), user("Q")), A + TURN + B),
+    "sharegpt weights": (
+        {"conversations": [{"from": "system", "value": "S", "weight": None},
+                           {**human("Q"), "weight": 0}, {**gpt("A"), "weight": 1.0}]}, QS, A),
 }  # fmt: skip
 DPO_ROWS = {
     "strings": {"prompt": "Q", "chosen": "A", "rejected": "B"},
@@ -595,6 +604,16 @@ BAD_ROWS = {  # the second row of a file whose first is good: what is wrong, wha
     "system in the middle": (
         talk(user("Q"), SYSTEM, assistant("A")), "turn 2 is a system turn", "it first"),
     "two systems first": (talk(SYSTEM, SYSTEM, assistant("A")), "turn 2 is a system turn", "first"),
+    "weight 0 after a reply that trains": (
+        talk(user("Q"), assistant("A"), user("R"), {**assistant("B"), "weight": 0}),
+        "turn 4 has weight 0", "only before the first reply that trains"),
+    "weight 0 alone": (
+        talk(user("Q"), {**assistant("A"), "weight": 0}), "turn 2 has weight 0", "only before"),
+    "weight of a half": (
+        talk(user("Q"), {**assistant("A"), "weight": 0.5}), "message 2: weight is 0.5", "0 or 1"),
+    "completion of weight 0": (
+        prompt(completion=[{**assistant("A"), "weight": 0}, user("R"), assistant("B")]),
+        "turn 2 has weight 0", "only before"),
     "sharegpt unknown": (
         ("SFT conversations", {"conversations": [{"from": "bing", "value": "Q"}]}),
         "message 1: from is 'bing'", ROLES),

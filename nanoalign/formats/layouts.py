@@ -32,9 +32,12 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
 
 
 def every_reply(row: dict, column: str) -> Case:
-    """A whole conversation, of which every reply trains: the prompt ends before the first."""
+    """A whole conversation, of which every reply trains: the prompt ends before the first, or, if
+    the first ones have OpenAI's weight 0, before the first that has not."""
     messages = _turns(row, column)
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    trained = [i for i in replies if "weight" not in messages[i]]
+    first = min(trained or replies, default=len(messages))
     return Case(messages[:first], [messages[first:]])
 
 
@@ -173,6 +176,10 @@ def read_case(row: dict, columns: tuple, layouts: Layouts, input_as_system: bool
         case.prompt = [{"role": "system", "content": system}, *case.prompt]
     for completion in case.completions:
         _check_turns([m["role"] for m in case.prompt], [m["role"] for m in completion])
+        for turn, message in enumerate(completion, len(case.prompt) + 1):
+            if "weight" in message:  # all replies of a completion train
+                expected = "that only before the first reply that trains"
+                raise InputError(f"turn {turn} has weight 0; expected {expected}")
     return case
 
 
@@ -227,6 +234,7 @@ def _turns(row: dict, column: str, role: str | None = None) -> list[Message]:
 
 
 def _message(message, where: str) -> Message:
+    """Role and content; and the weight of a reply that is not to be learned, which is 0."""
     keyed = isinstance(message, dict)
     keys = next((k for k in MESSAGE_KEYS if keyed and message.keys() >= set(k)), None)
     if keys is None:
@@ -239,7 +247,11 @@ def _message(message, where: str) -> Message:
         raise InputError(f"{where}: {keys[0]} is {_shown(role)}; expected {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise InputError(f"{where}: {keys[1]} is {_name(content)}; expected a string")
-    return {"role": role, "content": content}
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise InputError(f"{where}: weight is {_shown(weight)}; expected 0 or 1")
+    context = {"weight": 0} if role == "assistant" and weight == 0 else {}
+    return {"role": role, "content": content, **context}
 
 
 def _name(value) -> str:
