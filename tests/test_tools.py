@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -154,10 +155,36 @@ def test_curves(tmp_path, capsys):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot.main([str(run), str(run)])
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path / "nix")])
-    said = capsys.readouterr().err
-    assert said.startswith("plot: error: ") and said.endswith("expected a directory of a run\n")
+    capsys.readouterr()
+    for arguments, fault in (
+        ([tmp_path / "nix"], "expected a directory of a run\n"),
+        ([run, "--out", tmp_path / "nix" / "a.png"], "a.png: No such file or directory\n"),
+        ([run, "--out", tmp_path / "a.pgn"], "expected .png, .pdf or .svg\n"),
+        ([run, "--out", tmp_path / "a"], "expected .png, .pdf or .svg\n"),
+        ([tmp_path], "nothing to draw: no metrics yet\n"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text("")
+        with pytest.raises(SystemExit):
+            plot.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert said.err.startswith("plot: error: ") and said.err.endswith(fault) and not said.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run"]
+
+
+def test_runs_of_one_name_are_drawn_apart(tmp_path, monkeypatch):
+    """By their paths; runs whose last names differ, by these."""
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda runs, out: drawn.append(list(runs)) or True)
+    for name in ("a/dpo", "b/dpo", "b/kto"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    monkeypatch.chdir(tmp_path)
+    plot.main(["a/dpo", "b/dpo", "b/kto"])
+    plot.main(["a/dpo/", "b/kto"])
+    monkeypatch.chdir(tmp_path / "a" / "dpo")
+    plot.main([".", "../../b/kto"])
+    paths = [str(Path(name)) for name in ("a/dpo", "b/dpo", "b/kto")]
+    assert drawn == [paths, ["dpo", "kto"], ["dpo", "kto"]]
 
 
 # --------------------------------------------------------------------------------------------- card

@@ -36,14 +36,15 @@ def points(lines: list[dict], name: str) -> tuple[list, list]:
     return [line["step"] for line in there], [line[name] for line in there]
 
 
-def draw(runs: dict[str, list[dict]], out: Path) -> None:
-    """One panel for each group of metrics that some run has; evaluations are dots."""
+def draw(runs: dict[str, list[dict]], out: Path) -> bool:
+    """One panel for each group of metrics that some run has; evaluations are dots. Was there
+    anything to draw?"""
     from matplotlib.figure import Figure  # no pyplot: a notebook keeps its own figures
 
     seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
     panels = {title: names for title, names in PANELS.items() if seen.intersection(names)}
     if not panels:
-        return
+        return False
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
@@ -62,3 +63,4 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
         if len(runs) * len(names) > 1:
             axis.legend(fontsize=8, frameon=False)
     figure.savefig(out, dpi=120)
+    return True

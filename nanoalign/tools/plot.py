@@ -18,10 +18,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: curves.png in the first run")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "curves.png"
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {out}: expected .png, .pdf or .svg")
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = map(str, args.runs)
     try:
-        draw({run.name: read_run(run) for run in args.runs}, out)
+        if not draw({name: read_run(run) for name, run in zip(names, args.runs)}, out):
+            raise InputError(f"{out}: nothing to draw: no metrics yet")
     except ImportError:
         raise InputError("matplotlib is not installed; pip install 'nanoalign[plot]'") from None
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
     print(out)
 
 
