@@ -941,6 +941,10 @@ def test_control_characters_are_shown_escaped():
     )
     fine = "Zeilen\nund\tTabs, é, 漢字, \U0001f469\u200d\U0001f680"
     assert printable(fine) == fine
+    right_to_left = "می\u200cخواهم, \u200fשלום\u200e!, \u061cسلام"
+    assert printable(right_to_left) == right_to_left
+    for override in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069":
+        assert printable(f"a{override}b") == f"a\\u{ord(override):x}b"
 
 
 def test_chat_prints_a_hostile_model_escaped(model_dir, tmp_path):

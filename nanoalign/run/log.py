@@ -117,7 +117,9 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with its control and format characters escaped, but for newline, tab and joiner."""
-    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    others = {c for c in set(text) - {*"\n\t\u200d"} if unicodedata.category(c) in hidden}
+    """Text with its control and format characters escaped: all that could move the cursor, or
+    show other words in their order than a program reads. Newline and tab stay, and what Persian,
+    Arabic and Hebrew are written with: joiners, and marks of direction, which turn no letter."""
+    hidden, harmless = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}, "\n\t\u061c\u200c\u200d\u200e\u200f"
+    others = {c for c in set(text) - {*harmless} if unicodedata.category(c) in hidden}
     return text.translate({ord(c): ascii(c)[1:-1] for c in others})
