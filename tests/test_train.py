@@ -10,6 +10,7 @@ from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
+from nanoalign.run import session
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.record import rescale
 from nanoalign.train import learning_rate, optimizer_step, plan
@@ -237,6 +238,25 @@ def test_the_kl_of_kto_is_measured_on_other_prompts_replies(run, model_dir, data
             )
     expected = max(0.0, float(sum(ratios)) / len(ratios))
     assert lines[-1]["eval_kl"] == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
+def test_a_row_is_held_out_whole(run, data, monkeypatch):
+    """Thumbs up and down of one pair stay together: neither's prompt is trained on and measured."""
+    split, hold_out = [], session.hold_out
+    monkeypatch.setattr(session, "hold_out", lambda *given: split.extend(hold_out(*given)) or split)
+    run("kto", "--dataset_name", str(data / "dpo.jsonl"), "--eval_fraction", "0.4")
+    trained, held_out = ([e.where for e in examples] for examples in split)
+    assert len(held_out) == 2 * round(0.4 * 11) and len(trained) == 22 - len(held_out)
+    assert not set(trained) & set(held_out)
+
+
+def test_replies_are_shown_beside_those_at_the_start(run, model_dir, capsys):
+    """Whatever model the loss compares with: it is the policy that is asked, as it was."""
+    flags = ("--generate_during_eval", "true", "--eval_fraction", "0.3")
+    run("dpo", "--ref_model_name_or_path", model_dir, *flags)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    names = [words[0] for words in lines if words[-1][:1] in "'\""]
+    assert names == ["prompt", "policy", "start"] * 3
 
 
 # --------------------------------------------------------------------------- where logps come from

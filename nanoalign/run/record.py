@@ -174,13 +174,13 @@ def rescale(state: dict, overflow: bool) -> None:
 
 
 def replies(policy: Policy, examples: list[Example]) -> str:
-    """The policy's greedy replies to held-out prompts, beside the reference's."""
+    """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
     prompts = [example.prompt for example in examples]
     columns = {"prompt": [prompt[-64:] for prompt in prompts]}
     columns["policy"] = sample(policy, prompts, max_new_tokens=64)
     if policy.reference is not None:
         with policy.reference():
-            columns["reference"] = sample(policy, prompts, max_new_tokens=64)
+            columns["start"] = sample(policy, prompts, max_new_tokens=64)
     lines = []
     for row in zip(*columns.values()):
         texts = policy.tokenizer.batch_decode(row, skip_special_tokens=True)

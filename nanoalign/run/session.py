@@ -152,14 +152,16 @@ def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split
 
 
 def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """-> examples to train on, and the share of them to evaluate on."""
-    size = max(1, round(len(examples) * cfg.eval_fraction))
-    if size >= len(examples):
+    """-> examples to train on, and those of a share of the rows to evaluate on: KTO makes two
+    examples of a pair, and to train on one of them would be to know the other's prompt."""
+    rows = list(dict.fromkeys(e.where for e in examples))
+    size = max(1, round(len(rows) * cfg.eval_fraction))
+    if size >= len(rows):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
-    print(f"{size} examples held out for evaluation")
-    chosen = set(random.Random(cfg.seed).sample(range(len(examples)), size))
-    held_out = [e for e in examples if e.number in chosen]
-    return [e for e in examples if e.number not in chosen], held_out
+    chosen = set(random.Random(cfg.seed).sample(rows, size))
+    held_out = [e for e in examples if e.where in chosen]
+    print(f"{len(held_out)} examples held out for evaluation")
+    return [e for e in examples if e.where not in chosen], held_out
 
 
 def finish(cfg: Config, run: Run) -> Run:
