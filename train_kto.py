@@ -73,7 +73,9 @@ def run_kto(cfg: KTOConfig) -> Run:
             scores = run.policy(batch)
             desirable = torch.tensor([e.label for e in batch], device=ref.device)
             losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)
-            sums = {"loss": (losses.sum(), len(batch)), "kl": (z0 * len(batch), len(batch))}
+            sums = {"loss": (losses.sum(), len(batch))}
+            if with_z0:
+                sums["kl"] = z0 * len(batch), len(batch)
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]
                 sums |= reward_sums(side, rewards[index], scores.take(index))

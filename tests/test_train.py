@@ -308,7 +308,7 @@ def test_kto_without_a_reference_point_needs_no_second_prompt(run, tmp_path):
     row = {"prompt": "Hello!", "completion": "Bye.", "label": True}
     one.write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": False}) + "\n")
     lines = run("kto", "--dataset_name", str(one), "--loss_type", "apo_zero_unpaired")
-    assert column(lines, "kl") == [0, 0, 0]
+    assert len(lines) == 3 and not column(lines, "kl")  # nothing measured, nothing said
 
 
 # -------------------------------------------------------------------------- the step and the seed
