@@ -90,6 +90,8 @@ def examples(up, down):
     [
         (10, 10, (1, 1), None),
         (12, 10, (1, 1), None),
+        (14, 10, (1, 1), None),  # past 4:3, and not past 3:2
+        (16, 10, (1, 1), "undesirable_weight 1.20 to 1.60"),
         (10, 20, (1, 1), "desirable_weight 2.00 to 2.67"),
         (20, 10, (1, 1), "undesirable_weight 1.50 to 2.00"),
         (10, 20, (2, 1), None),

@@ -41,10 +41,15 @@ def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
 
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:
-    """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not."""
+    """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not within
+    1:1 to 3:2.
+
+    KTO's paper asks for the former in its first version, and for the latter in the fourth (eq. 9).
+    So nothing is said of what either would have, and what is advised is right by both.
+    """
     if not up or not down:  # said elsewhere: KTO learns from the contrast of both
         return None
-    if w_down * down <= w_up * up <= 4 / 3 * w_down * down:
+    if w_down * down <= w_up * up <= 3 / 2 * w_down * down:
         return None
     # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
     if w_up == 0 or (up < down and w_down > 0):
@@ -53,7 +58,7 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
         name, low = "undesirable_weight", w_up * up / down * 3 / 4
     return (
         f"thumbs up and down weigh {w_up * up:g} : {w_down * down:g}; --{name} {low:.2f} to "
-        f"{low * 4 / 3:.2f} brings them to between 1:1 and 4:3"
+        f"{low * 4 / 3:.2f} brings them to between 1:1 and 4:3 (KTO's paper, v1; v4: and 3:2)"
     )
 
 
