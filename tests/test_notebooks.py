@@ -20,6 +20,13 @@ def test_there_are_five():
     assert [path.stem[0] for path in NOTEBOOKS] == list("12345")
 
 
+def test_they_begin_alike():
+    """One cell finds the package; only one line of it is the reader's to fill in."""
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in NOTEBOOKS]
+    (first,) = {"".join(notebook["cells"][1]["source"]) for notebook in notebooks}
+    assert first.count("REPOSITORY = ") == 1 and "# !" not in first
+
+
 @each
 def test_runs(path, tmp_path, monkeypatch):
     """In a directory of its own, with nothing around it but the package."""
