@@ -35,6 +35,7 @@ def best(action, times: int = 3) -> float:
 def lengths_and_batches(args) -> None:
     import torch
 
+    from nanoalign.packing import Example
     from nanoalign.run.flags import SFTConfig
     from nanoalign.run.policy import load_policy
 
@@ -45,7 +46,7 @@ def lengths_and_batches(args) -> None:
 
     def per_token(sequences: int, length: int) -> str:
         ids = torch.randint(0, 1000, (sequences, length), generator=generator).tolist()
-        batch = [([], [(row, [False] + [True] * (length - 1))]) for row in ids]
+        batch = [Example([], [(row, [False] + [True] * (length - 1))]) for row in ids]
         seconds = best(lambda: (-policy.lm(batch).logps.sum()).backward())
         return f"{1e3 * seconds / (sequences * length):>8.2f} ms"
 

@@ -1,0 +1,193 @@
+"""The benchmarks run, and compare what they say they compare; how fast is not asked here."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import METHODS, call, metrics, write_data
+
+import nanoalign.train
+from nanoalign.chatml import ChatML
+from nanoalign.formats.layouts import DPO, KTO, SFT, read_examples
+from nanoalign.packing import Example
+from nanoalign.run import session
+from nanoalign.run.flags import SFTConfig
+from nanoalign.run.policy import load_policy
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import compare
+import growth
+import ideas
+import load_4bit
+
+ALL = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return compare.random_model("tiny", tmp_path_factory.mktemp("tiny"))
+
+
+# ---------------------------------------------------------------------------------------- ideas.py
+
+
+@pytest.fixture(scope="module")
+def dpo(model, tmp_path_factory, no_curves):
+    """idea -> the metrics of two DPO steps with it, and how often what it puts in place ran."""
+    home = write_data(tmp_path_factory.mktemp("data"))
+
+    def run(idea):
+        flags, patches, calls = {}, [], []
+        for change in ideas.variants()[idea]:
+            flags.update(change) if isinstance(change, dict) else patches.append(change)
+
+        def counted(replacement):
+            return lambda *given, **more: calls.append(idea) or replacement(*given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            load = session.load_policy
+
+            def load_and_patch(*given):
+                policy = load(*given)
+                for module, name, new in patches:
+                    patch.setattr(module, name, counted(new) if callable(new) else new)
+                return policy
+
+            patch.setattr(session, "load_policy", load_and_patch)
+            out = tmp_path_factory.mktemp("out")
+            given = dict(
+                model_name_or_path=model, dataset_name=home / "dpo.jsonl", output_dir=out,
+                device="cpu", dtype="float32", max_steps=2, logging_steps=1, learning_rate=1e-2,
+                per_device_train_batch_size=4, save_steps=9,
+            )  # fmt: skip
+            call("dpo", {**given, **flags})
+        assert bool(calls) == any(callable(new) for *_, new in patches)
+        return metrics(out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def as_it_is(dpo):
+    return {False: dpo("as it is"), True: dpo("4 bits")}
+
+
+@pytest.mark.parametrize("idea", [name for name in ideas.variants() if "compiled" not in name])
+def test_an_idea_taken_away_changes_no_number(idea, dpo, as_it_is):
+    """It costs time or memory: rewards, losses and gradients are the same."""
+    lines, expected = dpo(idea), as_it_is["4 bits" in idea]
+    names = {"loss", "grad_norm", "rewards/margins", "rewards/accuracies"}
+    if "prompts" in idea:  # log-probs of the prompt are in both replies', and in no difference
+        assert lines[0]["logps/chosen"] < expected[0]["logps/chosen"] - 1
+    else:
+        names |= {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
+    steps = 1 if "dropout" in idea else 2  # the mask is another; B is 0 in the first step
+    names -= {"grad_norm"} if "dropout" in idea else set()
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for line, other in zip(lines[:steps], expected):
+        for name in names:
+            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+def test_what_the_ideas_save():
+    """Tokens that are computed, or trained."""
+    pair = Example([1, 2, 3], [([4, 5], [True, True]), ([6, 7, 8, 9], [False, True, True, True])])
+    one, two = ideas.unshared([pair])
+    assert one.prompt == two.prompt == pair.prompt
+    assert [one.completions, two.completions] == [[c] for c in pair.completions]
+    one, two = ideas.padded([pair])
+    assert one.completions == [([4, 5, 0, 0], [True, True, False, False])]
+    assert len(one) == len(two) == 7
+    one, two = ideas.everywhere([pair])
+    assert one.prompt == [1] and one.completions == [([2, 3, 4, 5], [True] * 4)]
+    assert len(two) == 7 and sum(two.completions[0][1]) == 6
+
+
+# --------------------------------------------------------------------------------------- growth.py
+
+
+def test_best_calls_once_more_than_it_counts():
+    calls = []
+    assert growth.best(lambda: calls.append(1), times=2) >= 0 and len(calls) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+@pytest.mark.parametrize("plain", [False, True])
+def test_head_memory_is_a_number(plain, capsys):
+    growth.head_memory(500, plain)
+    assert float(capsys.readouterr().out) >= 0
+    assert growth.resident("VmHWM") >= growth.resident("VmRSS") > 10
+
+
+def test_lengths_and_batches(model, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "best", lambda action: action() or 1.0)
+    growth.lengths_and_batches(argparse.Namespace(model=model))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(" ms") for line in lines) == 10
+    assert f"  one sequence of  4096 tokens {1e3 / 4096:>8.2f} ms" in lines
+    assert f"  16 sequences of 128 tokens  {1e3 / 2048:>8.2f} ms" in lines
+
+
+def test_pipeline(model, tmp_path, capsys):
+    pytest.importorskip("trl")
+    growth.pipeline(4, tmp_path, model)
+    assert capsys.readouterr().out.count("examples/s, theirs") == 2
+
+
+# -------------------------------------------------------------------------------------- compare.py
+
+
+@ALL
+def test_rows_of_random_words(method, tokenizer, tmp_path):
+    path = compare.write_rows(tmp_path / "rows.jsonl", compare.random_rows(method, 6, 9))
+    layouts = {"sft": SFT, "dpo": DPO, "kto": KTO}[method]
+    examples, _ = read_examples([path], layouts, tokenizer, ChatML(tokenizer))
+    assert len(examples) == 6 and all(len(e.completions) == 1 + (method == "dpo") for e in examples)
+
+
+@ALL
+def test_our_side_of_a_comparison(method, model, tmp_path, no_curves, monkeypatch):
+    """What both sides are given, and what ours reports of it."""
+    for module, name in ((nanoalign.train, "optimizer_step"), (session, "read_examples")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # it patches them for good
+    args = argparse.Namespace(
+        model=model, batch=2, steps=2, max_length=512, lora_dropout=0.0, device="cpu",
+        dtype="float32", qlora=False, torch_compile=False, checkpointing=False, method=method,
+        worker="ours", directory=str(tmp_path), sft_data=None, dpo_data=None, kto_data=None,
+    )  # fmt: skip
+    tokens, flops = compare.prepare(args, method, tmp_path)
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("ours", "theirs")
+    )
+    assert len(ours) == len(theirs) == 6 and all("prompt" in row for row in theirs)
+    counted = sum(len(r["ids"][0]) + len(ids) for r in ours[2:] for ids, _ in r["ids"][1])
+    assert tokens == counted and flops > 2 * tokens * 64**2
+    compare.run_ours(args)
+    result = json.loads((tmp_path / "ours.json").read_text())
+    assert result["seconds"] > 0 and result["peak"] > 0
+    if method != "sft":
+        assert result["first"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[method], abs=1e-4)
+
+
+def test_flops(model):
+    """A prompt counts once; a backward pass of frozen weights is as much as a forward."""
+    lm = load_policy(SFTConfig(model_name_or_path=model, device="cpu")).model
+    prompt, reply = [1] * 10, ([2] * 5, [True] * 5)
+    one = compare.flops_of(lm, prompt, [reply])
+    assert one < compare.flops_of(lm, prompt, [reply, reply]) < 2 * one
+    assert one < compare.flops_of(lm, prompt, [reply], backward=True) <= 2 * one
+
+
+# ------------------------------------------------------------------------------------ load_4bit.py
+
+
+def test_load_4bit(tmp_path, capsys):
+    load_4bit.write(tmp_path, layers=1, hidden=256, shard_mb=10)
+    assert "in 2 shards" in capsys.readouterr().out
+    load_4bit.measure(str(tmp_path), double_quant=False)
+    said = capsys.readouterr().out
+    assert "4-bit model" in said and "largest tensors" in said and "loaded in" in said
