@@ -94,7 +94,7 @@ def decode(data: bytes, name: str) -> str:
 
 def shown(text: str, start: int = 0) -> str:
     """What stands at text[start], for a message: a few words, control characters escaped."""
-    return repr(text[start : start + 50])[:60]
+    return "the end of the file" if 0 < start >= len(text) else repr(text[start : start + 50])[:60]
 
 
 def unique_keys(pairs: list) -> dict:
