@@ -14,6 +14,7 @@ import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from scripts import METHODS, ROOT, argv, command, files, metrics, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
@@ -22,6 +23,7 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
+from nanoalign.formats.weights import NOTE
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
@@ -214,7 +216,7 @@ IDLE = [  # flags of a run, and which of them have nothing to do in it
     ("sft", "--use_bnb_nested_quant --load_in_4bit", ""),
     ("sft", "--logging_first_step --logging_steps 1", "logging_first_step"),
     ("sft", "--logging_first_step", ""),
-    ("sft", "--overwrite_output_dir --resume_from_checkpoint", "overwrite_output_dir"),
+    ("sft", "--overwrite_output_dir --resume_from_checkpoint", ""),  # where there is no run yet
     ("sft", "--overwrite_output_dir", ""),
     ("sft", "--dataset_train_split a --dataset_test_split b",
      "dataset_test_split dataset_train_split"),
@@ -348,6 +350,56 @@ def test_a_start_never_overwrites_what_it_starts_from(script, model_dir, tmp_pat
             script, "sft", *more, model_name_or_path=model, output_dir="model",
             expected=["would overwrite what training starts from"],
         )  # fmt: skip
+
+
+def test_nor_what_lies_below_the_output_directory(script, model_dir):
+    """A checkpoint of it as the model, the adapter, the base of an adapter, or the reference."""
+    given = dict(save_steps=1, use_peft="false")
+    assert script("sft", **given)[0] == script("sft", **given, output_dir="other")[0] == 0
+    inner = "out/checkpoint-1"
+    assert script("sft", model_name_or_path=inner, output_dir="adapter")[0] == 0
+    for method, changes in (
+        ("sft", {"model_name_or_path": inner}),
+        ("sft", {"adapter_name_or_path": "adapter", "model_name_or_path": None}),
+        ("dpo", {"ref_model_name_or_path": script.folder / inner}),
+    ):
+        words = ["--output_dir out: would overwrite what training starts from: ", inner]
+        refused(script, method, "--overwrite_output_dir", **changes, expected=words)
+    assert script("sft", "--overwrite_output_dir", model_name_or_path="other")[0] == 0
+
+
+def test_to_resume_is_no_leave_to_overwrite(script):
+    """A directory of somebody else's, or another run's, is not taken over by a checkpoint that
+    isn't its own, nor where there is none."""
+    assert script("sft", save_steps=1)[0] == script("sft", output_dir="first", save_steps=1)[0] == 0
+    (script.folder / "taken").mkdir()
+    (script.folder / "taken" / "thesis.txt").write_text("years of work")
+    other, words = "--resume_from_checkpoint=first/checkpoint-1", ["not the run to go on with"]
+    refused(script, "sft", other, expected=words)
+    refused(script, "sft", "--resume_from_checkpoint", output_dir="taken", expected=words)
+    code, said, _ = script("sft", other, "--overwrite_output_dir", logging_steps=2, save_steps=5)
+    assert code == 0 and "going on from first/checkpoint-1" in said
+    assert not (script.folder / "out" / "checkpoint-1").exists()  # of the run that was there
+    assert [line["step"] for line in metrics(script.folder / "out")] == [2]
+    words = ["--resume_from_checkpoint", "--overwrite_output_dir"]
+    code, said, _ = script("sft", *words, output_dir="taken")
+    assert code == 0 and "taken: no checkpoint yet; starting at step 0" in said
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_the_new_ones(script):
+    """Not the note on the base of a 4-bit adapter, by which merge would go, nor the curves."""
+
+    def points():
+        board = EventAccumulator(str(script.folder / "out")).Reload()
+        return [event.step for event in board.Scalars("loss")]
+
+    board = {"report_to": "tensorboard", "save_steps": 1, "max_steps": 4}
+    assert script("sft", "--load_in_4bit", **board)[0] == 0
+    assert (script.folder / "out" / NOTE).exists() and points() == [1, 2, 3, 4]
+    assert script("sft", "--overwrite_output_dir", **board)[0] == 0
+    assert not (script.folder / "out" / NOTE).exists() and points() == [1, 2, 3, 4]
+    again = "--resume_from_checkpoint=out/checkpoint-2"
+    assert script("sft", again, **board)[0] == 0 and points() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("method", METHODS)

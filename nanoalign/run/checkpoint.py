@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import nn
 
 from nanoalign import InputError
 from nanoalign.data import Example
+from nanoalign.formats.weights import NOTE
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
@@ -116,14 +118,15 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
     state |= then
 
 
-def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> None:
+def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> Path | None:
     """Go on from the newest checkpoint of `directory` ("last") or from a given one, if there is one
-    yet. A damaged checkpoint is named and the one before it taken."""
+    yet. A damaged checkpoint is named and the one before it taken. -> the one that was taken."""
     found = checkpoints_named(which, directory)
     for path in reversed(found):
         try:
             load_state(path, named, optimizer, state)
-            return print(f"going on from {path}")
+            print(f"going on from {path}")
+            return path
         except UNREADABLE as error:
             why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             if path is found[0]:
@@ -152,6 +155,20 @@ def checkpoints_named(which: str, directory: Path) -> list[Path]:
     return [path] if one and which != "last" else checkpoints(path)
 
 
+def lies_in(checkpoint: Path, directory: Path) -> bool:
+    return os.path.realpath(checkpoint.parent) == os.path.realpath(directory)
+
+
+def continues(which: str | None, directory: Path) -> bool:
+    """Is what --resume_from_checkpoint names a run in this directory? One that was killed before
+    its first checkpoint has left its metrics only."""
+    if which == "last":
+        left = "run.json", "metrics.jsonl", "tmp-metrics.jsonl"
+        return bool(checkpoints(directory)) or any((directory / name).exists() for name in left)
+    found = checkpoints_named(which, directory) if which else []
+    return any(lies_in(path, directory) for path in found)
+
+
 def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
     """Delete all but the newest `keep` checkpoints of the steps up to `step`.
 
@@ -166,14 +183,17 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
 def take_over(directory: Path, fresh: bool) -> None:
     """Make `directory` the run's own.
 
-    What a crash left unfinished goes and, at a `fresh` start, an earlier run's checkpoints: a later
-    --resume_from_checkpoint would take them for this run's.
+    What a crash left unfinished goes and, at a `fresh` start, what an earlier run left and this one
+    may not write over. Its checkpoints would be taken for this run's by --resume_from_checkpoint,
+    its note on a 4-bit base by merge, and its events by TensorBoard.
     """
     with saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
             shutil.rmtree(path, ignore_errors=True)
         if fresh:
-            for name in ("run.json", "adapter_config.json"):  # they describe the earlier run
-                (directory / name).unlink(missing_ok=True)
+            names = "run.json", "adapter_config.json", "adapter_model.safetensors", NOTE
+            events = directory.glob("events.out.tfevents.*")
+            for path in [*(directory / name for name in names), *events]:
+                path.unlink(missing_ok=True)
             prune(directory, keep=0)

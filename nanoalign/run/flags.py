@@ -101,7 +101,7 @@ class Config:
         None, "go on from the newest checkpoint of output_dir, or from this one",
         nargs="?", const="last", free=True)
     overwrite_output_dir: bool = flag(
-        False, "use one that is not empty", idle=lambda c: c.resume_from_checkpoint, free=True)
+        False, "use one that is not empty, and what an earlier run left there goes", free=True)
     per_device_train_batch_size: int = flag(8, "examples a micro-batch", POSITIVE)
     per_device_eval_batch_size: int = flag(
         8, "examples an evaluation batch", POSITIVE, idle=no_evaluation, free=True)

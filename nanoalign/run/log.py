@@ -44,7 +44,6 @@ class Log:
 
     def __init__(self, directory: Path, total: int, step: int, report_to: str):
         self.total, path = total, directory / "metrics.jsonl"
-        keep_lines(path, step)
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -53,7 +52,8 @@ class Log:
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                board = SummaryWriter(log_dir=str(directory))
+                # What a killed run reported after its last checkpoint will be reported again.
+                board = SummaryWriter(log_dir=str(directory), purge_step=step + 1)
                 self.report = lambda numbers, step: [
                     board.add_scalar(name, value, step) for name, value in numbers.items()
                 ]

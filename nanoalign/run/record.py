@@ -15,10 +15,10 @@ from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
-from nanoalign.run.checkpoint import fingerprint, prune, resume, save_state, take_over
+from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
-from nanoalign.run.log import Log
+from nanoalign.run.log import Log, keep_lines
 from nanoalign.run.policy import save_policy
 from nanoalign.run.session import Run
 from nanoalign.train import Method, Step, add, evaluate, fitting, make_optimizer, means, plan, train
@@ -81,11 +81,13 @@ class Record:
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
         self.state["fingerprint"] = fingerprint(vars(cfg), run.examples, run.policy.lm)
         self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
-        which = cfg.resume_from_checkpoint
+        which, found = cfg.resume_from_checkpoint, None
         if which is not None:
-            resume(which, self.directory, self.named, self.optimizer, self.state)
-        take_over(self.directory, fresh=which is None)
+            found = resume(which, self.directory, self.named, self.optimizer, self.state)
+        fresh = found is None or not lies_in(found, self.directory)
+        take_over(self.directory, fresh)
         prune(self.directory, cfg.save_total_limit, self.step)
+        keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
         self.log = Log(self.directory, self.total, self.step, cfg.report_to)
         self.start = time.monotonic() - self.state["time"]
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics

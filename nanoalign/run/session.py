@@ -27,7 +27,7 @@ from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
-from nanoalign.run.policy import load_policy, tokenizer_of
+from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 
 
 @dataclass
@@ -103,10 +103,7 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
     """Before anything is loaded: can the run write there, and would it write over something?"""
     if not cfg.output_dir:
         raise InputError("--output_dir: say where everything is to go")
-    directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
-    resumes = which == "last" or (which and checkpoint.checkpoints_named(which, directory))
-    sources = [s for s in (cfg.model_name_or_path, cfg.adapter_name_or_path) if s]
-    wrong = None
+    directory, which, wrong = Path(cfg.output_dir), cfg.resume_from_checkpoint, None
     try:
         real = Path(os.path.realpath(directory))  # without links and ".."
         existing = next(path for path in (real, *real.parents) if path.exists())
@@ -115,14 +112,29 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         elif not os.access(existing, os.W_OK | os.X_OK):
             wrong = f"{existing} is not writable"
         elif existing == real and any(real.iterdir()):
-            if any(os.path.exists(s) and real.samefile(s) for s in sources):
-                wrong = "would overwrite what training starts from"
-            elif not (may_overwrite or cfg.overwrite_output_dir or resumes):
+            permitted = may_overwrite or cfg.overwrite_output_dir
+            if inside := [name for name in sources(cfg) if holds(real, name)]:
+                wrong = f"would overwrite what training starts from: {inside[0]}"
+            elif which and not (permitted or checkpoint.continues(which, real)):
+                wrong = "not empty, and not the run to go on with; --overwrite_output_dir uses it"
+            elif not (permitted or which):
                 wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
     except OSError as error:  # a name that is too long, a directory that can't be listed
         wrong = error.strerror
     if wrong:
         raise InputError(f"--output_dir {directory}: {wrong}")
+
+
+def sources(cfg: Config) -> list[str]:
+    """The models that training starts from or compares with."""
+    names = [base_of(cfg)[0], cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")]
+    return [name for name in names if name]
+
+
+def holds(directory: Path, name: str) -> bool:
+    """Is the model `name` this directory, or somewhere below it?"""
+    path = Path(os.path.realpath(name))
+    return path.exists() and any(directory.samefile(p) for p in (path, *path.parents))
 
 
 def end_if_finished(cfg: Config) -> None:
