@@ -23,6 +23,7 @@ import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
+from nanoalign.run.checkpoint import fingerprint
 from nanoalign.run.flags import SFTConfig, parse
 
 pytestmark = [
@@ -462,6 +463,45 @@ def test_data_and_base_are_known_by_what_they_hold(flags, halfway, data, model_d
     shutil.rmtree(base)
     shutil.copytree(model_dir, base)
     call("sft", given)
+
+
+def test_the_fingerprint_of_weights_is_exact_in_any_order():
+    """Whatever the number of threads that sum, and in every dtype that a model may hold."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1000, 1000)
+    model.weight.data = (5 * torch.randn(1000, 1000)).exp()  # sums of floats have to round
+    for number, tensor in enumerate((
+        torch.tensor(0.5), torch.zeros(0), torch.rand(5, 6).T, torch.rand(9) < 0.5,
+        torch.rand(9).bfloat16(), torch.rand(9).to(torch.float8_e4m3fn), torch.arange(9).byte(),
+        torch.rand(9).double(), torch.arange(9).to(torch.int8), torch.tensor(True),
+    )):  # fmt: skip
+        model.register_buffer(f"buffer{number}", tensor)
+    seen, threads = [], torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        seen.append(fingerprint({}, "", model))
+    torch.set_num_threads(threads)
+    assert seen[0] == seen[1] == seen[2]
+    for tensor in list(model.state_dict().values()):
+        if tensor.numel():
+            first = tensor[(0,) * tensor.dim()].reshape(1)
+            first.view(torch.uint8)[0] ^= 1  # its least bit
+            seen.append(fingerprint({}, "", model))
+    assert len({str(values) for values in seen}) == 1 + 2 + 9
+
+
+def test_data_are_hashed_once(flags, tmp_path, monkeypatch):
+    real, calls = nanoalign.run.checkpoint.data_fingerprint, []
+
+    def counted(examples):
+        calls.append(len(examples))
+        return real(examples)
+
+    monkeypatch.setattr(nanoalign.run.checkpoint, "data_fingerprint", counted)
+    call("sft", flags("sft", tmp_path))
+    assert calls == [11]
+    sha = json.loads((tmp_path / "run.json").read_text())["data_sha256"]
+    assert len(sha) == 64
 
 
 def test_what_may_change(flags, halfway, whole, tmp_path):

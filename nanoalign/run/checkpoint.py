@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.data import Example
@@ -34,6 +34,7 @@ from nanoalign.formats.weights import NOTE
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 
@@ -46,15 +47,25 @@ def data_fingerprint(examples: list[Example]) -> str:
     return data.hexdigest()
 
 
-def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
-    """What makes a run this run: its flags, data and weights. Taken before the first step."""
+def sum_of_bits(tensor: Tensor) -> int:
+    """The sum of a tensor's numbers, their bits read as whole numbers. A sum of floats depends on
+    its order, and so on the number of threads and the device; this one is exact in any order.
+
+    It is summed in parts because torch makes an int64 copy of what it sums as int64.
+    """
+    bits = tensor.detach().contiguous().view(WHOLE[tensor.element_size()]).flatten()
+    return sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
+
+
+def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
+    """What makes a run this run: its flags, data (data_fingerprint) and weights, before step 1."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        total = tensor.detach().sum(dtype=torch.float64).item()
-        weights[tensor.requires_grad].update(f"{name} {tuple(tensor.shape)} {total!r}\n".encode())
+        line = f"{name} {tuple(tensor.shape)} {sum_of_bits(tensor)}\n"
+        weights[tensor.requires_grad].update(line.encode())
     return {
         "flags": flags,
-        "data": data_fingerprint(examples),
+        "data": data,
         "base": weights[False].hexdigest(),
         "starting weights": weights[True].hexdigest(),
     }

@@ -79,7 +79,7 @@ class Record:
         # what a checkpoint keeps of a run, beside weights and generators
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
-        self.state["fingerprint"] = fingerprint(vars(cfg), run.examples, run.policy.lm)
+        self.state["fingerprint"] = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
         self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
         which, found = cfg.resume_from_checkpoint, None
         if which is not None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -36,6 +37,11 @@ class Run:
     examples: list[Example]
     held_out: list[Example]
     before: dict | None = None  # the built-in world's measurement before training
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Of the ids, masks and labels that it trains on."""
+        return checkpoint.data_fingerprint(self.examples)
 
 
 def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> None:
@@ -193,7 +199,7 @@ def finish(cfg: Config, run: Run) -> Run:
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
-        "data_sha256": checkpoint.data_fingerprint(run.examples),  # of ids, masks and labels
+        "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": commit,
     }
