@@ -144,7 +144,7 @@ BAD_FLAGS = [
     ("sft", "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0"),
     ("sft", "--logging_steps 0", "--logging_steps 0"),
     ("sft", "--eval_steps 0", "--eval_steps 0"),
-    ("sft", "--save_steps 0", "--save_steps 0"),
+    ("sft", "--save_steps -1", "--save_steps -1: must not be negative"),
     ("sft", "--save_total_limit 0", "--save_total_limit 0"),
     ("sft", "--skip_nonfinite -1", "--skip_nonfinite -1: must not be negative"),
     ("sft", "--max_grad_norm -1", "--max_grad_norm -1.0: must not be negative"),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import train_kto
 import train_sft
 from nanoalign import InputError
 from nanoalign.run.checkpoint import fingerprint
+from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
 
 pytestmark = [
@@ -167,6 +169,57 @@ def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model
     stopped(monkeypatch, 4, "dpo", given)
     call("dpo", given | LAST)
     assert (metrics(tmp_path / "dpo"), tensors(tmp_path / "dpo")) == expected
+
+
+@ALL
+@pytest.mark.parametrize("when", ["before it", "in it"])
+def test_a_signal_does_not_wait_for_an_evaluation(
+    method, when, flags, whole, tmp_path, monkeypatch
+):
+    """Of step 3: it is cut off before its second batch, and the run that goes on does it."""
+    given = flags(method, tmp_path / "run", per_device_eval_batch_size=3)
+    module, name = LOSSES[method]
+    real, batches = getattr(module, name), []
+
+    def counted(*args, **more):
+        if not torch.is_grad_enabled():
+            batches.append(1)
+            if when == "in it":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(module, name, counted)
+        if when == "before it":
+            at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call(method, given)
+    assert stop.value.code == 143 and len(batches) == (when == "in it")
+    assert tops(tmp_path / "run") == ["checkpoint-3"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
+    call(method, given | LAST)
+    lines, (expected, weights) = metrics(tmp_path / "run"), whole(method)
+    assert tensors(tmp_path / "run") == weights
+    assert [line["step"] for line in lines] == [3, 3, 6, 6, 8, 8]
+    for line, other in zip(lines, expected):  # whose evaluation batches are larger
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_the_last_weights_are_saved_before_the_last_evaluation(flags, whole, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+        at_step(patch, 8, lambda: patch.setattr(nanoalign.run.record, "evaluate", broken))
+        call("sft", flags("sft", tmp_path))
+    assert tensors(tmp_path) == whole("sft")[1]
+
+
+def test_without_checkpoints(flags, tmp_path, monkeypatch):
+    """--save_steps 0: only a run that is stopped leaves one."""
+    call("sft", flags("sft", tmp_path / "run", save_steps=0))
+    assert tops(tmp_path / "run") == []
+    stopped(monkeypatch, 2, "sft", flags("sft", tmp_path / "stopped", save_steps=0))
+    assert tops(tmp_path / "stopped") == ["checkpoint-2"]
 
 
 def test_a_second_signal_stops_at_once(flags, whole, tmp_path, monkeypatch):
@@ -659,6 +712,18 @@ def test_what_can_not_be_written(flags, tmp_path, monkeypatch):
         call("sft", flags("sft", tmp_path / "c", overwrite_output_dir="true"))
 
 
+def test_where_a_directory_can_not_be_opened(tmp_path, monkeypatch):
+    """On Windows; nor can what is open for reading be flushed there."""
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    windows = vars(os) | {"name": "nt", "open": denied, "fsync": denied}
+    monkeypatch.setattr(nanoalign.run.files, "os", SimpleNamespace(**windows))
+    write_whole(tmp_path / "whole", lambda beside: (beside / "file").write_text("x"))
+    assert files(tmp_path) == {"whole": None, "whole/file": b"x"}
+
+
 def test_faults_of_ours_are_not_taken_for_a_full_disk(flags, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("a fault of ours")
@@ -730,6 +795,49 @@ def test_what_is_not_finite_stops_the_run(method, how, flags, data, tmp_path, mo
     now = files(tmp_path / "run")
     assert all(now[name] == content for name, content in seen.items())
     assert now.keys() == seen.keys() and "adapter_model.safetensors" not in now
+
+
+def test_the_steps_before_are_saved_and_the_cure_may_be_taken(flags, tmp_path, monkeypatch, capsys):
+    """No checkpoint was due. What helps against numbers that are not finite, and against a lack of
+    memory, may change when the run goes on; the bad step counts once."""
+    given = flags("sft", tmp_path, save_steps=0)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="step 3: loss or"):
+        poison(patch, "sft", {6})
+        call("sft", given)
+    assert tops(tmp_path) == ["checkpoint-2"]
+    assert "saved in checkpoint-2; --resume_from_checkpoint goes on" in capsys.readouterr().out
+    cure = dict(skip_nonfinite=1, max_row_tokens=40, gradient_checkpointing="true")
+    poison(monkeypatch, "sft", {1})
+    call("sft", given | LAST | cure)
+    said = capsys.readouterr().out
+    assert "going on from" in said and "step 3: loss" in said and "; skipped, 1 of 1" in said
+
+
+def test_a_line_names_a_few_rows_and_says_how_many_more(flags, tmp_path, monkeypatch):
+    poison(monkeypatch, "sft", {1})
+    with pytest.raises(InputError, match="its rows: .*, and 3 more$") as error:
+        call("sft", flags("sft", tmp_path, per_device_train_batch_size=11))
+    assert str(error.value).count(", line ") == 8
+
+
+@ALL
+def test_an_evaluation_that_is_not_finite(method, flags, tmp_path, monkeypatch, capsys):
+    """It is said, and metrics.jsonl stays JSON; the run goes on."""
+    module, name = LOSSES[method]
+    real = getattr(module, name)
+
+    def bad(*args, **more):
+        out = real(*args, **more)
+        if torch.is_grad_enabled():
+            return out
+        return (out[0] * torch.nan, *out[1:]) if isinstance(out, tuple) else out * torch.nan
+
+    monkeypatch.setattr(module, name, bad)
+    call(method, flags(method, tmp_path))
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [3, 3, 6, 6, 8, 8]
+    assert not any("eval_loss" in line for line in lines)
+    assert "step 6: not finite: eval_loss\n" in capsys.readouterr().out
 
 
 @ALL
