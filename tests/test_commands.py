@@ -30,7 +30,7 @@ from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, main, start
+from nanoalign.run.session import check_output_dir, git_commit, main, start
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -507,6 +507,63 @@ def test_a_fourth_script_is_one_file(model_dir, data, tmp_path):
     assert "- long\n" in card and "trained with LONG by nanoalign" in card
     code, _, errors = command(folder, script, *argv(given | {"least_tokens": 0}))
     assert code == 2 and errors == "train_long.py: error: --least_tokens 0: must be more than 0\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError('Tried to allocate 9 GiB.')",
+        "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9')",
+        "RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9')",
+        "RuntimeError('MPS backend out of memory')",
+    ],
+)
+def test_out_of_memory(error, model_dir, data, tmp_path):
+    """In step 3: one line names what needs less, of what is not on; steps 1 and 2 are saved."""
+    folder, script = tmp_path / "work", tmp_path / "train_long.py"
+    folder.mkdir()
+    begin, raises = (
+        "    def long(batches):\n",
+        f"        if len(steps) > 2:\n            raise {error}\n",
+    )
+    method = f"    steps = []\n\n{begin}        steps.append(1)\n{raises}"
+    script.write_text("import torch\n" + FOURTH.replace(begin, method))
+    given = dict(model_name_or_path=model_dir, dataset_name=data / "sft.jsonl", device="cpu",
+                 output_dir="out", max_steps=4)  # fmt: skip
+    less = {
+        "--gradient_checkpointing or --max_row_tokens or --load_in_4bit": {},
+        "--max_row_tokens or --load_in_4bit": dict(gradient_checkpointing="true"),
+        "--gradient_checkpointing or a lower --max_row_tokens": dict(
+            max_row_tokens=99, load_in_4bit="true"
+        ),
+    }
+    for names, flags in less.items() if "MPS" in error else [*less.items()][:1]:
+        more = flags | {"overwrite_output_dir": "true"}
+        code, said, errors = command(folder, str(script), *argv(given | more))
+        line = f"out of memory; less is needed with {names}; checkpoints stand"
+        assert (code, errors) == (2, f"train_long.py: error: {line}\n")
+        assert "saved in checkpoint-2; --resume_from_checkpoint goes on there" in said
+        assert (folder / "out" / "checkpoint-2" / "state.json").exists()
+    script.write_text(FOURTH)
+    code, said, _ = command(folder, str(script), *argv(given | flags), "--resume_from_checkpoint")
+    assert code == 0 and "going on from out/checkpoint-2" in said
+
+
+def test_the_commit_is_that_of_our_own_code(tmp_path):
+    """Not of a repository in which the package is only installed."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True)
+
+    git("init", "-q")
+    (tmp_path / "theirs.py").write_text("")
+    (tmp_path / "ours.py").write_text("")
+    git("add", "theirs.py")
+    git("commit", "-qm", "theirs")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert len(head) == 40 and git_commit(tmp_path / "theirs.py") == head
+    assert git_commit(tmp_path / "ours.py") is None
 
 
 def test_tools_end_with_one_line_too(tmp_path):

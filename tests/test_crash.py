@@ -454,6 +454,36 @@ def test_a_finished_run(flags, tmp_path, capsys):
             call("sft", given | LAST)
 
 
+def test_a_run_goes_on_at_weights_and_biases(flags, tmp_path, monkeypatch, capsys):
+    """Under its name there, which a new run in the same directory does not take over. Without a key
+    or a network it is one line, and the run goes on without."""
+    begun, reported = [], []
+
+    def init(**given):
+        begun.append(given)
+        return SimpleNamespace(log=lambda numbers, step: reported.append(step), finish=lambda: None)
+
+    wandb = SimpleNamespace(init=init, Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    given = flags("sft", tmp_path, report_to="wandb", eval_steps=None)
+    stopped(monkeypatch, 4, "sft", given)
+    call("sft", given | LAST)
+    call("sft", given | {"overwrite_output_dir": "true"})
+    ids = [how["id"] for how in begun]
+    assert ids[0] == ids[1] != ids[2] and {how["resume"] for how in begun} == {"allow"}
+    assert begun[0]["config"]["learning_rate"] == 1e-2
+    assert reported == [3, 6, 8, 8, 3, 6, 8, 8]
+
+    def no_key(**given):
+        raise wandb.Error("api_key not configured (no-tty).\ncall wandb.login(key=...)")
+
+    wandb.init = no_key
+    capsys.readouterr()
+    call("sft", given | {"overwrite_output_dir": "true"})
+    said = capsys.readouterr().out
+    assert "--report_to wandb: api_key not configured (no-tty). call wandb.login(key" in said
+
+
 @pytest.fixture(scope="module")
 def halfway(flags, tmp_path_factory):
     """A run that has checkpoints 2 and 4, and was stopped."""

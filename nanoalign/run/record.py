@@ -8,6 +8,7 @@ import contextlib
 import math
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
@@ -22,7 +23,7 @@ from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log, keep_lines
 from nanoalign.run.policy import save_policy
-from nanoalign.run.session import Run
+from nanoalign.run.session import Run, out_of_memory
 from nanoalign.train import Method, Step, add, evaluate, fitting, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
@@ -34,7 +35,7 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     A signal lets the step finish, saves a checkpoint and ends the run.
     """
     record = Record(cfg, run)
-    with contextlib.closing(record.log), stop_signals() as record.signals:
+    with contextlib.closing(record.log), stop_signals() as record.signals, record.kept():
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
         for step in train(cfg, run.policy, run.examples, method, *start):
@@ -82,6 +83,7 @@ class Record:
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
         self.state["evaluated"] = 0  # after this step, the last time
+        self.state["run_id"] = ""  # its name at Weights & Biases
         self.signals: list[int] = []  # that came
         self.state["fingerprint"] = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
         self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
@@ -89,10 +91,12 @@ class Record:
         if which is not None:
             found = resume(which, self.directory, self.named, self.optimizer, self.state)
         fresh = found is None or not lies_in(found, self.directory)
+        if fresh:
+            self.state["run_id"] = uuid.uuid4().hex
         take_over(self.directory, fresh)
         prune(self.directory, cfg.save_total_limit, self.step)
         keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
-        self.log = Log(self.directory, self.total, self.step, cfg.report_to)
+        self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.start = time.monotonic() - self.state["time"]
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
         self.saved = self.step  # in the newest checkpoint
@@ -187,6 +191,17 @@ class Record:
         write_whole(self.directory / f"checkpoint-{self.step}", write)
         prune(self.directory, self.cfg.save_total_limit, self.step)
         self.saved = self.step
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Memory that runs out does so before a step changes a weight (AdamW's own was taken in the
+        first), so what was done until then is saved."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                self.save_what_is_done()
+            raise
 
     def save_what_is_done(self) -> None:
         """Before the run ends with an error: the steps since the last checkpoint are good."""

@@ -50,7 +50,29 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
     with command(Path(sys.argv[0]).name):
-        run(parse(kind, sys.argv[1:], built_in))
+        cfg = parse(kind, sys.argv[1:], built_in)
+        try:
+            run(cfg)
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise InputError(need_less(cfg)) from None
+            raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch has an error of its own for it on CUDA; elsewhere the text tells."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return own or any(text in str(error) for text in words)
+
+
+def need_less(cfg: Config) -> str:
+    """The flags with which a run that ran out of memory would need less of it."""
+    less = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing"]
+    less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
+    if cfg.use_peft and not cfg.load_in_4bit:
+        less.append("--load_in_4bit")
+    return f"out of memory; less is needed with {' or '.join(less)}; checkpoints stand"
 
 
 @contextlib.contextmanager
@@ -191,17 +213,13 @@ def finish(cfg: Config, run: Run) -> Run:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
             write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
-    commit = None
-    with contextlib.suppress(OSError):  # there is no git
-        ask = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     record = {
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
         "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
-        "git_commit": commit,
+        "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     if line := afterthought(lines):
@@ -210,3 +228,14 @@ def finish(cfg: Config, run: Run) -> Run:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
     return run
+
+
+def git_commit(file: Path) -> str | None:
+    """The commit that holds a file, if one does: installed, the package may lie in somebody else's
+    repository, which doesn't."""
+    ask = ["git", "-C", file.parent, "rev-parse", "HEAD", f"HEAD:./{file.name}"]
+    with contextlib.suppress(OSError):  # there is no git
+        done = subprocess.run(ask, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.split()[0]
+    return None
