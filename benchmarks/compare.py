@@ -255,7 +255,7 @@ def run_ours(args) -> None:
         model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",
         dataset_name=[args.directory + "/ours.jsonl"], shuffle_dataset=False,
         overwrite_output_dir=True, dtype=args.dtype, load_in_4bit=args.qlora, device=args.device,
-        torch_compile=args.torch_compile, save_steps=None,
+        torch_compile=args.torch_compile, save_steps=0,
         gradient_checkpointing=args.checkpointing, **settings(args),
     )  # fmt: skip
     run(cfg)

@@ -121,7 +121,7 @@ def worker(args) -> None:
         run_dpo(DPOConfig(
             model_name_or_path=args.model, dataset_name=[args.data], output_dir=directory,
             overwrite_output_dir=True, device="cpu", dtype="bfloat16", max_length=512,
-            per_device_train_batch_size=args.batch, max_steps=args.steps + 1, save_steps=None,
+            per_device_train_batch_size=args.batch, max_steps=args.steps + 1, save_steps=0,
             shuffle_dataset=False, **flags,
         ))  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,6 +14,7 @@ import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from scripts import METHODS, ROOT, argv, command, files, metrics, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
@@ -22,13 +23,14 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
+from nanoalign.formats.weights import NOTE
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, main, start
+from nanoalign.run.session import check_output_dir, git_commit, main, start
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -142,7 +144,7 @@ BAD_FLAGS = [
     ("sft", "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0"),
     ("sft", "--logging_steps 0", "--logging_steps 0"),
     ("sft", "--eval_steps 0", "--eval_steps 0"),
-    ("sft", "--save_steps 0", "--save_steps 0"),
+    ("sft", "--save_steps -1", "--save_steps -1: must not be negative"),
     ("sft", "--save_total_limit 0", "--save_total_limit 0"),
     ("sft", "--skip_nonfinite -1", "--skip_nonfinite -1: must not be negative"),
     ("sft", "--max_grad_norm -1", "--max_grad_norm -1.0: must not be negative"),
@@ -214,7 +216,7 @@ IDLE = [  # flags of a run, and which of them have nothing to do in it
     ("sft", "--use_bnb_nested_quant --load_in_4bit", ""),
     ("sft", "--logging_first_step --logging_steps 1", "logging_first_step"),
     ("sft", "--logging_first_step", ""),
-    ("sft", "--overwrite_output_dir --resume_from_checkpoint", "overwrite_output_dir"),
+    ("sft", "--overwrite_output_dir --resume_from_checkpoint", ""),  # where there is no run yet
     ("sft", "--overwrite_output_dir", ""),
     ("sft", "--dataset_train_split a --dataset_test_split b",
      "dataset_test_split dataset_train_split"),
@@ -350,6 +352,56 @@ def test_a_start_never_overwrites_what_it_starts_from(script, model_dir, tmp_pat
         )  # fmt: skip
 
 
+def test_nor_what_lies_below_the_output_directory(script, model_dir):
+    """A checkpoint of it as the model, the adapter, the base of an adapter, or the reference."""
+    given = dict(save_steps=1, use_peft="false")
+    assert script("sft", **given)[0] == script("sft", **given, output_dir="other")[0] == 0
+    inner = "out/checkpoint-1"
+    assert script("sft", model_name_or_path=inner, output_dir="adapter")[0] == 0
+    for method, changes in (
+        ("sft", {"model_name_or_path": inner}),
+        ("sft", {"adapter_name_or_path": "adapter", "model_name_or_path": None}),
+        ("dpo", {"ref_model_name_or_path": script.folder / inner}),
+    ):
+        words = ["--output_dir out: would overwrite what training starts from: ", inner]
+        refused(script, method, "--overwrite_output_dir", **changes, expected=words)
+    assert script("sft", "--overwrite_output_dir", model_name_or_path="other")[0] == 0
+
+
+def test_to_resume_is_no_leave_to_overwrite(script):
+    """A directory of somebody else's, or another run's, is not taken over by a checkpoint that
+    isn't its own, nor where there is none."""
+    assert script("sft", save_steps=1)[0] == script("sft", output_dir="first", save_steps=1)[0] == 0
+    (script.folder / "taken").mkdir()
+    (script.folder / "taken" / "thesis.txt").write_text("years of work")
+    other, words = "--resume_from_checkpoint=first/checkpoint-1", ["not the run to go on with"]
+    refused(script, "sft", other, expected=words)
+    refused(script, "sft", "--resume_from_checkpoint", output_dir="taken", expected=words)
+    code, said, _ = script("sft", other, "--overwrite_output_dir", logging_steps=2, save_steps=5)
+    assert code == 0 and "going on from first/checkpoint-1" in said
+    assert not (script.folder / "out" / "checkpoint-1").exists()  # of the run that was there
+    assert [line["step"] for line in metrics(script.folder / "out")] == [2]
+    words = ["--resume_from_checkpoint", "--overwrite_output_dir"]
+    code, said, _ = script("sft", *words, output_dir="taken")
+    assert code == 0 and "taken: no checkpoint yet; starting at step 0" in said
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_the_new_ones(script):
+    """Not the note on the base of a 4-bit adapter, by which merge would go, nor the curves."""
+
+    def points():
+        board = EventAccumulator(str(script.folder / "out")).Reload()
+        return [event.step for event in board.Scalars("loss")]
+
+    board = {"report_to": "tensorboard", "save_steps": 1, "max_steps": 4}
+    assert script("sft", "--load_in_4bit", **board)[0] == 0
+    assert (script.folder / "out" / NOTE).exists() and points() == [1, 2, 3, 4]
+    assert script("sft", "--overwrite_output_dir", **board)[0] == 0
+    assert not (script.folder / "out" / NOTE).exists() and points() == [1, 2, 3, 4]
+    again = "--resume_from_checkpoint=out/checkpoint-2"
+    assert script("sft", again, **board)[0] == 0 and points() == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_error_late_in_the_start_leaves_an_earlier_run_alone(method, script):
     """--overwrite_output_dir permits to overwrite, once there is something to overwrite it with."""
@@ -455,6 +507,63 @@ def test_a_fourth_script_is_one_file(model_dir, data, tmp_path):
     assert "- long\n" in card and "trained with LONG by nanoalign" in card
     code, _, errors = command(folder, script, *argv(given | {"least_tokens": 0}))
     assert code == 2 and errors == "train_long.py: error: --least_tokens 0: must be more than 0\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError('Tried to allocate 9 GiB.')",
+        "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9')",
+        "RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9')",
+        "RuntimeError('MPS backend out of memory')",
+    ],
+)
+def test_out_of_memory(error, model_dir, data, tmp_path):
+    """In step 3: one line names what needs less, of what is not on; steps 1 and 2 are saved."""
+    folder, script = tmp_path / "work", tmp_path / "train_long.py"
+    folder.mkdir()
+    begin, raises = (
+        "    def long(batches):\n",
+        f"        if len(steps) > 2:\n            raise {error}\n",
+    )
+    method = f"    steps = []\n\n{begin}        steps.append(1)\n{raises}"
+    script.write_text("import torch\n" + FOURTH.replace(begin, method))
+    given = dict(model_name_or_path=model_dir, dataset_name=data / "sft.jsonl", device="cpu",
+                 output_dir="out", max_steps=4)  # fmt: skip
+    less = {
+        "--gradient_checkpointing or --max_row_tokens or --load_in_4bit": {},
+        "--max_row_tokens or --load_in_4bit": dict(gradient_checkpointing="true"),
+        "--gradient_checkpointing or a lower --max_row_tokens": dict(
+            max_row_tokens=99, load_in_4bit="true"
+        ),
+    }
+    for names, flags in less.items() if "MPS" in error else [*less.items()][:1]:
+        more = flags | {"overwrite_output_dir": "true"}
+        code, said, errors = command(folder, str(script), *argv(given | more))
+        line = f"out of memory; less is needed with {names}; checkpoints stand"
+        assert (code, errors) == (2, f"train_long.py: error: {line}\n")
+        assert "saved in checkpoint-2; --resume_from_checkpoint goes on there" in said
+        assert (folder / "out" / "checkpoint-2" / "state.json").exists()
+    script.write_text(FOURTH)
+    code, said, _ = command(folder, str(script), *argv(given | flags), "--resume_from_checkpoint")
+    assert code == 0 and "going on from out/checkpoint-2" in said
+
+
+def test_the_commit_is_that_of_our_own_code(tmp_path):
+    """Not of a repository in which the package is only installed."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True)
+
+    git("init", "-q")
+    (tmp_path / "theirs.py").write_text("")
+    (tmp_path / "ours.py").write_text("")
+    git("add", "theirs.py")
+    git("commit", "-qm", "theirs")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert len(head) == 40 and git_commit(tmp_path / "theirs.py") == head
+    assert git_commit(tmp_path / "ours.py") is None
 
 
 def test_tools_end_with_one_line_too(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
+from nanoalign.run.checkpoint import fingerprint
+from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
 
 pytestmark = [
@@ -166,6 +169,57 @@ def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model
     stopped(monkeypatch, 4, "dpo", given)
     call("dpo", given | LAST)
     assert (metrics(tmp_path / "dpo"), tensors(tmp_path / "dpo")) == expected
+
+
+@ALL
+@pytest.mark.parametrize("when", ["before it", "in it"])
+def test_a_signal_does_not_wait_for_an_evaluation(
+    method, when, flags, whole, tmp_path, monkeypatch
+):
+    """Of step 3: it is cut off before its second batch, and the run that goes on does it."""
+    given = flags(method, tmp_path / "run", per_device_eval_batch_size=3)
+    module, name = LOSSES[method]
+    real, batches = getattr(module, name), []
+
+    def counted(*args, **more):
+        if not torch.is_grad_enabled():
+            batches.append(1)
+            if when == "in it":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(module, name, counted)
+        if when == "before it":
+            at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call(method, given)
+    assert stop.value.code == 143 and len(batches) == (when == "in it")
+    assert tops(tmp_path / "run") == ["checkpoint-3"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
+    call(method, given | LAST)
+    lines, (expected, weights) = metrics(tmp_path / "run"), whole(method)
+    assert tensors(tmp_path / "run") == weights
+    assert [line["step"] for line in lines] == [3, 3, 6, 6, 8, 8]
+    for line, other in zip(lines, expected):  # whose evaluation batches are larger
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_the_last_weights_are_saved_before_the_last_evaluation(flags, whole, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+        at_step(patch, 8, lambda: patch.setattr(nanoalign.run.record, "evaluate", broken))
+        call("sft", flags("sft", tmp_path))
+    assert tensors(tmp_path) == whole("sft")[1]
+
+
+def test_without_checkpoints(flags, tmp_path, monkeypatch):
+    """--save_steps 0: only a run that is stopped leaves one."""
+    call("sft", flags("sft", tmp_path / "run", save_steps=0))
+    assert tops(tmp_path / "run") == []
+    stopped(monkeypatch, 2, "sft", flags("sft", tmp_path / "stopped", save_steps=0))
+    assert tops(tmp_path / "stopped") == ["checkpoint-2"]
 
 
 def test_a_second_signal_stops_at_once(flags, whole, tmp_path, monkeypatch):
@@ -400,6 +454,36 @@ def test_a_finished_run(flags, tmp_path, capsys):
             call("sft", given | LAST)
 
 
+def test_a_run_goes_on_at_weights_and_biases(flags, tmp_path, monkeypatch, capsys):
+    """Under its name there, which a new run in the same directory does not take over. Without a key
+    or a network it is one line, and the run goes on without."""
+    begun, reported = [], []
+
+    def init(**given):
+        begun.append(given)
+        return SimpleNamespace(log=lambda numbers, step: reported.append(step), finish=lambda: None)
+
+    wandb = SimpleNamespace(init=init, Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    given = flags("sft", tmp_path, report_to="wandb", eval_steps=None)
+    stopped(monkeypatch, 4, "sft", given)
+    call("sft", given | LAST)
+    call("sft", given | {"overwrite_output_dir": "true"})
+    ids = [how["id"] for how in begun]
+    assert ids[0] == ids[1] != ids[2] and {how["resume"] for how in begun} == {"allow"}
+    assert begun[0]["config"]["learning_rate"] == 1e-2
+    assert reported == [3, 6, 8, 8, 3, 6, 8, 8]
+
+    def no_key(**given):
+        raise wandb.Error("api_key not configured (no-tty).\ncall wandb.login(key=...)")
+
+    wandb.init = no_key
+    capsys.readouterr()
+    call("sft", given | {"overwrite_output_dir": "true"})
+    said = capsys.readouterr().out
+    assert "--report_to wandb: api_key not configured (no-tty). call wandb.login(key" in said
+
+
 @pytest.fixture(scope="module")
 def halfway(flags, tmp_path_factory):
     """A run that has checkpoints 2 and 4, and was stopped."""
@@ -462,6 +546,45 @@ def test_data_and_base_are_known_by_what_they_hold(flags, halfway, data, model_d
     shutil.rmtree(base)
     shutil.copytree(model_dir, base)
     call("sft", given)
+
+
+def test_the_fingerprint_of_weights_is_exact_in_any_order():
+    """Whatever the number of threads that sum, and in every dtype that a model may hold."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1000, 1000)
+    model.weight.data = (5 * torch.randn(1000, 1000)).exp()  # sums of floats have to round
+    for number, tensor in enumerate((
+        torch.tensor(0.5), torch.zeros(0), torch.rand(5, 6).T, torch.rand(9) < 0.5,
+        torch.rand(9).bfloat16(), torch.rand(9).to(torch.float8_e4m3fn), torch.arange(9).byte(),
+        torch.rand(9).double(), torch.arange(9).to(torch.int8), torch.tensor(True),
+    )):  # fmt: skip
+        model.register_buffer(f"buffer{number}", tensor)
+    seen, threads = [], torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        seen.append(fingerprint({}, "", model))
+    torch.set_num_threads(threads)
+    assert seen[0] == seen[1] == seen[2]
+    for tensor in list(model.state_dict().values()):
+        if tensor.numel():
+            first = tensor[(0,) * tensor.dim()].reshape(1)
+            first.view(torch.uint8)[0] ^= 1  # its least bit
+            seen.append(fingerprint({}, "", model))
+    assert len({str(values) for values in seen}) == 1 + 2 + 9
+
+
+def test_data_are_hashed_once(flags, tmp_path, monkeypatch):
+    real, calls = nanoalign.run.checkpoint.data_fingerprint, []
+
+    def counted(examples):
+        calls.append(len(examples))
+        return real(examples)
+
+    monkeypatch.setattr(nanoalign.run.checkpoint, "data_fingerprint", counted)
+    call("sft", flags("sft", tmp_path))
+    assert calls == [11]
+    sha = json.loads((tmp_path / "run.json").read_text())["data_sha256"]
+    assert len(sha) == 64
 
 
 def test_what_may_change(flags, halfway, whole, tmp_path):
@@ -619,6 +742,18 @@ def test_what_can_not_be_written(flags, tmp_path, monkeypatch):
         call("sft", flags("sft", tmp_path / "c", overwrite_output_dir="true"))
 
 
+def test_where_a_directory_can_not_be_opened(tmp_path, monkeypatch):
+    """On Windows; nor can what is open for reading be flushed there."""
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    windows = vars(os) | {"name": "nt", "open": denied, "fsync": denied}
+    monkeypatch.setattr(nanoalign.run.files, "os", SimpleNamespace(**windows))
+    write_whole(tmp_path / "whole", lambda beside: (beside / "file").write_text("x"))
+    assert files(tmp_path) == {"whole": None, "whole/file": b"x"}
+
+
 def test_faults_of_ours_are_not_taken_for_a_full_disk(flags, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("a fault of ours")
@@ -690,6 +825,49 @@ def test_what_is_not_finite_stops_the_run(method, how, flags, data, tmp_path, mo
     now = files(tmp_path / "run")
     assert all(now[name] == content for name, content in seen.items())
     assert now.keys() == seen.keys() and "adapter_model.safetensors" not in now
+
+
+def test_the_steps_before_are_saved_and_the_cure_may_be_taken(flags, tmp_path, monkeypatch, capsys):
+    """No checkpoint was due. What helps against numbers that are not finite, and against a lack of
+    memory, may change when the run goes on; the bad step counts once."""
+    given = flags("sft", tmp_path, save_steps=0)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="step 3: loss or"):
+        poison(patch, "sft", {6})
+        call("sft", given)
+    assert tops(tmp_path) == ["checkpoint-2"]
+    assert "saved in checkpoint-2; --resume_from_checkpoint goes on" in capsys.readouterr().out
+    cure = dict(skip_nonfinite=1, max_row_tokens=40, gradient_checkpointing="true")
+    poison(monkeypatch, "sft", {1})
+    call("sft", given | LAST | cure)
+    said = capsys.readouterr().out
+    assert "going on from" in said and "step 3: loss" in said and "; skipped, 1 of 1" in said
+
+
+def test_a_line_names_a_few_rows_and_says_how_many_more(flags, tmp_path, monkeypatch):
+    poison(monkeypatch, "sft", {1})
+    with pytest.raises(InputError, match="its rows: .*, and 3 more$") as error:
+        call("sft", flags("sft", tmp_path, per_device_train_batch_size=11))
+    assert str(error.value).count(", line ") == 8
+
+
+@ALL
+def test_an_evaluation_that_is_not_finite(method, flags, tmp_path, monkeypatch, capsys):
+    """It is said, and metrics.jsonl stays JSON; the run goes on."""
+    module, name = LOSSES[method]
+    real = getattr(module, name)
+
+    def bad(*args, **more):
+        out = real(*args, **more)
+        if torch.is_grad_enabled():
+            return out
+        return (out[0] * torch.nan, *out[1:]) if isinstance(out, tuple) else out * torch.nan
+
+    monkeypatch.setattr(module, name, bad)
+    call(method, flags(method, tmp_path))
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [3, 3, 6, 6, 8, 8]
+    assert not any("eval_loss" in line for line in lines)
+    assert "step 6: not finite: eval_loss\n" in capsys.readouterr().out
 
 
 @ALL

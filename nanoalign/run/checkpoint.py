@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -25,13 +26,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.data import Example
+from nanoalign.formats.weights import NOTE
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 
@@ -44,15 +47,25 @@ def data_fingerprint(examples: list[Example]) -> str:
     return data.hexdigest()
 
 
-def fingerprint(flags: dict, examples: list[Example], model: nn.Module) -> dict:
-    """What makes a run this run: its flags, data and weights. Taken before the first step."""
+def sum_of_bits(tensor: Tensor) -> int:
+    """The sum of a tensor's numbers, their bits read as whole numbers. A sum of floats depends on
+    its order, and so on the number of threads and the device; this one is exact in any order.
+
+    It is summed in parts because torch makes an int64 copy of what it sums as int64.
+    """
+    bits = tensor.detach().contiguous().view(WHOLE[tensor.element_size()]).flatten()
+    return sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
+
+
+def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
+    """What makes a run this run: its flags, data (data_fingerprint) and weights, before step 1."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        total = tensor.detach().sum(dtype=torch.float64).item()
-        weights[tensor.requires_grad].update(f"{name} {tuple(tensor.shape)} {total!r}\n".encode())
+        line = f"{name} {tuple(tensor.shape)} {sum_of_bits(tensor)}\n"
+        weights[tensor.requires_grad].update(line.encode())
     return {
         "flags": flags,
-        "data": data_fingerprint(examples),
+        "data": data,
         "base": weights[False].hexdigest(),
         "starting weights": weights[True].hexdigest(),
     }
@@ -116,14 +129,15 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
     state |= then
 
 
-def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> None:
+def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> Path | None:
     """Go on from the newest checkpoint of `directory` ("last") or from a given one, if there is one
-    yet. A damaged checkpoint is named and the one before it taken."""
+    yet. A damaged checkpoint is named and the one before it taken. -> the one that was taken."""
     found = checkpoints_named(which, directory)
     for path in reversed(found):
         try:
             load_state(path, named, optimizer, state)
-            return print(f"going on from {path}")
+            print(f"going on from {path}")
+            return path
         except UNREADABLE as error:
             why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             if path is found[0]:
@@ -152,6 +166,20 @@ def checkpoints_named(which: str, directory: Path) -> list[Path]:
     return [path] if one and which != "last" else checkpoints(path)
 
 
+def lies_in(checkpoint: Path, directory: Path) -> bool:
+    return os.path.realpath(checkpoint.parent) == os.path.realpath(directory)
+
+
+def continues(which: str | None, directory: Path) -> bool:
+    """Is what --resume_from_checkpoint names a run in this directory? One that was killed before
+    its first checkpoint has left its metrics only."""
+    if which == "last":
+        left = "run.json", "metrics.jsonl", "tmp-metrics.jsonl"
+        return bool(checkpoints(directory)) or any((directory / name).exists() for name in left)
+    found = checkpoints_named(which, directory) if which else []
+    return any(lies_in(path, directory) for path in found)
+
+
 def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
     """Delete all but the newest `keep` checkpoints of the steps up to `step`.
 
@@ -166,14 +194,17 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
 def take_over(directory: Path, fresh: bool) -> None:
     """Make `directory` the run's own.
 
-    What a crash left unfinished goes and, at a `fresh` start, an earlier run's checkpoints: a later
-    --resume_from_checkpoint would take them for this run's.
+    What a crash left unfinished goes and, at a `fresh` start, what an earlier run left and this one
+    may not write over. Its checkpoints would be taken for this run's by --resume_from_checkpoint,
+    its note on a 4-bit base by merge, and its events by TensorBoard.
     """
     with saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
             shutil.rmtree(path, ignore_errors=True)
         if fresh:
-            for name in ("run.json", "adapter_config.json"):  # they describe the earlier run
-                (directory / name).unlink(missing_ok=True)
+            names = "run.json", "adapter_config.json", "adapter_model.safetensors", NOTE
+            events = directory.glob("events.out.tfevents.*")
+            for path in [*(directory / name for name in names), *events]:
+                path.unlink(missing_ok=True)
             prune(directory, keep=0)

@@ -31,8 +31,8 @@ def flag(default, help: str, must=None, **more):
     """A dataclass field with its line of --help.
 
     Its number `must` be POSITIVE, say. `idle` is a function of the config that tells whether the
-    flag has nothing to do in its run. A `free` flag changes nothing that is computed, so it may
-    change when a run is resumed. Whatever else is given goes to argparse.
+    flag has nothing to do in its run. A `free` flag changes nothing that is computed but its
+    rounding, so it may change when a run is resumed. Whatever else is given goes to argparse.
     """
     meta = {"help": help, "must": must, **more}
     if isinstance(default, list):
@@ -101,13 +101,14 @@ class Config:
         None, "go on from the newest checkpoint of output_dir, or from this one",
         nargs="?", const="last", free=True)
     overwrite_output_dir: bool = flag(
-        False, "use one that is not empty", idle=lambda c: c.resume_from_checkpoint, free=True)
+        False, "use one that is not empty, and what an earlier run left there goes", free=True)
     per_device_train_batch_size: int = flag(8, "examples a micro-batch", POSITIVE)
     per_device_eval_batch_size: int = flag(
         8, "examples an evaluation batch", POSITIVE, idle=no_evaluation, free=True)
     gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step", POSITIVE)
     max_row_tokens: int | None = flag(
-        None, "cut longer micro-batches in rows of so many: less memory; none: by device", POSITIVE)
+        None, "cut longer micro-batches in rows of so many: less memory; none: by device", POSITIVE,
+        free=True)
     num_train_epochs: float = flag(
         3.0, "passes over the data", POSITIVE, idle=lambda c: c.max_steps > 0)
     max_steps: int = flag(
@@ -125,7 +126,8 @@ class Config:
     adam_beta1: float = flag(0.9, "AdamW's", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's", SHARE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0: don't", NOT_NEGATIVE)
-    gradient_checkpointing: bool = flag(False, "less memory, slower: activations are recomputed")
+    gradient_checkpointing: bool = flag(
+        False, "less memory, slower: activations are recomputed", free=True)
     torch_compile: bool = flag(False, "compile the layers: a slow first step, then faster ones")
     disable_dropout: bool = flag(True, "no dropout anywhere")
     seed: int = flag(42, "of weights, order and dropout", NOT_NEGATIVE)
@@ -137,10 +139,13 @@ class Config:
         None, "steps between evals; none: at the end", POSITIVE, idle=no_evaluation, free=True)
     generate_during_eval: bool = flag(
         False, "show replies to held-out prompts at evaluation", idle=no_evaluation, free=True)
-    save_steps: int | None = flag(500, "steps between two checkpoints", POSITIVE, free=True)
+    save_steps: int = flag(
+        500, "steps between two checkpoints; 0: none, unless the run is stopped", NOT_NEGATIVE,
+        free=True)
     save_total_limit: int | None = flag(None, "newest checkpoints to keep", POSITIVE, free=True)
     skip_nonfinite: int = flag(
-        0, "pass over this many steps whose loss or gradient is not finite", NOT_NEGATIVE)
+        0, "pass over this many steps whose loss or gradient is not finite", NOT_NEGATIVE,
+        free=True)
     report_to: Literal["none", "tensorboard", "wandb"] = flag(
         "none", "metrics go there as well", free=True)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nanoalign.logps import Scores
 from nanoalign.run.files import saving, write_text
+from nanoalign.run.flags import Config
 from nanoalign.train import Step, Sums
 
 
@@ -40,11 +41,12 @@ def keep_lines(path: Path, until: int) -> None:
 
 
 class Log:
-    """For a run that has done `step` of `total` steps; `close` it at its end."""
+    """For a run that has done `step` of `total` steps; `close` it at its end. A run that goes on
+    does so at Weights & Biases too, under its `run_id`."""
 
-    def __init__(self, directory: Path, total: int, step: int, report_to: str):
+    def __init__(self, cfg: Config, total: int, step: int, run_id: str):
+        directory, report_to = Path(cfg.output_dir), cfg.report_to
         self.total, path = total, directory / "metrics.jsonl"
-        keep_lines(path, step)
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -53,7 +55,8 @@ class Log:
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                board = SummaryWriter(log_dir=str(directory))
+                # What a killed run reported after its last checkpoint will be reported again.
+                board = SummaryWriter(log_dir=str(directory), purge_step=step + 1)
                 self.report = lambda numbers, step: [
                     board.add_scalar(name, value, step) for name, value in numbers.items()
                 ]
@@ -61,8 +64,13 @@ class Log:
             elif report_to == "wandb":
                 import wandb
 
-                run = wandb.init(dir=str(directory), name=directory.name)
-                self.report, self.end = run.log, run.finish
+                how = dict(id=run_id, resume="allow", config=vars(cfg))
+                try:
+                    run = wandb.init(dir=str(directory), name=directory.name, **how)
+                    self.report, self.end = run.log, run.finish
+                except wandb.Error as error:  # there is no key, or no network
+                    why = " ".join(str(error).split())
+                    self.say(f"--report_to wandb: {why}; going on without")
         except ImportError:
             self.say(f"--report_to {report_to}: the package {report_to} is not installed; going on")
 

@@ -5,22 +5,25 @@ it logs, it is stopped and resumed, its disk fills up, a loss is not finite, flo
 """
 
 import contextlib
+import math
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
-from nanoalign.run.checkpoint import fingerprint, prune, resume, save_state, take_over
+from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
-from nanoalign.run.log import Log
+from nanoalign.run.log import Log, keep_lines
 from nanoalign.run.policy import save_policy
-from nanoalign.run.session import Run
+from nanoalign.run.session import Run, out_of_memory
 from nanoalign.train import Method, Step, add, evaluate, fitting, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
@@ -32,22 +35,22 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     A signal lets the step finish, saves a checkpoint and ends the run.
     """
     record = Record(cfg, run)
-    with contextlib.closing(record.log), stop_signals() as signals:
+    with contextlib.closing(record.log), stop_signals() as record.signals, record.kept():
+        record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
         for step in train(cfg, run.policy, run.examples, method, *start):
             record.advance(step)
-            if run.held_out and record.due(cfg.eval_steps):
-                record.evaluate(method)
-            # Asked once a step: a signal after the save must not end the run without a checkpoint.
-            stop = bool(signals) and not record.ended
-            if record.ended:
+            if record.ended:  # the weights first: whatever becomes of the evaluation, they are safe
                 write_whole(record.directory, partial(save_policy, run.policy), replace=True)
-            elif stop or record.due(cfg.save_steps):
+            record.evaluate(method)
+            # Asked once a step: a signal after the save must not end the run without a checkpoint.
+            stop = record.stopped
+            if stop or (record.due(cfg.save_steps) and not record.ended):
                 record.save_checkpoint()
             if stop:
                 hint = "--resume_from_checkpoint goes on from there"
                 record.log.say(f"stopped after step {record.step}; {hint}")
-                raise SystemExit(128 + signals[0])
+                raise SystemExit(128 + record.signals[0])
 
 
 @contextlib.contextmanager
@@ -79,16 +82,24 @@ class Record:
         # what a checkpoint keeps of a run, beside weights and generators
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
-        self.state["fingerprint"] = fingerprint(vars(cfg), run.examples, run.policy.lm)
+        self.state["evaluated"] = 0  # after this step, the last time
+        self.state["run_id"] = ""  # its name at Weights & Biases
+        self.signals: list[int] = []  # that came
+        self.state["fingerprint"] = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
         self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
-        which = cfg.resume_from_checkpoint
+        which, found = cfg.resume_from_checkpoint, None
         if which is not None:
-            resume(which, self.directory, self.named, self.optimizer, self.state)
-        take_over(self.directory, fresh=which is None)
+            found = resume(which, self.directory, self.named, self.optimizer, self.state)
+        fresh = found is None or not lies_in(found, self.directory)
+        if fresh:
+            self.state["run_id"] = uuid.uuid4().hex
+        take_over(self.directory, fresh)
         prune(self.directory, cfg.save_total_limit, self.step)
-        self.log = Log(self.directory, self.total, self.step, cfg.report_to)
+        keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
+        self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.start = time.monotonic() - self.state["time"]
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
+        self.saved = self.step  # in the newest checkpoint
 
     @property
     def step(self) -> int:
@@ -99,9 +110,14 @@ class Record:
     def ended(self) -> bool:
         return self.step == self.total
 
+    @property
+    def stopped(self) -> bool:
+        """A signal came; one that comes in the last step lets the run end as usual."""
+        return bool(self.signals) and not self.ended
+
     def due(self, every: int | None) -> bool:
         """At the end, and each `every` steps before it."""
-        return self.ended or (every is not None and self.step % every == 0)
+        return self.ended or (bool(every) and self.step % every == 0)
 
     def seconds(self) -> float:
         """That the run took until now, before it was resumed too."""
@@ -111,17 +127,21 @@ class Record:
         """A step was done, or left out because loss or gradient were not finite.
 
         That ends the run (InputError, with the step's rows), before it changed a weight, once
-        `cfg.skip_nonfinite` such steps have been passed over. float16 only lowers its scale.
+        `cfg.skip_nonfinite` such steps have been passed over; the steps before it are saved.
+        float16 only lowers its scale.
         """
         cfg, state = self.cfg, self.state
         if cfg.fp16 and (step.sums is not None or state["scale"] > 1):
             rescale(state, overflow=step.sums is None)
         elif step.sums is None:
-            state["skipped"] += 1
-            where = ", ".join(example.where for example in step.examples)
-            what = f"step {step.number}: loss or gradient is not finite; its rows: {where}"
-            if state["skipped"] > cfg.skip_nonfinite:
+            where = [example.where for example in step.examples]
+            more = [f"and {len(where) - 8} more"] if len(where) > 8 else []
+            rows = ", ".join(where[:8] + more)
+            what = f"step {step.number}: loss or gradient is not finite; its rows: {rows}"
+            if state["skipped"] >= cfg.skip_nonfinite:
+                self.save_what_is_done()
                 raise InputError(what)
+            state["skipped"] += 1
             self.log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
         add(state["window"], step.sums or {})
         state["step"] = step.number
@@ -138,14 +158,24 @@ class Record:
 
     def _line(self, metrics: dict[str, float]) -> None:
         place = {"step": self.step, "epoch": self.step / self.per_epoch}
-        self.log.line({**place, **metrics, "time": self.seconds()})
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if lost := [name for name in metrics if name not in finite]:  # JSON has no NaN
+            self.log.say(f"step {self.step}: not finite: {', '.join(lost)}")
+        self.log.line({**place, **finite, "time": self.seconds()})
 
     def evaluate(self, method: Method) -> None:
-        """Measure the held-out examples. The time that takes does not count as training."""
-        started, cfg, lm = self.seconds(), self.cfg, self.run.policy.lm
+        """Measure the held-out examples, if that is due. The time that takes does not count as
+        training. A signal cuts it off, and leaves it to the run that goes on."""
+        started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
+        due = self.due(cfg.eval_steps) and state["evaluated"] < self.step
+        if self.stopped or not (due and self.run.held_out):
+            return
         longest = row_tokens(cfg.max_row_tokens, lm.device)
         held_out = fitting(self.run.held_out, cfg.per_device_eval_batch_size, longest)
-        measured = evaluate(lm, method(held_out))
+        measured = evaluate(lm, takewhile(lambda _: not self.stopped, method(held_out)))
+        if self.stopped:
+            return
+        state["evaluated"] = self.step
         self._line({f"eval_{name}": value for name, value in measured.items()})
         if cfg.generate_during_eval:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
@@ -160,6 +190,24 @@ class Record:
 
         write_whole(self.directory / f"checkpoint-{self.step}", write)
         prune(self.directory, self.cfg.save_total_limit, self.step)
+        self.saved = self.step
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Memory that runs out does so before a step changes a weight (AdamW's own was taken in the
+        first), so what was done until then is saved."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                self.save_what_is_done()
+            raise
+
+    def save_what_is_done(self) -> None:
+        """Before the run ends with an error: the steps since the last checkpoint are good."""
+        if self.saved < self.step and not self.ended:
+            self.save_checkpoint()
+            self.log.say(f"saved in checkpoint-{self.step}; --resume_from_checkpoint goes on there")
 
 
 def rescale(state: dict, overflow: bool) -> None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -27,7 +28,7 @@ from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
-from nanoalign.run.policy import load_policy, tokenizer_of
+from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 
 
 @dataclass
@@ -37,6 +38,11 @@ class Run:
     held_out: list[Example]
     before: dict | None = None  # the built-in world's measurement before training
 
+    @cached_property
+    def data_sha256(self) -> str:
+        """Of the ids, masks and labels that it trains on."""
+        return checkpoint.data_fingerprint(self.examples)
+
 
 def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> None:
     """A script as a command: parse its flags, which are a `kind`, and run.
@@ -44,7 +50,29 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
     with command(Path(sys.argv[0]).name):
-        run(parse(kind, sys.argv[1:], built_in))
+        cfg = parse(kind, sys.argv[1:], built_in)
+        try:
+            run(cfg)
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise InputError(need_less(cfg)) from None
+            raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch has an error of its own for it on CUDA; elsewhere the text tells."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return own or any(text in str(error) for text in words)
+
+
+def need_less(cfg: Config) -> str:
+    """The flags with which a run that ran out of memory would need less of it."""
+    less = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing"]
+    less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
+    if cfg.use_peft and not cfg.load_in_4bit:
+        less.append("--load_in_4bit")
+    return f"out of memory; less is needed with {' or '.join(less)}; checkpoints stand"
 
 
 @contextlib.contextmanager
@@ -103,10 +131,7 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
     """Before anything is loaded: can the run write there, and would it write over something?"""
     if not cfg.output_dir:
         raise InputError("--output_dir: say where everything is to go")
-    directory, which = Path(cfg.output_dir), cfg.resume_from_checkpoint
-    resumes = which == "last" or (which and checkpoint.checkpoints_named(which, directory))
-    sources = [s for s in (cfg.model_name_or_path, cfg.adapter_name_or_path) if s]
-    wrong = None
+    directory, which, wrong = Path(cfg.output_dir), cfg.resume_from_checkpoint, None
     try:
         real = Path(os.path.realpath(directory))  # without links and ".."
         existing = next(path for path in (real, *real.parents) if path.exists())
@@ -115,14 +140,29 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         elif not os.access(existing, os.W_OK | os.X_OK):
             wrong = f"{existing} is not writable"
         elif existing == real and any(real.iterdir()):
-            if any(os.path.exists(s) and real.samefile(s) for s in sources):
-                wrong = "would overwrite what training starts from"
-            elif not (may_overwrite or cfg.overwrite_output_dir or resumes):
+            permitted = may_overwrite or cfg.overwrite_output_dir
+            if inside := [name for name in sources(cfg) if holds(real, name)]:
+                wrong = f"would overwrite what training starts from: {inside[0]}"
+            elif which and not (permitted or checkpoint.continues(which, real)):
+                wrong = "not empty, and not the run to go on with; --overwrite_output_dir uses it"
+            elif not (permitted or which):
                 wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
     except OSError as error:  # a name that is too long, a directory that can't be listed
         wrong = error.strerror
     if wrong:
         raise InputError(f"--output_dir {directory}: {wrong}")
+
+
+def sources(cfg: Config) -> list[str]:
+    """The models that training starts from or compares with."""
+    names = [base_of(cfg)[0], cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")]
+    return [name for name in names if name]
+
+
+def holds(directory: Path, name: str) -> bool:
+    """Is the model `name` this directory, or somewhere below it?"""
+    path = Path(os.path.realpath(name))
+    return path.exists() and any(directory.samefile(p) for p in (path, *path.parents))
 
 
 def end_if_finished(cfg: Config) -> None:
@@ -175,17 +215,13 @@ def finish(cfg: Config, run: Run) -> Run:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
             write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
-    commit = None
-    with contextlib.suppress(OSError):  # there is no git
-        ask = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     record = {
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
-        "data_sha256": checkpoint.data_fingerprint(run.examples),  # of ids, masks and labels
+        "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
-        "git_commit": commit,
+        "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     if line := afterthought(lines):
@@ -194,3 +230,14 @@ def finish(cfg: Config, run: Run) -> Run:
         print(world.report(run.before, world.measure(run.policy)))
     print(f"saved in {cfg.output_dir}")
     return run
+
+
+def git_commit(file: Path) -> str | None:
+    """The commit that holds a file, if one does: installed, the package may lie in somebody else's
+    repository, which doesn't."""
+    ask = ["git", "-C", file.parent, "rev-parse", "HEAD", f"HEAD:./{file.name}"]
+    with contextlib.suppress(OSError):  # there is no git
+        done = subprocess.run(ask, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.split()[0]
+    return None
