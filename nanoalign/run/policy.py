@@ -15,12 +15,14 @@ from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import (
     LoRAConfig,
     add_adapter,
+    ending_in,
     load_adapter,
     read_adapter_config,
     save_adapter,
 )
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.logps import PackedLM
+from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run.flags import Config
@@ -53,9 +55,25 @@ def tokenizer_of(cfg: Config):
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig | None) -> None:
     """Rows for the tokens of an adapter that the model lacks; the adapter fills them."""
-    tokens = vocabulary(tokenizer)
-    if lora and lora.trainable_token_indices and tokens > len(model.get_input_embeddings().weight):
+    tokens, table = vocabulary(tokenizer), model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is table)
+    names = [*lora.trainable_token_indices, *lora.modules_to_save] if lora else []
+    if tokens > len(table.weight) and any(ending_in(name, [path]) for name in names):
         model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list[int]]:
+    """The `rows` of new tokens, {table: rows}, that train on their own: not those of a table that
+    trains whole. Tied tables part when one of them does, and then the other has rows too."""
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = [path for path, module in model.named_modules() if module in tables]
+    trained = [path for path in paths if any(ending_in(name, [path]) for name in whole)]
+    if rows and trained and tied(model):
+        if model.get_submodule(trained[0]) is tables[1]:  # PEFT can't open such an adapter
+            fault = "is tied to the embedding, which has new tokens to learn; name both or neither"
+            raise InputError(f"--lora_modules_to_save {' '.join(whole)}: the output head {fault}")
+        rows = dict.fromkeys((path.rpartition(".")[2] for path in paths), *rows.values())
+    return {name: ids for name, ids in rows.items() if not ending_in(name, trained)}
 
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
@@ -106,7 +124,7 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         use_rslora=cfg.use_rslora,
         bias=cfg.lora_bias,
         modules_to_save=cfg.lora_modules_to_save,
-        trainable_token_indices=rows,
+        trainable_token_indices=token_rows(model, rows, cfg.lora_modules_to_save),
         base_model_name_or_path=str(name),
     )
     layers = add_adapter(model, lora)
