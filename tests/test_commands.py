@@ -22,13 +22,15 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
+from nanoalign.formats.templates import NativeTemplate
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
-from nanoalign.run.policy import load_policy, save_policy
+from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import check_output_dir, main, start
+from nanoalign.tools import merge
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -826,6 +828,37 @@ def test_a_tokenizer_without_a_template(model_dir, script):
     words = ["--chat_template native: the tokenizer has no template; use chatml"]
     refused(script, "sft", "--chat_template=native", expected=words)
     assert script("sft")[0] == 0
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_template_of_training_is_that_of_the_next_stage(use_peft, model_dir, tmp_path):
+    """Of what is saved, and of what is merged; a flag wins."""
+    model, how = shutil.copytree(model_dir, tmp_path / "model"), f"--use_peft={use_peft}"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ChatML.jinja
+    tokenizer.save_pretrained(model)
+    policy = load_policy(config(model, "--chat_template=native", how))
+    save_policy(policy, tmp_path / "one")
+    save_policy(policy, tmp_path / "one" / "checkpoint-3")
+    source = "adapter" if use_peft else "model"
+    words = [f"--{source}_name_or_path={tmp_path}/one/checkpoint-3", "--dataset_name=x.jsonl"]
+    for flags, kind in (([], NativeTemplate), (["--chat_template=chatml"], ChatML)):
+        next_stage = load_policy(parse(SFTConfig, [*words, *flags, "--device=cpu"], {}))
+        assert type(next_stage.template) is kind
+    save_policy(next_stage, tmp_path / "two")  # in ChatML, from native
+    assert type(load_tokenizer(str(tmp_path / "two"))[1]) is ChatML
+    assert type(load_tokenizer(str(model))[1]) is ChatML
+    if use_peft:
+        merge.main([str(tmp_path / "one"), str(tmp_path / "merged"), "--device=cpu"])
+        assert type(load_tokenizer(str(tmp_path / "merged"))[1]) is NativeTemplate
+
+
+def test_a_template_that_is_not_known_here(model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    json_file("tokenizer_config.json", nanoalign_template=["llama3"])(model)
+    with pytest.raises(InputError, match="template \\['llama3'\\], which is not known here"):
+        load_policy(config(model))
+    load_policy(config(model, "--chat_template=chatml"))
 
 
 # ----------------------------------------------------------------------------------------- adapters

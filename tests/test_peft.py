@@ -412,6 +412,17 @@ def test_new_rows_of_a_table_that_trains_whole(whole, unmarked, ids, tmp_path):
         torch.testing.assert_close(logits_of(again, ids), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("whole", [None, ["lm_head"]])
+def test_an_adapter_without_rows_for_markers_that_its_base_lacks(whole, unmarked, tmp_path):
+    """Their rows would be in no file: the trained adapter could not be opened again."""
+    plain = AutoModelForCausalLM.from_pretrained(unmarked)
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM")
+    peft.get_peft_model(plain, lora).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="embed_tokens has no rows for the markers .*native"):
+        policy_of(unmarked, adapter_name_or_path=str(tmp_path))
+
+
 # ---------------------------------------------------------- going on from an adapter: the reference
 
 

@@ -27,6 +27,8 @@ from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run.flags import Config
 
+TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
+
 
 def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     """The base model's name, that of the tokenizer (the adapter's own where it brings one), and the
@@ -43,9 +45,19 @@ def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     return name, adapter if own else name, lora
 
 
-def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
-    """-> (tokenizer, template, ids of the template's markers that had to be added)."""
+def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False):
+    """-> (tokenizer, template, ids of the template's markers that had to be added).
+
+    The template's name is saved with the tokenizer. Without a `chat_template` it is taken from
+    there, so that a chat or the next stage reads what training wrote; where none is, ChatML.
+    """
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if chat_template is None:
+        chat_template = tokenizer.init_kwargs.get(TRAINED_WITH, "chatml")
+        if chat_template not in [*TEMPLATES]:
+            fault = f"trained with the template {chat_template!r}, which is not known here"
+            raise InputError(f"{name}: {fault}; --chat_template takes {' or '.join(TEMPLATES)}")
+    tokenizer.init_kwargs[TRAINED_WITH] = chat_template
     return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
 
 
@@ -116,6 +128,11 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
 def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
     """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
     adapter, targets = cfg.adapter_name_or_path, cfg.lora_target_modules
+    for table, ids in rows.items() if lora else ():
+        whole = table in (name.rpartition(".")[2] for name in lora.modules_to_save)
+        if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
+            fault = f"its {table} has no rows for the markers that the tokenizer lacks"
+            raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
     lora = lora or LoRAConfig(
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
