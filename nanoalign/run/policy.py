@@ -121,6 +121,8 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     else:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
+    if getattr(model.config, "output_router_logits", False):
+        print("output_router_logits: the router's own loss is no part of the loss here")
     configure(model, cfg)
     return Policy(lm, tokenizer, template, lora)
 
@@ -153,11 +155,16 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         if weights.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + weights.frozen_weights(model)
+    total = weights.all_weights(model)
     print(
         f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
         f"({trained / total:.2%}); --use_peft false trains all weights"
     )
+    # Of a mixture, transformers holds all experts of a layer in parameters (experts, out, in).
+    experts = [p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3]
+    if passed_over := sum(p.numel() for p in experts if not p.requires_grad):
+        share = f"its experts, {passed_over / total:.0%} of all weights"
+        print(f"advice: LoRA and 4 bits pass over {share}: they are no linear layers")
     return lora
 
 
