@@ -19,6 +19,7 @@ from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
+from nanoalign.tools import merge
 
 TALK = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -265,6 +266,26 @@ def test_full_fine_tuning_saves_a_model_of_transformers(model_dir, tmp_path):
     assert torch.equal(reopened(ids).logits, policy.model(ids).logits)
     assert t.AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"
     load_policy(config(tmp_path))  # and here again
+
+
+@pytest.mark.parametrize("how", ["all weights", "merged", "merged, of another tool"])
+def test_transformers_own_generate_stops_where_a_reply_ends(how, tmp_path):
+    """The base knows another end of a text, and keeps it."""
+    tokenizer = make_tokenizer(("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
+    base = save_model(tmp_path / "base", tiny(LlamaConfig, eos_token_id=2), tokenizer)
+    directory = tmp_path / "saved"
+    save_policy(load_policy(config(base, f"--use_peft={how != 'all weights'}")), directory)
+    if how != "all weights":
+        settings = json.loads((directory / "tokenizer_config.json").read_text())
+        if how != "merged":
+            del settings["nanoalign_template"]
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        merge.main([str(directory), str(tmp_path / "merged"), "--device=cpu"])
+        directory = tmp_path / "merged"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [0, 2]
+    model.lm_head.weight.data.zero_()  # all tokens as likely, and the first is taken: <|im_end|>
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=8).tolist() == [[5, 6, 0]]
 
 
 def test_new_markers_start_as_the_mean_of_the_old_rows(tmp_path):

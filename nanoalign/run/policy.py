@@ -185,6 +185,15 @@ def configure(model: nn.Module, cfg: Config) -> None:
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
+def stop_at(model: nn.Module, ids: list[int | None]) -> None:
+    """Let transformers' own generate end a text at these tokens too: it goes by the configs, which
+    know only the end that the base model had."""
+    for config in (model.config, model.generation_config):
+        old = config.eos_token_id
+        ends = sorted({*(old if isinstance(old, list) else [old]), *ids} - {None})
+        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+
+
 def save_policy(policy: Policy, directory: str | Path) -> None:
     """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
     directory = Path(directory)
@@ -193,6 +202,7 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
         save_adapter(policy.model, policy.lora, directory)
         weights.write_note(policy.model, directory)
     else:
+        stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
         policy.model.save_pretrained(directory)
         policy.model.set_attn_implementation(packed())
