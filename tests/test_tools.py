@@ -11,6 +11,7 @@ from nanoalign.formats.peft import LoRAConfig
 from nanoalign.run.advice import advice, afterthought, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools import chat, plot
 from nanoalign.tools import data as show
 
@@ -168,7 +169,7 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     """Its library is the judge. Files of one's own are no data sets of the hub."""
     data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
     cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
-    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1})
+    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1}, [2, 5])
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == ("org/base" if lora else "org/model")
     assert card.data.library_name == ("peft" if lora else "transformers")
@@ -177,4 +178,29 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     opener = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
     assert f"from {card.data.library_name} import {opener}\n" in card.text
     assert f"model = {opener}.from_pretrained(" in card.text and "trained with DPO by" in card.text
+    assert "eos_token_id=[2, 5])" in card.text
     assert "7 examples" in card.text and "loss 0.5" in card.text and "time" not in card.text
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_base_of_ones_own_is_no_model_of_the_hub(absolute, tmp_path, monkeypatch):
+    """Nor does its path say where on this machine it lay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    base = str(tmp_path / "runs" / "mine") if absolute else "runs/mine"
+    cfg = SFTConfig(dataset_name=["squad"])
+    write_card(cfg, LoRAConfig(base_model_name_or_path=base), tmp_path, 7, {}, [2])
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    assert card.data.base_model is None and base not in str(card)
+    assert "\nmine, trained with supervised fine-tuning" in card.text
+
+
+def test_the_card_s_code_runs(model_dir, tmp_path):
+    """On what a run saved."""
+    policy = load_policy(SFTConfig(model_name_or_path=model_dir, use_peft=False, device="cpu"))
+    save_policy(policy, tmp_path)
+    write_card(SFTConfig(model_name_or_path="m"), None, tmp_path, 7, {}, policy.template.stop_ids)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    seen = {}
+    exec(code.replace("DIRECTORY", str(tmp_path)), seen)
+    assert seen["reply"].shape[1] > seen["prompt"]["input_ids"].shape[1]

@@ -172,7 +172,8 @@ def finish(cfg: Config, run: Run) -> Run:
         except ImportError:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
-            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
+            stops = run.policy.template.stop_ids
+            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
     commit = None
     with contextlib.suppress(OSError):  # there is no git
         ask = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]  # of the code that ran
