@@ -790,6 +790,17 @@ def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, mon
         reference_of(cfg, load_policy(cfg), sigmoid, list)
 
 
+@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_length_that_the_model_or_the_reference_does_not_serve(flag, model_dir, script, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    json_file("config.json", rope_parameters=rope)(model)
+    words = [f"--max_length 513: {model}", "at most 512"]
+    refused(script, "dpo", max_length=513, expected=words, **{flag: model})
+    code, said, _ = script("dpo", max_length=512, **{flag: model})
+    assert code == 0 and "advice: --max_length" not in said
+
+
 def test_a_tokenizer_that_skips_ids(tmp_path):
     """3 tokens, but one of them has the id 999."""
     vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "a": 999}

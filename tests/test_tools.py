@@ -4,11 +4,14 @@ import json
 import re
 
 import pytest
+import transformers as t
+from conftest import tiny
 from huggingface_hub import ModelCard
 
+from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
-from nanoalign.run.advice import advice, afterthought, suggested_weights
+from nanoalign.run.advice import advice, afterthought, length_advice, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
 from nanoalign.run.policy import load_policy, save_policy
@@ -130,6 +133,43 @@ def test_other_advice():
     assert said(SFTConfig(lora_target_modules=["q_proj", "up_proj"]), data) == []
     assert "beta" in said(DPOConfig(beta=5.0), data)[0]
     assert "beta" in said(DPOConfig(beta=0.001), data)[0]
+
+
+LLAMA = dict(rope_type="default", rope_theta=1e4)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, rope_theta=1e4)
+LENGTHS = {  # a model's config, the longest max_length that is nothing to say of, what is said
+    "rope": (tiny(t.LlamaConfig), 512, "advice: .*was made for 512 positions"),
+    "learned": (t.GPT2Config(n_positions=512), 512, "error: .*has 512 learned positions"),
+    "dynamic": (tiny(t.LlamaConfig, rope_parameters=DYNAMIC), 512, "error: .*dynamic.*at most 512"),
+    "one dynamic": (
+        tiny(t.Gemma3TextConfig,
+             rope_parameters=dict(full_attention=DYNAMIC, sliding_attention=LLAMA)),
+        512, "error: .*at most 512",
+    ),
+    "longrope": (
+        tiny(t.Phi3Config, rope_parameters=LONG, original_max_position_embeddings=64),
+        64, "error: .*longrope.*at most 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_a_length_that_positions_do_not_serve(case, tmp_path):
+    """In longrope and dynamic, a longer example would change what its neighbours in the row get."""
+    model_config, longest, expected = LENGTHS[case]
+    model_config.save_pretrained(tmp_path)
+
+    def said(max_length):
+        try:
+            lines = length_advice(SFTConfig(max_length=max_length), str(tmp_path))
+            return "".join(f"advice: {line}" for line in lines)
+        except InputError as error:
+            return f"error: {error}"
+
+    assert said(longest) == ""
+    assert re.match(expected, said(longest + 1)) and "\n" not in said(longest + 1)
+    assert f"--max_length {longest + 1}: {tmp_path}" in said(longest + 1)
 
 
 def test_both_rewards_falling_is_explained():

@@ -22,12 +22,12 @@ from nanoalign.data import Example, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint
-from nanoalign.run.advice import advice, afterthought
+from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
-from nanoalign.run.policy import load_policy, tokenizer_of
+from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 
 
 @dataclass
@@ -91,8 +91,9 @@ def start(cfg: Config, layouts: Layouts) -> Run:
         held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
         examples, held_out = hold_out(cfg, examples)
-    for line in [] if built_in else advice(cfg, examples, cut):
-        print(f"advice: {line}")
+    if not built_in:
+        for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, cut)):
+            print(f"advice: {line}")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
