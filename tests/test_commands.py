@@ -801,6 +801,20 @@ def test_a_length_that_the_model_or_the_reference_does_not_serve(flag, model_dir
     assert code == 0 and "advice: --max_length" not in said
 
 
+def test_another_model_on_the_built_in_data(model_dir, script, adapter):
+    """It need not have learned from train_sft.py; the built-in one does."""
+    data = "runs/world/kto.jsonl"
+    words = ["the built-in model has to learn to answer first: run train_sft.py"]
+    refused(script, "kto", model_name_or_path=None, dataset_name=None, expected=words)
+    refused(
+        script, "kto", model_name_or_path="org/model", dataset_name=data, expected=["org/model: "]
+    )
+    words = [f"{data}: No such file"]
+    refused(script, "kto", model_name_or_path=model_dir, dataset_name=data, expected=words)
+    given = dict(model_name_or_path=None, adapter_name_or_path=adapter)
+    refused(script, "kto", dataset_name=data, expected=words, **given)
+
+
 def test_a_tokenizer_that_skips_ids(tmp_path):
     """3 tokens, but one of them has the id 999."""
     vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "a": 999}

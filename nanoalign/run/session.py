@@ -77,12 +77,12 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     model = cfg.model_name_or_path
     # The built-in world's data: world.py can measure what is learned from it, and a run may write
     # over what an earlier one left in runs/METHOD, and nowhere else.
-    built_in = Path(cfg.dataset_name[0]).parent == world.HOME
+    built_in, learned = Path(cfg.dataset_name[0]).parent == world.HOME, world.HOME.parent / "sft"
     check_output_dir(cfg, built_in and cfg.output_dir == str(world.HOME.parent / cfg.method))
     end_if_finished(cfg)
     if built_in and model == str(world.BASE):
         world.build()
-    elif built_in and model and not Path(model, "config.json").exists():
+    elif built_in and model == str(learned) and not (learned / "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
     examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
