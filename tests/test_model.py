@@ -268,11 +268,12 @@ def test_full_fine_tuning_saves_a_model_of_transformers(model_dir, tmp_path):
     load_policy(config(tmp_path))  # and here again
 
 
+@pytest.mark.parametrize("end", [2, [2], None])
 @pytest.mark.parametrize("how", ["all weights", "merged", "merged, of another tool"])
-def test_transformers_own_generate_stops_where_a_reply_ends(how, tmp_path):
-    """The base knows another end of a text, and keeps it."""
+def test_transformers_own_generate_stops_where_a_reply_ends(how, end, tmp_path):
+    """The base may know another end of a text, and keeps it."""
     tokenizer = make_tokenizer(("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
-    base = save_model(tmp_path / "base", tiny(LlamaConfig, eos_token_id=2), tokenizer)
+    base = save_model(tmp_path / "base", tiny(LlamaConfig, eos_token_id=end), tokenizer)
     directory = tmp_path / "saved"
     save_policy(load_policy(config(base, f"--use_peft={how != 'all weights'}")), directory)
     if how != "all weights":
@@ -283,7 +284,8 @@ def test_transformers_own_generate_stops_where_a_reply_ends(how, tmp_path):
         merge.main([str(directory), str(tmp_path / "merged"), "--device=cpu"])
         directory = tmp_path / "merged"
     model = AutoModelForCausalLM.from_pretrained(directory)
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == [0, 2]
+    assert model.generation_config.eos_token_id == ([0, 2] if end else [0])
+    assert model.config.eos_token_id == ([0, 2] if end == [2] else 0)
     model.lm_head.weight.data.zero_()  # all tokens as likely, and the first is taken: <|im_end|>
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=8).tolist() == [[5, 6, 0]]
 

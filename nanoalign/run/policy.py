@@ -185,13 +185,16 @@ def configure(model: nn.Module, cfg: Config) -> None:
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
-def stop_at(model: nn.Module, ids: list[int | None]) -> None:
+def stop_at(model: nn.Module, ids: list[int]) -> None:
     """Let transformers' own generate end a text at these tokens too: it goes by the configs, which
-    know only the end that the base model had."""
-    for config in (model.config, model.generation_config):
-        old = config.eos_token_id
-        ends = sorted({*(old if isinstance(old, list) else [old]), *ids} - {None})
-        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    know only the end that the base model had. In some models' config.json there is room for one."""
+    config, generation = model.config, model.generation_config
+    several = isinstance(config.eos_token_id, list)
+    config.eos_token_id = sorted({*config.eos_token_id, *ids}) if several else ids[0]
+    if generation is not None:  # a model with code of its own may have none
+        old = generation.eos_token_id
+        old = old if isinstance(old, list) else [old]
+        generation.eos_token_id = sorted({*old, *ids} - {None})
 
 
 def save_policy(policy: Policy, directory: str | Path) -> None:

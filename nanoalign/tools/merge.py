@@ -98,8 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     merge_adapter(model, dtype)
     change = (model(ids, use_cache=False).logits[0].float() - before).abs().max()
     template = tokenizer.init_kwargs.get(TRAINED_WITH)
-    known = template in [*TEMPLATES]  # not so where another tool trained the adapter
-    stop_at(model, TEMPLATES[template](tokenizer).stop_ids if known else [tokenizer.eos_token_id])
+    if template in [*TEMPLATES]:
+        stop_at(model, TEMPLATES[template](tokenizer).stop_ids)
+    elif tokenizer.eos_token_id is not None:  # another tool trained the adapter
+        stop_at(model, [tokenizer.eos_token_id])
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     print(
