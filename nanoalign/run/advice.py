@@ -54,13 +54,12 @@ def length_advice(cfg: Config, name: str) -> Iterator[str]:
     asked = f"--max_length {cfg.max_length}: {name}"
     for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         kind = part.get("rope_type") if isinstance(part, dict) else None
-        # The longest example of a row would change the frequencies, and log-probs, of all others.
-        if kind in ("longrope", "dynamic"):
-            short = part.get("original_max_position_embeddings") or limit
-            if cfg.max_length > short:
-                raise InputError(
-                    f"{asked} computes longer rows otherwise ({kind}); at most {short}"
-                )
+        if kind not in ("longrope", "dynamic"):
+            continue
+        short = part.get("original_max_position_embeddings") or limit
+        if cfg.max_length > short:  # one longer example changes the log-probs of its whole row
+            fault = f"has {kind} positions, which change beyond {short} tokens"
+            raise InputError(f"{asked} {fault}; give at most {short}")
     if cfg.max_length > limit and not rope:
         raise InputError(f"{asked} has {limit} learned positions; give as many at most")
     if cfg.max_length > limit:
