@@ -81,7 +81,8 @@ def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list
     paths = [path for path, module in model.named_modules() if module in tables]
     trained = [path for path in paths if any(ending_in(name, [path]) for name in whole)]
     if rows and trained and tied(model):
-        if model.get_submodule(trained[0]) is tables[1] and not trained[1:]:  # PEFT can't open it
+        # the head alone: PEFT can't open such an adapter
+        if all(model.get_submodule(path) is tables[1] for path in trained):
             fault = "is tied to the embedding, which has new tokens to learn; name both or neither"
             raise InputError(f"--lora_modules_to_save {' '.join(whole)}: the output head {fault}")
         rows = dict.fromkeys((path.rpartition(".")[2] for path in paths), *rows.values())
