@@ -132,22 +132,22 @@ def tied(model: nn.Module) -> bool:
 def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
     """Let rows of embedding and head train: {the last part of a table's name: its rows}."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    one_table = tied(model)
-    if indices and type(embedding) is not nn.Embedding:
-        raise InputError(f"new tokens can't be trained in a {type(embedding).__name__}")
-    paths = {id(module): name for name, module in model.named_modules()}
+    one_table, paths = tied(model), {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():
-        if wrong := [row for row in rows if row >= embedding.num_embeddings]:
-            raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
         if paths[id(embedding)].endswith(name):
-            wrapped = TokenRows(embedding, rows, None)
-            model.set_submodule(paths[id(embedding)], wrapped)
-            if one_table:
-                model.set_submodule(paths[id(head)], TokenRows(head, rows, wrapped.row_weight))
+            table = embedding
         elif paths[id(head)].endswith(name) and not one_table:
-            model.set_submodule(paths[id(head)], TokenRows(head, rows, None))
+            table = head
         else:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
+        if type(table) not in (nn.Embedding, nn.Linear):  # they might do more with their weight
+            raise InputError(f"new tokens can't be trained in a {type(table).__name__}")
+        if wrong := [row for row in rows if row >= len(table.weight)]:
+            raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
+        wrapped = TokenRows(table, rows, None)
+        model.set_submodule(paths[id(table)], wrapped)
+        if one_table:
+            model.set_submodule(paths[id(head)], TokenRows(head, rows, wrapped.row_weight))
 
 
 class Reference:

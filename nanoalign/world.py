@@ -151,7 +151,8 @@ def measure(policy: Policy, name: str = "test") -> dict:
     lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line) for line in lines]
     prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
-    with torch.random.fork_rng():
+    device = policy.lm.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         greedy = generate(policy, prompts, max_new_tokens=24)
         sampled = generate(policy, prompts, max_new_tokens=24, temperature=1.0)

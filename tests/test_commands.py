@@ -23,14 +23,16 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
+from nanoalign.formats.templates import NativeTemplate
 from nanoalign.formats.weights import NOTE
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
-from nanoalign.run.policy import load_policy, save_policy
+from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import check_output_dir, git_commit, main, start
+from nanoalign.tools import merge
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -897,6 +899,31 @@ def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, mon
         reference_of(cfg, load_policy(cfg), sigmoid, list)
 
 
+@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_length_that_the_model_or_the_reference_does_not_serve(flag, model_dir, script, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    json_file("config.json", rope_parameters=rope)(model)
+    words = [f"--max_length 513: {model}", "at most 512"]
+    refused(script, "dpo", max_length=513, expected=words, **{flag: model})
+    code, said, _ = script("dpo", max_length=512, **{flag: model})
+    assert code == 0 and "advice: --max_length" not in said
+
+
+def test_another_model_on_the_built_in_data(model_dir, script, adapter):
+    """It need not have learned from train_sft.py; the built-in one does."""
+    data = "runs/world/kto.jsonl"
+    words = ["the built-in model has to learn to answer first: run train_sft.py"]
+    refused(script, "kto", model_name_or_path=None, dataset_name=None, expected=words)
+    refused(
+        script, "kto", model_name_or_path="org/model", dataset_name=data, expected=["org/model: "]
+    )
+    words = [f"{data}: No such file"]
+    refused(script, "kto", model_name_or_path=model_dir, dataset_name=data, expected=words)
+    given = dict(model_name_or_path=None, adapter_name_or_path=adapter)
+    refused(script, "kto", dataset_name=data, expected=words, **given)
+
+
 def test_a_tokenizer_that_skips_ids(tmp_path):
     """3 tokens, but one of them has the id 999."""
     vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "a": 999}
@@ -935,6 +962,37 @@ def test_a_tokenizer_without_a_template(model_dir, script):
     words = ["--chat_template native: the tokenizer has no template; use chatml"]
     refused(script, "sft", "--chat_template=native", expected=words)
     assert script("sft")[0] == 0
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_template_of_training_is_that_of_the_next_stage(use_peft, model_dir, tmp_path):
+    """Of what is saved, and of what is merged; a flag wins."""
+    model, how = shutil.copytree(model_dir, tmp_path / "model"), f"--use_peft={use_peft}"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ChatML.jinja
+    tokenizer.save_pretrained(model)
+    policy = load_policy(config(model, "--chat_template=native", how))
+    save_policy(policy, tmp_path / "one")
+    save_policy(policy, tmp_path / "one" / "checkpoint-3")
+    source = "adapter" if use_peft else "model"
+    words = [f"--{source}_name_or_path={tmp_path}/one/checkpoint-3", "--dataset_name=x.jsonl"]
+    for flags, kind in (([], NativeTemplate), (["--chat_template=chatml"], ChatML)):
+        next_stage = load_policy(parse(SFTConfig, [*words, *flags, "--device=cpu"], {}))
+        assert type(next_stage.template) is kind
+    save_policy(next_stage, tmp_path / "two")  # in ChatML, from native
+    assert type(load_tokenizer(str(tmp_path / "two"))[1]) is ChatML
+    assert type(load_tokenizer(str(model))[1]) is ChatML
+    if use_peft:
+        merge.main([str(tmp_path / "one"), str(tmp_path / "merged"), "--device=cpu"])
+        assert type(load_tokenizer(str(tmp_path / "merged"))[1]) is NativeTemplate
+
+
+def test_a_template_that_is_not_known_here(model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    json_file("tokenizer_config.json", nanoalign_template=["llama3"])(model)
+    with pytest.raises(InputError, match="template \\['llama3'\\], which is not known here"):
+        load_policy(config(model))
+    load_policy(config(model, "--chat_template=chatml"))
 
 
 # ----------------------------------------------------------------------------------------- adapters

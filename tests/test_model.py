@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from nanoalign import InputError
-from nanoalign.formats.probe import probe
+from nanoalign.formats.probe import miniature, probe
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.run.reference import reference_of
+from nanoalign.tools import merge
 
 TALK = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -53,6 +54,10 @@ ACCEPTED = {  # kind: (config, what its head does beyond a product)
     "mistral": (tiny(t.MistralConfig, sliding_window=8), (1.0, None)),
     "granite": (tiny(t.GraniteConfig, logits_scaling=8.0), (1 / 8, None)),
     "cohere": (tiny(t.CohereConfig, logit_scale=0.0625), (0.0625, None)),
+    "qwen3_moe": (
+        tiny(t.Qwen3MoeConfig, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=96),
+        (1.0, None),
+    ),
     "phi": (tiny(t.PhiConfig), (1.0, None)),  # a bias, which the head's layer shows itself
 }
 REFUSED = {
@@ -72,6 +77,7 @@ REFUSED = {
         tiny(t.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=32),
         "can't be trained here",
     ),
+    "gemma3": (t.Gemma3Config(), "more than its text model"),
 }
 
 
@@ -98,6 +104,23 @@ def test_the_probe_leaves_the_generator_of_random_numbers_alone():
     torch.manual_seed(7)
     probe(tiny(LlamaConfig), "llama")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_probe_starts_no_gpu(monkeypatch):
+    """Nor does it seed one: what the CPU's generator goes back to, a GPU's would not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: 1 / 0)
+    probe(tiny(LlamaConfig), "llama")
+
+
+def test_the_probe_s_copy_of_a_mixture_is_small():
+    """Of 128 experts of a model that has 235 billion weights, say."""
+    width = dict(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128)
+    experts = dict(num_experts=128, moe_intermediate_size=1536, num_experts_per_tok=8)
+    with torch.device("meta"):
+        small = miniature(t.Qwen3MoeConfig(**width, **experts))
+        model = AutoModelForCausalLM.from_config(small)
+    assert sum(p.numel() for p in model.parameters()) < 2e8  # attention alone: 1.4e8
 
 
 # ---------------------------------------------------------------------------------- what is wrong
@@ -243,6 +266,28 @@ def test_full_fine_tuning_saves_a_model_of_transformers(model_dir, tmp_path):
     assert torch.equal(reopened(ids).logits, policy.model(ids).logits)
     assert t.AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"
     load_policy(config(tmp_path))  # and here again
+
+
+@pytest.mark.parametrize("end", [2, [2], None])
+@pytest.mark.parametrize("how", ["all weights", "merged", "merged, of another tool"])
+def test_transformers_own_generate_stops_where_a_reply_ends(how, end, tmp_path):
+    """The base may know another end of a text, and keeps it."""
+    tokenizer = make_tokenizer(("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
+    base = save_model(tmp_path / "base", tiny(LlamaConfig, eos_token_id=end), tokenizer)
+    directory = tmp_path / "saved"
+    save_policy(load_policy(config(base, f"--use_peft={how != 'all weights'}")), directory)
+    if how != "all weights":
+        settings = json.loads((directory / "tokenizer_config.json").read_text())
+        if how != "merged":
+            del settings["nanoalign_template"]
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        merge.main([str(directory), str(tmp_path / "merged"), "--device=cpu"])
+        directory = tmp_path / "merged"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.generation_config.eos_token_id == ([0, 2] if end else [0])
+    assert model.config.eos_token_id == ([0, 2] if end == [2] else 0)
+    model.lm_head.weight.data.zero_()  # all tokens as likely, and the first is taken: <|im_end|>
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=8).tolist() == [[5, 6, 0]]
 
 
 def test_new_markers_start_as_the_mean_of_the_old_rows(tmp_path):

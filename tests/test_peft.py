@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 
 from conftest import make_tokenizer, tiny  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,6 +36,7 @@ from nanoalign.packing import Example  # noqa: E402
 from nanoalign.run.flags import DPOConfig, SFTConfig  # noqa: E402
 from nanoalign.run.policy import load_policy, save_policy  # noqa: E402
 from nanoalign.run.reference import reference_of  # noqa: E402
+from nanoalign.tools import merge  # noqa: E402
 
 SEQUENCES = [
     Example(list(range(7, 19)), [([40, 41, 42, 43], [True] * 4), ([50, 51], [True] * 2)]),
@@ -381,6 +383,44 @@ def test_new_rows_train_and_peft_restores_them(unmarked, marked, ids):
     for each in (policy, again):  # as it was in memory when training ended, and read back here
         with generation(each) as ours:
             torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_new_rows_of_a_table_that_trains_whole(whole, unmarked, ids, tmp_path):
+    """They learn as part of it; and what is saved opens in PEFT, here, and merged."""
+    if AutoConfig.from_pretrained(unmarked).tie_word_embeddings and whole == ["lm_head"]:
+        with pytest.raises(InputError, match="tied to the embedding.*; name both or neither"):
+            policy_of(unmarked, modules_to_save=whole)
+        return
+    ids, policy = torch.cat([ids, ids % 2 + 300], dim=1), policy_of(unmarked, modules_to_save=whole)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    policy.lm([Example([300, 7, 301], [([40, 301], [True] * 2)])]).logps.sum().backward()
+    head = policy.model.get_output_embeddings()
+    row = head.row_weight.grad[1] if isinstance(head, TokenRows) else head.weight.grad[301]
+    assert row.abs().max() > 1e-3
+    randomize(trained)
+    save_policy(policy, tmp_path / "adapter")
+    with generation(policy) as ours:
+        expected = logits_of(ours, ids)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits_of(theirs, ids), expected, rtol=1e-5, atol=1e-5)
+    merge.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    with generation(policy_of(None, adapter_name_or_path=str(tmp_path / "adapter"))) as again:
+        torch.testing.assert_close(logits_of(again, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("whole", [None, ["lm_head"]])
+def test_an_adapter_without_rows_for_markers_that_its_base_lacks(whole, unmarked, tmp_path):
+    """Their rows would be in no file: the trained adapter could not be opened again."""
+    plain = AutoModelForCausalLM.from_pretrained(unmarked)
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM")
+    peft.get_peft_model(plain, lora).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="embed_tokens has no rows for the markers .*native"):
+        policy_of(unmarked, adapter_name_or_path=str(tmp_path))
 
 
 # ---------------------------------------------------------- going on from an adapter: the reference

@@ -5,13 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers as t
+from conftest import tiny
 from huggingface_hub import ModelCard
 
+from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
-from nanoalign.run.advice import advice, afterthought, suggested_weights
+from nanoalign.run.advice import advice, afterthought, length_advice, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools import chat, plot
 from nanoalign.tools import data as show
 
@@ -27,7 +31,7 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
     args = vars(opened[0])
     assert args.pop("directory") == "there" and args.pop("prompt") == "Hello"
     assert args == dict(system="", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=None,
-                        chat_template="chatml", load_in_4bit=True, device="auto",
+                        chat_template=None, load_in_4bit=True, device="auto",
                         trust_remote_code=False)  # fmt: skip
     with pytest.raises(SystemExit):
         chat.main(["there", "--chat_template", "llama"])
@@ -134,6 +138,43 @@ def test_other_advice():
     assert "beta" in said(DPOConfig(beta=0.001), data)[0]
 
 
+LLAMA = dict(rope_type="default", rope_theta=1e4)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, rope_theta=1e4)
+LENGTHS = {  # a model's config, the longest max_length that is nothing to say of, what is said
+    "rope": (tiny(t.LlamaConfig), 512, "advice: .*was made for 512 positions"),
+    "learned": (t.GPT2Config(n_positions=512), 512, "error: .*has 512 learned positions"),
+    "dynamic": (tiny(t.LlamaConfig, rope_parameters=DYNAMIC), 512, "error: .*dynamic.*at most 512"),
+    "one dynamic": (
+        tiny(t.Gemma3TextConfig,
+             rope_parameters=dict(full_attention=DYNAMIC, sliding_attention=LLAMA)),
+        512, "error: .*at most 512",
+    ),
+    "longrope": (
+        tiny(t.Phi3Config, rope_parameters=LONG, original_max_position_embeddings=64),
+        64, "error: .*longrope.*at most 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_a_length_that_positions_do_not_serve(case, tmp_path):
+    """In longrope and dynamic, a longer example would change what its neighbours in the row get."""
+    model_config, longest, expected = LENGTHS[case]
+    model_config.save_pretrained(tmp_path)
+
+    def said(max_length):
+        try:
+            lines = length_advice(SFTConfig(max_length=max_length), str(tmp_path))
+            return "".join(f"advice: {line}" for line in lines)
+        except InputError as error:
+            return f"error: {error}"
+
+    assert said(longest) == ""
+    assert re.match(expected, said(longest + 1)) and "\n" not in said(longest + 1)
+    assert f"--max_length {longest + 1}: {tmp_path}" in said(longest + 1)
+
+
 def test_both_rewards_falling_is_explained():
     def line(chosen, rejected):
         rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected}
@@ -197,7 +238,7 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     """Its library is the judge. Files of one's own are no data sets of the hub."""
     data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
     cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
-    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1})
+    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1}, [2, 5])
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == ("org/base" if lora else "org/model")
     assert card.data.library_name == ("peft" if lora else "transformers")
@@ -206,4 +247,29 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     opener = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
     assert f"from {card.data.library_name} import {opener}\n" in card.text
     assert f"model = {opener}.from_pretrained(" in card.text and "trained with DPO by" in card.text
+    assert "eos_token_id=[2, 5])" in card.text
     assert "7 examples" in card.text and "loss 0.5" in card.text and "time" not in card.text
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_base_of_ones_own_is_no_model_of_the_hub(absolute, tmp_path, monkeypatch):
+    """Nor does its path say where on this machine it lay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    base = str(tmp_path / "runs" / "mine") if absolute else "runs/mine"
+    cfg = SFTConfig(dataset_name=["squad"])
+    write_card(cfg, LoRAConfig(base_model_name_or_path=base), tmp_path, 7, {}, [2])
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    assert card.data.base_model is None and base not in str(card)
+    assert "\nmine, trained with supervised fine-tuning" in card.text
+
+
+def test_the_card_s_code_runs(model_dir, tmp_path):
+    """On what a run saved."""
+    policy = load_policy(SFTConfig(model_name_or_path=model_dir, use_peft=False, device="cpu"))
+    save_policy(policy, tmp_path)
+    write_card(SFTConfig(model_name_or_path="m"), None, tmp_path, 7, {}, policy.template.stop_ids)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    seen = {}
+    exec(code.replace("DIRECTORY", str(tmp_path)), seen)
+    assert seen["reply"].shape[1] > seen["prompt"]["input_ids"].shape[1]

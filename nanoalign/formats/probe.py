@@ -23,7 +23,7 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
     """
     from transformers import AttentionInterface  # late, as in packing.packed
 
-    ids, calls, small = list(range(1, 24)), [], miniature(config)
+    ids, calls = list(range(1, 24)), []
     examples = [
         Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
         Example(ids[3:7], [(ids[9:20], [True] * 11)]),
@@ -34,8 +34,12 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
         return packed_attention(*args, **kwargs)
 
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        if config.get_text_config() is not config:  # Gemma 3 with its eyes, and the like
+            raise ValueError("it is more than its text model; expected that one by itself")
+        small = miniature(config)
+        # The CPU's generator alone: asked for all of them, torch starts every GPU of the machine.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
             more = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **more).eval()
             scale, softcap = head_of(model, torch.tensor([ids]))
@@ -55,13 +59,17 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
 
 
 def miniature(config):
-    """A copy of the config with two layers (one of each kind), a small vocabulary and window."""
+    """A copy of the config with two layers (one of each kind), a small vocabulary and window, and
+    few small experts."""
     config = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     layers = max(2, len(kinds))
     small = {"num_hidden_layers": layers, "layer_types": (kinds * 2)[:layers]}
     small |= dict.fromkeys(("sliding_window", "attention_chunk_size"), 4)
-    small |= dict.fromkeys(("vocab_size", "intermediate_size"), 64)
+    sizes = "vocab_size", "intermediate_size", "moe_intermediate_size"
+    small |= dict.fromkeys((*sizes, "shared_expert_intermediate_size"), 64)
+    for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        small[key] = min(32, getattr(config, key, None) or 0)  # enough for the 8 or so of a token
     small |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), None)
     for key, value in small.items():
         if getattr(config, key, None) is not None:

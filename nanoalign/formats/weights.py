@@ -143,8 +143,14 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         raise InputError(f"{name}: has no linear layers to hold in 4 bits")
     bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
     kind = type(layers[0]).__name__.removesuffix("Linear").upper()
-    print(f"{len(layers)} linear layers in {kind}: {bits:.2f} bits per parameter")
+    share = frozen_weights(model) / all_weights(model)
+    where = f"{share:.0%} of all weights are {len(layers)} linear layers in {kind}"
+    print(f"{where}: {bits:.2f} bits per parameter")
     return model.requires_grad_(False).eval()
+
+
+def all_weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters()) + frozen_weights(model)
 
 
 def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:

@@ -3,9 +3,14 @@
 The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their code).
 """
 
+import math
 from collections.abc import Iterator
 
+from transformers import AutoConfig
+
+from nanoalign import InputError
 from nanoalign.data import Example
+from nanoalign.formats.files import from_pretrained
 from nanoalign.losses import compares
 from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
@@ -38,6 +43,27 @@ def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
     given = cfg.desirable_weight, cfg.undesirable_weight
     if weights := suggested_weights(up, len(examples) - up, *given):
         yield weights
+
+
+def length_advice(cfg: Config, name: str) -> Iterator[str]:
+    """What the positions of the model `name` say of --max_length; InputError where they can't
+    serve it."""
+    config = from_pretrained(AutoConfig, name, trust_remote_code=cfg.trust_remote_code)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    asked = f"--max_length {cfg.max_length}: {name}"
+    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind not in ("longrope", "dynamic"):
+            continue
+        short = part.get("original_max_position_embeddings") or limit
+        if cfg.max_length > short:  # one longer example changes the log-probs of its whole row
+            fault = f"has {kind} positions, which change beyond {short} tokens"
+            raise InputError(f"{asked} {fault}; give at most {short}")
+    if cfg.max_length > limit and not rope:
+        raise InputError(f"{asked} has {limit} learned positions; give as many at most")
+    if cfg.max_length > limit:
+        yield f"{asked} was made for {limit} positions; longer examples may do it harm"
 
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:

@@ -62,7 +62,9 @@ class Config:
     bf16: bool = flag(False, "the same as --dtype bfloat16")
     fp16: bool = flag(False, "float16 with dynamic loss scaling, for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
-    chat_template: str = flag("chatml", "native: the tokenizer's own template", choices=TEMPLATES)
+    chat_template: str | None = flag(
+        None, "native: the tokenizer's own template; none: what it was trained with, else chatml",
+        choices=TEMPLATES)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     # QLoRA
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in 4 bits (nf4.py)")

@@ -15,15 +15,19 @@ from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import (
     LoRAConfig,
     add_adapter,
+    ending_in,
     load_adapter,
     read_adapter_config,
     save_adapter,
 )
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.logps import PackedLM
+from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run.flags import Config
+
+TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
 
 
 def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
@@ -41,9 +45,19 @@ def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     return name, adapter if own else name, lora
 
 
-def load_tokenizer(name: str, chat_template: str, trust_remote_code: bool = False):
-    """-> (tokenizer, template, ids of the template's markers that had to be added)."""
+def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False):
+    """-> (tokenizer, template, ids of the template's markers that had to be added).
+
+    The template's name is saved with the tokenizer. Without a `chat_template` it is taken from
+    there, so that a chat or the next stage reads what training wrote; where none is, ChatML.
+    """
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if chat_template is None:
+        chat_template = tokenizer.init_kwargs.get(TRAINED_WITH, "chatml")
+        if chat_template not in [*TEMPLATES]:
+            fault = f"trained with the template {chat_template!r}, which is not known here"
+            raise InputError(f"{name}: {fault}; --chat_template takes {' or '.join(TEMPLATES)}")
+    tokenizer.init_kwargs[TRAINED_WITH] = chat_template
     return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
 
 
@@ -53,9 +67,26 @@ def tokenizer_of(cfg: Config):
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig | None) -> None:
     """Rows for the tokens of an adapter that the model lacks; the adapter fills them."""
-    tokens = vocabulary(tokenizer)
-    if lora and lora.trainable_token_indices and tokens > len(model.get_input_embeddings().weight):
+    tokens, table = vocabulary(tokenizer), model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is table)
+    names = [*lora.trainable_token_indices, *lora.modules_to_save] if lora else []
+    if tokens > len(table.weight) and any(ending_in(name, [path]) for name in names):
         model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list[int]]:
+    """The `rows` of new tokens, {table: rows}, that train on their own: not those of a table that
+    trains whole. Tied tables part when one of them does, and then the other has rows too."""
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = [path for path, module in model.named_modules() if module in tables]
+    trained = [path for path in paths if any(ending_in(name, [path]) for name in whole)]
+    if rows and trained and tied(model):
+        # the head alone: PEFT can't open such an adapter
+        if all(model.get_submodule(path) is tables[1] for path in trained):
+            fault = "is tied to the embedding, which has new tokens to learn; name both or neither"
+            raise InputError(f"--lora_modules_to_save {' '.join(whole)}: the output head {fault}")
+        rows = dict.fromkeys((path.rpartition(".")[2] for path in paths), *rows.values())
+    return {name: ids for name, ids in rows.items() if not ending_in(name, trained)}
 
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
@@ -91,6 +122,8 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     else:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
+    if getattr(model.config, "output_router_logits", False):
+        print("output_router_logits: the router's own loss is no part of the loss here")
     configure(model, cfg)
     return Policy(lm, tokenizer, template, lora)
 
@@ -98,6 +131,11 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
 def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
     """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
     adapter, targets = cfg.adapter_name_or_path, cfg.lora_target_modules
+    for table, ids in rows.items() if lora else ():
+        whole = table in (name.rpartition(".")[2] for name in lora.modules_to_save)
+        if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
+            fault = f"its {table} has no rows for the markers that the tokenizer lacks"
+            raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
     lora = lora or LoRAConfig(
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
@@ -106,7 +144,7 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         use_rslora=cfg.use_rslora,
         bias=cfg.lora_bias,
         modules_to_save=cfg.lora_modules_to_save,
-        trainable_token_indices=rows,
+        trainable_token_indices=token_rows(model, rows, cfg.lora_modules_to_save),
         base_model_name_or_path=str(name),
     )
     layers = add_adapter(model, lora)
@@ -118,11 +156,16 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         if weights.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + weights.frozen_weights(model)
+    total = weights.all_weights(model)
     print(
         f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
         f"({trained / total:.2%}); --use_peft false trains all weights"
     )
+    # Of a mixture, transformers holds all experts of a layer in parameters (experts, out, in).
+    experts = [p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3]
+    if passed_over := sum(p.numel() for p in experts if not p.requires_grad):
+        share = f"its experts, {passed_over / total:.0%} of all weights"
+        print(f"advice: LoRA and 4 bits pass over {share}: they are no linear layers")
     return lora
 
 
@@ -143,6 +186,18 @@ def configure(model: nn.Module, cfg: Config) -> None:
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
+def stop_at(model: nn.Module, ids: list[int]) -> None:
+    """Let transformers' own generate end a text at these tokens too: it goes by the configs, which
+    know only the end that the base model had. In some models' config.json there is room for one."""
+    config, generation = model.config, model.generation_config
+    several = isinstance(config.eos_token_id, list)
+    config.eos_token_id = sorted({*config.eos_token_id, *ids}) if several else ids[0]
+    if generation is not None:  # a model with code of its own may have none
+        old = generation.eos_token_id
+        old = old if isinstance(old, list) else [old]
+        generation.eos_token_id = sorted({*old, *ids} - {None})
+
+
 def save_policy(policy: Policy, directory: str | Path) -> None:
     """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
     directory = Path(directory)
@@ -151,6 +206,7 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
         save_adapter(policy.model, policy.lora, directory)
         weights.write_note(policy.model, directory)
     else:
+        stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
         policy.model.save_pretrained(directory)
         policy.model.set_attn_implementation(packed())

@@ -16,6 +16,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, packed, row_tokens
+from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import load_base
 
@@ -67,6 +68,8 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     """The log-probs of another model, or of the policy as it was at the start."""
     lm, at_start = policy.lm, policy.reference or nullcontext
     if name := cfg.ref_model_name_or_path:
+        for line in length_advice(cfg, name):
+            print(f"advice: {line}")
         lm, at_start = load_base(cfg, name), nullcontext
         lm.model.set_attn_implementation(packed())
         if len(lm.head().weight) < len(policy.tokenizer):

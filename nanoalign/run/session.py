@@ -23,7 +23,7 @@ from nanoalign.data import Example, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint
-from nanoalign.run.advice import advice, afterthought
+from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.files import saving, write_text
@@ -105,12 +105,12 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     model = cfg.model_name_or_path
     # The built-in world's data: world.py can measure what is learned from it, and a run may write
     # over what an earlier one left in runs/METHOD, and nowhere else.
-    built_in = Path(cfg.dataset_name[0]).parent == world.HOME
+    built_in, learned = Path(cfg.dataset_name[0]).parent == world.HOME, world.HOME.parent / "sft"
     check_output_dir(cfg, built_in and cfg.output_dir == str(world.HOME.parent / cfg.method))
     end_if_finished(cfg)
     if built_in and model == str(world.BASE):
         world.build()
-    elif built_in and model and not Path(model, "config.json").exists():
+    elif built_in and model == str(learned) and not (learned / "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
     examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
@@ -119,8 +119,9 @@ def start(cfg: Config, layouts: Layouts) -> Run:
         held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
         examples, held_out = hold_out(cfg, examples)
-    for line in [] if built_in else advice(cfg, examples, cut):
-        print(f"advice: {line}")
+    if not built_in:
+        for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, cut)):
+            print(f"advice: {line}")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
@@ -214,7 +215,8 @@ def finish(cfg: Config, run: Run) -> Run:
         except ImportError:
             print("no curves.png: pip install 'nanoalign[plot]' for that")
         if lines:
-            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1])
+            stops = run.policy.template.stop_ids
+            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
     record = {
         "method": cfg.method,
         "flags": vars(cfg),

@@ -26,10 +26,11 @@ from transformers import AutoTokenizer
 from nanoalign import InputError
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter, load_adapter
+from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.flags import Parser, add_flags
-from nanoalign.run.policy import base_of, make_room
+from nanoalign.run.policy import TRAINED_WITH, base_of, make_room, stop_at
 from nanoalign.run.session import command
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
@@ -96,6 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     before = model(ids, use_cache=False).logits[0].float()  # (T, V)
     merge_adapter(model, dtype)
     change = (model(ids, use_cache=False).logits[0].float() - before).abs().max()
+    template = tokenizer.init_kwargs.get(TRAINED_WITH)
+    if template in [*TEMPLATES]:
+        stop_at(model, TEMPLATES[template](tokenizer).stop_ids)
+    elif tokenizer.eos_token_id is not None:  # another tool trained the adapter
+        stop_at(model, [tokenizer.eos_token_id])
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     print(
