@@ -33,7 +33,7 @@ class Policy:
     reference: Reference | None = field(init=False)  # the policy as it is now; None: all trains
 
     def __post_init__(self):
-        self.attention = self.model.config._attn_implementation
+        self.attention = self.model.config._attn_implementation  # it has no public name
         self.model.set_attn_implementation(packed())
         frozen = not all(p.requires_grad for p in self.model.parameters())
         self.reference = Reference(self.lm) if frozen else None

@@ -184,7 +184,7 @@ class FrozenLinear(nn.Module):
 
     # Traced, forward and backward hold the same expression: the compiler would compute it once and
     # keep the dense weight. (torch.compiler.disable would do too; its import takes a second.)
-    @torch._disable_dynamo
+    @getattr(torch, "_disable_dynamo", torch.compiler.disable)
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return FrozenProduct.apply(x, bias, self)

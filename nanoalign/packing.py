@@ -156,7 +156,7 @@ def attention(
 
 # The loops and masks of the fast way depend on the row, so a compiled layer is compiled around it.
 # (_disable_dynamo is torch.compiler.disable, but does not import the compiler before it is needed.)
-@torch._disable_dynamo
+@getattr(torch, "_disable_dynamo", torch.compiler.disable)
 def packed_attention(
     module, query, key, value, attention_mask: None, *,
     geometry: Geometry, scaling: float, dropout: float = 0.0,

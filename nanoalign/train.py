@@ -145,8 +145,8 @@ def optimizer_step(
         (loss * scale).backward()
         add(sums, {**batch, "loss": (loss.detach(), count)})
 
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, sums["loss"][1] * scale)
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]

@@ -314,7 +314,7 @@ def test_checkpointing_gives_the_same_gradients(double):
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 def test_compiled_model_trains_and_keeps_only_packed_bytes(double, checkpointed):
     """Inlined into the graph, the compiler would keep the dense weight: 4 bytes a weight here."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     class Model(nn.Module):
         def __init__(self):

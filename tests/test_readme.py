@@ -81,6 +81,8 @@ def run(words: list[str], home, monkeypatch) -> None:
 def test_commands_run(words, home, monkeypatch, capsys):
     if "nanoalign.chat" in words:  # a person talks to it; here one prompt does
         words = [*words, "--prompt", "Hello", "--max_new_tokens", "4"]
+    if "nanoalign.plot" in words:
+        pytest.importorskip("matplotlib")
     run(words, home, monkeypatch)
     assert "error" not in capsys.readouterr().err
 

@@ -106,7 +106,7 @@ def band_bias(queries, keys, window, groups, dtype, device) -> Tensor:
 
 @cache
 def compiled_flex():
-    import torch._dynamo.config as dynamo
+    import torch._dynamo.config as dynamo  # torch.compiler.config lacks specialize_float
     from torch.nn.attention.flex_attention import flex_attention
 
     dynamo.specialize_float = True  # scale and softcap are constants of the model
