@@ -1,0 +1,118 @@
+"""What the experiments share: the built-in world's model, a quiet run of a script, a report.
+
+An experiment is a file with a function
+
+    def run(small: bool) -> Report
+
+which trains what its claim is about, and says what came out and whether the claim held, against a
+tolerance that stands in the file. `small` asks for a setting of seconds, whose numbers mean
+nothing: the tests run it, so that no experiment stops working unseen.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import train_dpo
+import train_kto
+import train_sft
+from nanoalign import world
+from nanoalign.data import Case, make_examples
+from nanoalign.model import Policy
+from nanoalign.run.curves import read_run
+from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.policy import load_policy
+
+METHODS = {
+    "sft": (SFTConfig, train_sft.run_sft, train_sft.BUILT_IN),
+    "dpo": (DPOConfig, train_dpo.run_dpo, train_dpo.BUILT_IN),
+    "kto": (KTOConfig, train_kto.run_kto, train_kto.BUILT_IN),
+}
+SMALL = {"max_steps": 2, "per_device_train_batch_size": 4}
+
+
+@dataclass
+class Report:
+    """What an experiment found."""
+
+    columns: list[str]  # of the table
+    rows: list[list]  # words and numbers
+    held: list[tuple[str, bool]]  # what was expected, in words, and whether it came out
+    draw: Callable | None = None  # draws the picture on a matplotlib Figure
+    notes: list[str] = field(default_factory=list)  # what did not come out in the small, and why
+
+    def table(self) -> str:
+        """In Markdown."""
+        cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in self.rows]
+        lines = [self.columns, ["---"] * len(self.columns), *cells]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def train(method: str, rows: list[dict], small: bool, **flags) -> tuple[Policy, list[dict]]:
+    """Train the world's SFT model (or --model_name_or_path) on rows, by the script itself with its
+    built-in settings but for `flags`. -> the policy, and the run's lines of metrics."""
+    kind, script, built_in = METHODS[method]
+    start = {} if method == "sft" else {"model_name_or_path": sft_model(small)}
+    flags = {**built_in, "logging_steps": 5, **start, **flags, **(SMALL if small else {})}
+    with tempfile.TemporaryDirectory() as work, quietly():
+        data = Path(work, "data.jsonl")
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        flags |= {"dataset_name": str(data), "output_dir": f"{work}/run", "save_steps": 0}
+        run = script(parse(kind, [f"--{name}={value}" for name, value in flags.items()], {}))
+        return run.policy, read_run(Path(work, "run"))
+
+
+def sft_model(small: bool) -> str:
+    """The directory of the world's SFT model, which is trained if it is not there yet. `small`: the
+    untrained one."""
+    directory = "runs/sft"
+    if small:
+        directory = str(world.BASE)
+    if not Path(directory, "model.safetensors").exists():
+        if small:
+            world.build()
+        else:
+            print("first the world's SFT model, once: a minute or two")
+            with quietly():
+                train_sft.run_sft(parse(SFTConfig, [], train_sft.BUILT_IN))
+    return directory
+
+
+def load(directory: str) -> Policy:
+    with quietly():
+        return load_policy(Config(model_name_or_path=directory, use_peft=False, device="cpu"))
+
+
+def pairs(part: str, small: bool = False) -> list[dict]:
+    """The world's "validation" or "test" questions: {"question", "terse", "sentence"} each; of
+    "dpo", "sft" and "kto" the training rows."""
+    path = world.HOME / f"{part}.jsonl"
+    if not path.exists():
+        world.build()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[: 16 if small else None]]
+
+
+@torch.no_grad()
+def logps(policy: Policy, prompts: list[str], replies: list[str]) -> Tensor:
+    """log pi(reply | prompt), with the marker that ends it, of each. (n,) in nats."""
+    cases = [
+        Case([{"role": "user", "content": p}], [[{"role": "assistant", "content": r}]])
+        for p, r in zip(prompts, replies)
+    ]
+    examples, _ = make_examples(cases, policy.tokenizer, policy.template)
+    policy.lm.eval()
+    return torch.cat([policy(examples[i : i + 64]).logps for i in range(0, len(examples), 64)])
