@@ -10,6 +10,8 @@ from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
+from nanoalign.logps import PackedLM
+from nanoalign.lora import LoRALinear
 from nanoalign.run import session
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.record import rescale
@@ -260,6 +262,22 @@ def test_replies_are_shown_beside_those_at_the_start(run, model_dir, capsys):
 
 
 # --------------------------------------------------------------------------- where logps come from
+
+
+@WITH_REFERENCE
+def test_policy_and_reference_see_a_reply_in_the_same_row(method, run, monkeypatch):
+    """And KTO's y' too, or its z0 begins with the rounding of bfloat16 instead of 0."""
+    rows, whole = {True: [], False: []}, PackedLM.forward
+
+    def forward(self, examples, *more):
+        asked = [(e.prompt, e.completions) for e in examples]
+        if layers := [m for m in self.modules() if isinstance(m, LoRALinear)]:
+            rows[not layers[0].enabled].append(asked)
+        return whole(self, examples, *more)
+
+    monkeypatch.setattr(PackedLM, "forward", forward)
+    run(method, "--max_row_tokens", "40")
+    assert len(rows[True]) > 3 and sorted(rows[True]) == sorted(rows[False])
 
 
 @WITH_REFERENCE
