@@ -452,6 +452,14 @@ def test_fp16_trains(method, run):
 
 
 @ALL
+def test_fp16_does_not_overflow_on_a_sum(method, run):
+    """2^16 times the mean of a step fits float16, and 2^16 times a sum over hundreds of tokens does
+    not: the first steps were left out for it."""
+    lines = run(method, "--fp16", "true", "--gradient_accumulation_steps", "3")
+    assert all("loss" in line for line in lines)
+
+
+@ALL
 def test_a_scale_that_is_too_high_costs_steps_and_nothing_else(method, run, monkeypatch):
     monkeypatch.setattr("nanoalign.run.record.INITIAL_SCALE", 2.0**40)
     lines = run(method, "--fp16", "true", "--max_steps", "40")
