@@ -2,9 +2,10 @@
 
     python benchmarks/threads.py --model MODEL --data CONVERSATIONS.json
 
-SFT of the built-in model and of MODEL with 1, 2, 4 ... threads up to the machine's cores: tokens
-per second, without the first steps. The neighbour is one process that does nothing but count. A
-case that is too slow for its minute is given up, and counts with the steps that it got through.
+SFT of the built-in model and of MODEL with 1, 2, 4 ... threads up to the machine's cores, and with
+as many that sleep while they wait for each other (OMP_WAIT_POLICY=PASSIVE): tokens per second,
+without the first step. The neighbour is one process that does nothing but loop. A case that is too
+slow for its minute is given up, and counts with the steps that it got through.
 """
 
 import argparse
@@ -19,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def speed(flags: list[str], threads: int, out: str, limit: float) -> float:
+def speed(flags: list[str], threads: int, wait: str, out: str, limit: float) -> float:
     """Tokens per second of a run, from its second line of metrics on."""
     command = [sys.executable, ROOT / "train_sft.py", *flags, "--output_dir", out]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": wait}
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=env, timeout=limit, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in open(Path(out, "metrics.jsonl"), encoding="utf-8")]
@@ -58,12 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     threads = [1]
     while threads[-1] < (os.cpu_count() or 1):
         threads.append(min(2 * threads[-1], os.cpu_count()))
-    print("| model | machine | " + " | ".join(f"{n} threads" for n in threads) + " |")
-    print("|---|---|" + "---|" * len(threads))
+    cases = [(n, "ACTIVE") for n in threads] + [(threads[-1], "PASSIVE")]
+    heads = [f"{n} thread{'s' * (n > 1)}{', passive' * (wait == 'PASSIVE')}" for n, wait in cases]
+    print("| model | machine | " + " | ".join(heads) + " |")
+    print("|---|---|" + "---|" * len(cases))
     for name, flags in kinds.items():
         for busy in (False, True):
             with neighbour(busy), tempfile.TemporaryDirectory() as work:
-                rates = [speed(flags, n, f"{work}/{n}", args.limit) for n in threads]
+                rates = [speed(flags, *case, f"{work}/{case}", args.limit) for case in cases]
             shown = " | ".join(f"{rate:.0f} tok/s" for rate in rates)
             print(f"| {name} | {'beside a neighbour' if busy else 'idle'} | {shown} |", flush=True)
 
