@@ -19,7 +19,7 @@ from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.record import fit
-from nanoalign.run.reference import reference_of, without_gradient
+from nanoalign.run.reference import long_rows, reference_of, without_gradient
 from nanoalign.run.session import Run, finish, main, start
 from nanoalign.train import plan
 
@@ -46,30 +46,25 @@ def run_kto(cfg: KTOConfig) -> Run:
     def only_mismatch(examples):  # (x, y')
         return [replace(e, completions=[e.mismatch]) for e in examples]
 
-    def with_mismatch(examples):  # (x, y, y') in one row
-        return [replace(e, completions=e.completions + [e.mismatch]) for e in examples]
-
     def all_requests():  # what the run will ask of the reference: each y once, each epoch's y'
         if not with_z0:
             return run.examples + run.held_out
         per_epoch, total = plan(cfg, len(run.examples))
         rounds = range(-(-total // per_epoch))  # begun, the last one perhaps not ended
-        first, *later = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
-        return with_mismatch(first + run.held_out) + only_mismatch(sum(later, []))
+        epochs = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
+        return run.examples + run.held_out + only_mismatch(sum(epochs, run.held_out))
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
     own = numbers(cfg, kto_loss, cfg.loss)
-    policy_now = without_gradient(run.policy.lm, cfg)
+    policy_now = without_gradient(run.policy.lm)
 
     def kto(batches):
         """z0 is that of the whole step; the loss is a mean over examples."""
-        examples, z0 = sum(batches, []), torch.zeros(())
+        z0 = torch.zeros(())
         if with_z0:
-            ref_logps, ref_kl = reference([with_mismatch(examples)])[0].view(-1, 2).T
-            z0 = kl_baseline(policy_now(only_mismatch(examples)), ref_kl)
-        else:
-            (ref_logps,) = reference([examples])
-        for batch, ref in zip(batches, ref_logps.split([len(batch) for batch in batches])):
+            rows = long_rows(only_mismatch(sum(batches, [])), cfg, run.policy.lm)
+            z0 = kl_baseline(torch.cat(policy_now(rows)), torch.cat(reference(rows)))
+        for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
             desirable = torch.tensor([e.label for e in batch], device=ref.device)
             losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)

@@ -125,7 +125,8 @@ def train(
         drawn = ordered[place * per_step : (place + 1) * per_step]
         parts = fitting(drawn, cfg.per_device_train_batch_size, longest)
         rate = learning_rate(cfg, done, total)
-        sums, norm = optimizer_step(optimizer, rate, method(parts), cfg.max_grad_norm, scale())
+        share = scale() / len(parts)  # the parts' gradients add up to that of the step's mean
+        sums, norm = optimizer_step(optimizer, rate, method(parts), cfg.max_grad_norm, share)
         yield Step(done + 1, drawn, sums, rate, norm)
 
 
@@ -134,19 +135,22 @@ def optimizer_step(
 ) -> tuple[Sums | None, float]:
     """One step on the mean over all that the method's `batches` yield.
 
-    `scale` multiplies the loss on its way through backward, and is taken out of the gradient.
+    `scale` multiplies the first batch's mean on its way through backward, and the other batches as
+    much; it is taken out of the gradient. (float16 would overflow on a sum of a thousand tokens.)
     -> sums of loss and metrics, or None when loss or gradient are not finite (then nothing has
     changed); the gradient's norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: Sums = {}
+    factor = 0.0
     for batch in batches:
         loss, count = batch["loss"]
-        (loss * scale).backward()
+        factor = factor or scale / count
+        (loss * factor).backward()
         add(sums, {**batch, "loss": (loss.detach(), count)})
 
     for gradient in (p.grad for p in parameters if p.grad is not None):
-        gradient /= sums["loss"][1] * scale
+        gradient /= sums["loss"][1] * factor
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]

@@ -13,9 +13,12 @@ make it nearly all of them and should leave the answers as right as they were.
 `build` writes an ordinary model directory and ordinary data files. From there on nothing is special
 about this model: the scripts train it as they train any other, with the settings that each has as
 its BUILT_IN. Their learning rates were tried at half, once and twice the value on validation.jsonl
-(`measure(policy, "validation")`); test.jsonl is what the scripts report. SFT: 99.2, 99.2 and 82.0 %
-right. DPO and KTO: at half, more than a tenth of the sampled replies stay terse; at twice, no clear
-gain.
+(`measure(policy, "validation")`); test.jsonl is what the scripts report. SFT, mean of three seeds:
+98.5, 98.9 and 98.1 % right, and of what is sampled, 89, 95 and 94 %. DPO and KTO: at half, more
+than a tenth of the sampled replies stay terse; at twice, no clear gain.
+
+The pairs always prefer the sentence, so DPO has no optimum here, only a time to stop: its loss
+falls for as long as the two replies' log-ratio grows.
 """
 
 import itertools

@@ -22,6 +22,7 @@ import compare
 import growth
 import ideas
 import load_4bit
+import threads
 
 ALL = pytest.mark.parametrize("method", METHODS)
 
@@ -191,3 +192,20 @@ def test_load_4bit(tmp_path, capsys):
     load_4bit.measure(str(tmp_path), double_quant=False)
     said = capsys.readouterr().out
     assert "4-bit model" in said and "largest tensors" in said and "loaded in" in said
+
+
+# -------------------------------------------------------------------------------------- threads.py
+
+
+def test_threads(tmp_path, model, capsys, monkeypatch):
+    data = write_data(tmp_path)
+    flags = ["--model_name_or_path", model, "--dataset_name", str(data / "sft.jsonl")]
+    flags += ["--max_steps", "2", "--logging_steps", "1"]
+    assert threads.speed(flags, 1, "PASSIVE", str(tmp_path / "out"), limit=100) > 0
+
+    asked = []
+    monkeypatch.setattr(threads, "speed", lambda *case: asked.append(case) or 1234.5)
+    threads.main([])
+    head, _, idle, busy = capsys.readouterr().out.splitlines()
+    assert "1 thread |" in head and head.endswith(" passive |") and len(asked) >= 4
+    assert idle.count("1234 tok/s") == busy.count("1234 tok/s") == len(asked) // 2

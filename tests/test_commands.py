@@ -31,7 +31,7 @@ from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, git_commit, main, start
+from nanoalign.run.session import check_output_dir, git_commit, main, start, use_threads
 from nanoalign.tools import merge
 
 pytestmark = [
@@ -908,6 +908,30 @@ def test_a_length_that_the_model_or_the_reference_does_not_serve(flag, model_dir
     refused(script, "dpo", max_length=513, expected=words, **{flag: model})
     code, said, _ = script("dpo", max_length=512, **{flag: model})
     assert code == 0 and "advice: --max_length" not in said
+
+
+@pytest.mark.parametrize(
+    "flags, environment, built_in, number, why",
+    [
+        ({}, None, True, 1, "the model is tiny"),
+        ({}, "3", True, 5, "OMP_NUM_THREADS"),  # torch read it when it was loaded
+        ({"threads": 2}, "3", True, 2, "--threads"),
+        ({}, None, False, 5, "one a core; --threads 1 is faster"),
+        ({"threads": 1}, None, False, 1, "--threads"),
+    ],
+)
+def test_threads(flags, environment, built_in, number, why, monkeypatch):
+    """The built-in model computes with one; what the user says wins."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        line = use_threads(SFTConfig(**flags), built_in)
+        assert torch.get_num_threads() == number and f"{number} thread" in line and why in line
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_model_on_the_built_in_data(model_dir, script, adapter):

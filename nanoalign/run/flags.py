@@ -62,6 +62,8 @@ class Config:
     bf16: bool = flag(False, "the same as --dtype bfloat16")
     fp16: bool = flag(False, "float16 with dynamic loss scaling, for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
+    threads: int | None = flag(
+        None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core", POSITIVE, free=True)
     chat_template: str | None = flag(
         None, "native: the tokenizer's own template; none: what it was trained with, else chatml",
         choices=TEMPLATES)

@@ -124,8 +124,30 @@ def start(cfg: Config, layouts: Layouts) -> Run:
             print(f"advice: {line}")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
+    threads = use_threads(cfg, built_in)
     policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
+    if policy.lm.device.type == "cpu":
+        print(threads)
     return Run(policy, examples, held_out, world.measure(policy) if built_in else None)
+
+
+def use_threads(cfg: Config, built_in: bool) -> str:
+    """Set the number of a CPU's threads. -> how many there are and why, in a line.
+
+    Threads that share a product wait for each other, and spin meanwhile: one busy program beside
+    them, and each small product takes until the scheduler lets the last of them go on. The built-in
+    model's products are so small that a second thread gains little even on an idle machine.
+    """
+    why, number = "one a core; --threads 1 is faster beside a busy program", cfg.threads
+    if number:
+        why = "--threads"
+    elif "OMP_NUM_THREADS" in os.environ:
+        why = "OMP_NUM_THREADS"
+    elif built_in:
+        why, number = "the model is tiny; --threads takes more", 1
+    torch.set_num_threads(number or torch.get_num_threads())
+    n = torch.get_num_threads()
+    return f"computes on the CPU with {n} thread{'s' * (n > 1)} ({why})"
 
 
 def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
