@@ -28,8 +28,8 @@ from nanoalign.run.flags import SFTConfig
 from nanoalign.train import make_optimizer, train
 from nanoalign.world import LETTERS
 
-RATES = 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2
-TASK, MEMORY = 40, 160  # steps
+RATES = 3e-5, 1e-4, 3e-4, 1e-3, 3e-3
+TASK, MEMORY = 40, 120  # steps
 QUESTIONS = 512  # for memory
 ALIKE = 0.2  # two losses are alike that differ by less than this share of the smaller
 HELPS = 2.0  # and rank helps if it divides the loss by more than this

@@ -1,11 +1,14 @@
 """The experiments that train: each in a tiny setting, and the arithmetic that they rest on."""
 
+import math
 import random
 
 import pytest
+import torch
 
-from experiments import chosen_falls, kto_imbalance, lab, lora_rate
+from experiments import chosen_falls, kto_imbalance, lab, length_bias, lora_rate
 from nanoalign import world
+from nanoalign.losses import DPO_LOSSES
 from nanoalign.run import session
 
 
@@ -58,6 +61,15 @@ def test_thumbs():
     assert all((row["completion"] == "up") == row["label"] for row in single)
 
 
+def test_z0_of_steps():
+    """Of log-ratios -1 and 1 a step of one has z0 0 or 1, one of many about 0: by the half-normal
+    mean, sqrt(1 / (2 pi n)) nats."""
+    ratios = torch.tensor([-1.0, 1.0] * 50)
+    assert kto_imbalance.z0_of_steps(ratios, 1) == pytest.approx((0.5, 0.5), abs=0.03)
+    expected = (1 / (2 * math.pi * 64)) ** 0.5
+    assert kto_imbalance.z0_of_steps(ratios, 64)[0] == pytest.approx(expected, rel=0.1)
+
+
 def test_lora_rate(tiny_world):
     check(lora_rate.run(small=True), rows=15)
 
@@ -72,3 +84,20 @@ def test_lora_plus_gives_b_its_rate(tiny_world):
         far[plus] = layer.lora_B.weight.abs().median().item()
     assert far[True] == pytest.approx(16 * far[False], rel=1e-3)
     assert far[False] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_length_bias(tiny_world):
+    losses = [loss for loss in length_bias.LOSSES if loss in DPO_LOSSES]
+    check(length_bias.run(small=True), rows=1 + len(losses))
+
+
+def test_the_right_reply_always_wins_and_length_mostly():
+    asked = world.questions(random.Random(1))
+    rows = [dict(prompt=q, chosen=b, rejected=a) for kind in asked.values() for q, a, b in kind[1]]
+    mixed = length_bias.mixed(rows, random.Random(0))
+    longer = 0
+    for row, pair in zip(rows, mixed):
+        right = row["chosen"], row["rejected"]
+        assert pair["chosen"] in right and pair["rejected"] not in right
+        longer += len(pair["chosen"]) > len(pair["rejected"])
+    assert longer == 0.8 * len(rows)
