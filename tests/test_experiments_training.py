@@ -71,7 +71,7 @@ def test_z0_of_steps():
 
 
 def test_lora_rate(tiny_world):
-    check(lora_rate.run(small=True), rows=15)
+    check(lora_rate.run(small=True), rows=13)
 
 
 def test_lora_plus_gives_b_its_rate(tiny_world):
