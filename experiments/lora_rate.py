@@ -66,7 +66,7 @@ def sft(start, asked, answers, steps, rate, rank=None, alpha=32.0, plus=False):
 
 
 def run(small: bool) -> Report:
-    start, rows, test = sft_model(small), pairs("dpo", small), pairs("test", small)
+    start, rows, test = sft_model(small), pairs("dpo", small)[: 64 * TASK], pairs("test", small)
     rng = random.Random(0)
     words = [" ".join(rng.choices(LETTERS, k=8)) for _ in range(2 * QUESTIONS)]
     noise = words[:QUESTIONS], words[QUESTIONS:]  # questions, answers
