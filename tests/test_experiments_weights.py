@@ -1,0 +1,69 @@
+"""The experiments with weights, rows and masks: they run, and their arithmetic is the truth."""
+
+import pytest
+import torch
+
+from experiments import merge_4bit, nf4_error
+from experiments.lab import Report
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def check(report: Report) -> None:
+    """A report that can be printed and drawn."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    assert all(len(row) == len(report.columns) for row in report.rows)
+    assert report.table().count("\n") == len(report.rows) + 1
+    assert report.held and all(type(held) is bool for _, held in report.held)
+    report.draw(Figure())
+
+
+# --------------------------------------------------------------------------------- nf4_error
+
+
+def test_nf4_error_runs():
+    check(nf4_error.run(small=True))
+
+
+@pytest.mark.parametrize("blocksize", [64, 256])
+def test_rounding_to_nf4_is_the_packages_own(blocksize):
+    from nanoalign import nf4
+
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    packed, absmax = nf4.quantize(weight, blocksize)
+    expected = nf4.dequantize(packed, absmax, weight.shape, torch.float32, blocksize)
+    torch.testing.assert_close(nf4_error.rounded(weight, nf4.LEVELS, blocksize), expected)
+
+
+def test_the_levels_are_those_of_the_formats():
+    """Four bits: 15 values of int4 and FP4 (0 has two signs), 16 of NF4; all from -1 to 1."""
+    for name, levels in nf4_error.LEVELS.items():
+        assert len(levels) == (16 if name == "NF4" else 15) and (levels.diff() > 0).all()
+        assert levels[0] == -1 and levels[-1] == 1 and 0 in levels
+
+
+def test_the_integral_of_two_levels():
+    """With the levels -1, 0 and 1 and blocks of 2, worked out by simulation."""
+    levels = torch.tensor([-1.0, 0.0, 1.0])
+    normal = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0))
+    simulated = nf4_error.error([normal], levels, 2)
+    assert nf4_error.expected_error(levels, 2) == pytest.approx(simulated, rel=0.005)
+
+
+# -------------------------------------------------------------------------------- merge_4bit
+
+
+def test_merge_4bit_runs():
+    check(merge_4bit.run(small=True))
+
+
+def test_rounding_twice_rounds_once():
+    """So what is far from exact in a merge that is rounded again is the adapter, not the base."""
+    once = merge_4bit.round4(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(merge_4bit.round4(once), once)
