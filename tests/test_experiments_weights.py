@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from experiments import merge_4bit, nf4_error
+from experiments import merge_4bit, nf4_error, packing, prefix
 from experiments.lab import Report
+from nanoalign.packing import pack
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True, scope="module")
+def elsewhere(tmp_path_factory):
+    """One directory for all, so that the world is written once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("experiments"))
+        yield
 
 
 def check(report: Report) -> None:
@@ -67,3 +71,27 @@ def test_rounding_twice_rounds_once():
     """So what is far from exact in a merge that is rounded again is the adapter, not the base."""
     once = merge_4bit.round4(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(merge_4bit.round4(once), once)
+
+
+# ---------------------------------------------------------------------------- packing, prefix
+
+
+def test_packing_runs():
+    report = packing.run(small=True)
+    check(report)
+    assert report.held[0][1]  # the same losses and gradients: that needs no long run
+
+
+def test_prefix_runs():
+    report = prefix.run(small=True)
+    check(report)
+    assert report.held[0][1]
+
+
+def test_the_prefix_formula_counts_the_tokens_of_the_row():
+    """The row leaves out the last token of each reply, which predicts nothing."""
+    [shared] = prefix.examples(1, prompt=30, reply=10, vocabulary=50)
+    apart = prefix.unshared([shared])
+    tokens = [len(pack(batch).input_ids) for batch in ([shared], apart)]
+    assert tokens == [30 + 2 * 9, 2 * 30 + 2 * 9]
+    assert prefix.formula(30, 9) == tokens[0] / tokens[1]
