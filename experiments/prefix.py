@@ -19,7 +19,7 @@ import random
 from dataclasses import replace
 
 from experiments.lab import Report, load, sft_model
-from experiments.packing import in_a_row, seconds, with_gradient
+from experiments.packing import in_a_row, time_share, with_gradient
 from nanoalign.packing import Example
 
 SAME = 1e-4  # |shared - unshared| / |unshared|, of the losses and of the gradient, in fp32
@@ -57,8 +57,7 @@ def run(small: bool) -> Report:
         apart = unshared(shared)
         one, two = (with_gradient(in_a_row, policy, batch) for batch in (shared, apart))
         off = [((a - b).norm() / b.norm()).item() for a, b in zip(one, two)]
-        clocked = [seconds(in_a_row, policy, batch, rounds) for batch in (shared, apart)]
-        time = clocked[0] / clocked[1]
+        time = time_share(policy, (in_a_row, shared), (in_a_row, apart), rounds)
         rows.append([prompt, *off, formula(prompt, REPLY - 1), time, 1 / time])
 
     held = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from experiments import merge_4bit, nf4_error, packing, prefix
+from experiments import mask, merge_4bit, neftune, nf4_error, packing, prefix
 from experiments.lab import Report
-from nanoalign.packing import pack
+from nanoalign.packing import Example, pack
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,3 +95,21 @@ def test_the_prefix_formula_counts_the_tokens_of_the_row():
     tokens = [len(pack(batch).input_ids) for batch in ([shared], apart)]
     assert tokens == [30 + 2 * 9, 2 * 30 + 2 * 9]
     assert prefix.formula(30, 9) == tokens[0] / tokens[1]
+
+
+# ----------------------------------------------------------------------------- mask, neftune
+
+
+def test_mask_runs():
+    check(mask.run(small=True))
+
+
+def test_neftune_runs():
+    check(neftune.run(small=True))
+
+
+def test_a_prompt_that_trains():
+    example = mask.on_prompts_too(Example([1, 2, 3], [([4, 5], [True, True])]))
+    assert example.prompt == [1] and example.completions == [([2, 3, 4, 5], [True] * 4)]
+    row = pack([example])
+    assert row.predictors.tolist() == [0, 1, 2, 3] and row.targets.tolist() == [2, 3, 4, 5]
