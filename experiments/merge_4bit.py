@@ -1,18 +1,22 @@
 """An adapter that was trained on a 4-bit base belongs to the rounded weights: merge it into those.
 
 QLoRA (arXiv 2305.14314) trains y = dequant(W4) x + s B A x, eq. 5, and leaves open how the two
-become one matrix. Three ways are in use, and users ask why two of them change their model:
+become one matrix. With D = s B A these ways are in use, and users ask why some change their model:
 
-    into the dequantized weights    dequant(W4) + s B A             what was trained
-    into the original weights       W + s B A                       adds W - dequant(W4), unseen
-    and rounded to 4 bits again     dequant(round4(... + s B A))    rounds the adapter as well
+    into the dequantized weights        dequant(W4) + D              what was trained
+    the same, rounded to 4 bits again   round4(dequant(W4) + D)
+    into the original weights           W + D                        adds W - dequant(W4), unseen
+    the same, rounded to 4 bits         round4(W + D)
 
-Measured: the world's SFT model learns with LoRA, on an NF4 base, to answer in sentences only. Then
-the test sentences' loss of each merge, and how far log pi(y | x) of a sentence has moved from what
-it was under the adapter, on average. The first way is exact by construction. Of the other two it is
-expected only that they move it far more: whether that helps or harms is a matter of the model.
-A plain LoRA run of the same settings stands beside them, since table 3's claim is that QLoRA ends
-where LoRA ends. Three seeds, which draw the adapter's start and the order of the data.
+Measured: the world's SFT model learns with LoRA, on an NF4 base, to answer in sentences only, with
+a high and with a low learning rate. Then the loss of each merge on the test sentences, and how far
+it moves log pi(y | x) of a sentence from what it was under the adapter.
+
+Expected: the first way is exact. The original weights move it far more, for better or worse: they
+are another model, and a better one. What dequant(W4) + D is rounded to is W4 itself wherever D is
+less than half a step, as W4 stands on levels; so a small D, of the low rate, is mostly lost, while
+round4(W + D) keeps its average. A LoRA run without 4 bits stands beside them: QLoRA's table 3 says
+that QLoRA ends where LoRA ends. Three seeds, of the adapter's start and of the order.
 """
 
 from statistics import mean, stdev
@@ -27,10 +31,12 @@ from nanoalign.model import Policy
 
 EXACT = 1e-3  # nats: what the exact merge may move a sentence's log-prob by; fp32 rounds
 FAR = 20  # the other merges move it at least so many times as far
+LOST = 0.5  # of what a low rate has learned, rounding the dequantized weights again keeps less
 MEETS = 0.1  # QLoRA's loss may miss LoRA's by this share of what LoRA has learned
 
-LEARN = dict(use_peft=True, learning_rate=1e-3, lr_scheduler_type="constant", warmup_ratio=0)
-LEARN |= dict(lora_r=8, lora_alpha=32, per_device_train_batch_size=32, max_steps=40, weight_decay=0)
+RATES = 1e-4, 1e-3
+LEARN = dict(use_peft=True, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0)
+LEARN |= dict(lora_r=8, lora_alpha=32, per_device_train_batch_size=32, max_steps=40)
 
 
 def round4(weight: Tensor) -> Tensor:
@@ -39,11 +45,12 @@ def round4(weight: Tensor) -> Tensor:
 
 
 WAYS = {  # the original weight W and the adapter's change D of it -> the merged weight
-    "dequantized weights": lambda w, d: round4(w) + d,
-    "original weights": lambda w, d: w + d,
-    "dequantized, rounded again": lambda w, d: round4(round4(w) + d),
-    "original, rounded again": lambda w, d: round4(w + d),
+    "dequantized + D": lambda w, d: round4(w) + d,
+    "dequantized + D, rounded again": lambda w, d: round4(round4(w) + d),
+    "original + D": lambda w, d: w + d,
+    "original + D, rounded": lambda w, d: round4(w + d),
 }
+BASE, ADAPTER, LORA = "4 bits, no adapter", "4 bits and adapter", "LoRA without 4 bits"
 
 
 @torch.no_grad()
@@ -61,56 +68,58 @@ def run(small: bool) -> Report:
     test = pairs("test", small)
     asked, sentences = [row["question"] for row in test], [row["sentence"] for row in test]
     rows = [dict(prompt=row["prompt"], completion=row["chosen"]) for row in pairs("dpo", small)]
-    losses, moves = {}, {}  # of each model: nats a sentence, and their change; one for each seed
+    losses, moves = {}, {}  # of (rate, model): nats a sentence, and |change|; one for each seed
 
-    def measure(name, policy, adapter=None):
+    def measure(rate, name, policy, adapter=None):
         found = logps(policy, asked, sentences)
-        losses.setdefault(name, []).append(-found.mean().item())
+        losses.setdefault((rate, name), []).append(-found.mean().item())
         if adapter is not None:
             moves.setdefault(name, []).append((found - adapter).abs().mean().item())
         return found
 
-    start = load(sft_model(small))
-    measure("before", start)
-    for seed in range(1 if small else 3):
-        how = LEARN | dict(model_name_or_path=sft_model(small), seed=seed)
-        measure("LoRA", train("sft", rows, small, **how)[0])
-        qlora, _ = train("sft", rows, small, **how, load_in_4bit=True)
-        adapter = measure("QLoRA: 4 bits and the adapter", qlora)
-        for name, way in WAYS.items():
-            measure(name, merged(qlora, way, small), adapter)
+    for rate in RATES:
+        for seed in range(1 if small else 3):
+            how = LEARN | dict(model_name_or_path=sft_model(small), seed=seed, learning_rate=rate)
+            policy, _ = train("sft", rows, small, **how, load_in_4bit=True)
+            adapter = measure(rate, ADAPTER, policy)
+            measure(rate, BASE, merged(policy, lambda w, d: round4(w), small))
+            for name, way in WAYS.items():
+                measure(rate, name, merged(policy, way, small), adapter)
+            measure(rate, LORA, train("sft", rows, small, **how)[0])
 
-    exact, *others = (moves[name] for name in WAYS)
-    lora, qlora = mean(losses["LoRA"]), mean(losses["QLoRA: 4 bits and the adapter"])
-    learned = mean(losses["before"]) - lora
+    def kept(rate, name):
+        """The share of what the adapter has learned on its 4 bits."""
+        here, start, end = (mean(losses[rate, model]) for model in (name, BASE, ADAPTER))
+        return (start - here) / (start - end)
+
+    names, (low, high) = [BASE, ADAPTER, *WAYS, LORA], RATES
+    exact, again, *_ = WAYS
+    table = [
+        [name, *(x for rate in RATES for x in (mean(losses[rate, name]), kept(rate, name)))]
+        + [stdev(losses[high, name]) if not small else "", mean(moves.get(name, [0]))]
+        for name in names
+    ]
     held = [
-        (f"merged into the dequantized weights, no more than {EXACT} nats", max(exact) < EXACT),
+        (f"the dequantized weights are exact, to {EXACT} nats", max(moves[exact]) < EXACT),
         (
             f"every other merge moves log pi(y | x) more than {FAR} times as far",
-            min(map(min, others)) > FAR * max(exact),
+            all(min(moves[name]) > FAR * max(moves[exact]) for name in WAYS if name != exact),
         ),
+        (f"rounded again, less than {LOST:.0%} of a low rate is kept", kept(low, again) < LOST),
         (
-            f"QLoRA ends where LoRA ends, to {MEETS:.0%} of what LoRA learned",
-            abs(qlora - lora) < MEETS * abs(learned),
+            f"QLoRA ends where LoRA ends, to {MEETS:.0%} of what was learned",
+            all(abs(kept(rate, LORA) - 1) < MEETS for rate in RATES),
         ),
-    ]
-
-    def spread(values):
-        return stdev(values) if len(values) > 1 else ""
-
-    table = [
-        [name, mean(values), spread(values), mean(moves[name]) if name in moves else ""]
-        for name, values in losses.items()
     ]
 
     def draw(figure):
         axis = figure.subplots()
-        names = [name for name in losses if name != "before"]
-        for i, name in enumerate(names):
-            axis.plot(losses[name], [i] * len(losses[name]), "o", alpha=0.7)
-        axis.set_yticks(range(len(names)), names)
+        for rate in RATES:
+            axis.plot([kept(rate, name) for name in names], names, "o", label=f"rate {rate:g}")
         axis.invert_yaxis()
-        axis.set(xlabel="nats a test sentence, each seed")
+        axis.axvline(1, color="grey", ls=":")
+        axis.set(xlabel="share kept of what the adapter has learned")
+        axis.legend()
 
-    columns = ["model", "nats a test sentence", "sd over seeds", "mean change of log pi"]
-    return Report(columns, table, held, draw)
+    columns = ["model", "nats, 1e-4", "kept", "nats, 1e-3", "kept ", "sd over seeds"]
+    return Report([*columns, "mean change of log pi"], table, held, draw)
