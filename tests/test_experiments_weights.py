@@ -1,10 +1,12 @@
 """The experiments with weights, rows and masks: they run, and their arithmetic is the truth."""
 
+import math
+
 import pytest
 import torch
 
 from experiments import mask, merge_4bit, neftune, nf4_error, packing, prefix
-from experiments.lab import Report
+from experiments.lab import Report, load
 from nanoalign.packing import Example, pack
 
 
@@ -58,6 +60,17 @@ def test_the_integral_of_two_levels():
     normal = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0))
     simulated = nf4_error.error([normal], levels, 2)
     assert nf4_error.expected_error(levels, 2) == pytest.approx(simulated, rel=0.005)
+
+
+def test_perplexities_are_of_the_model_itself(model_dir):
+    """In all thirteen formats; and the first is that of another way to compute it."""
+    found = nf4_error.perplexities(model_dir)
+    assert len(found) == 13 and found["NF4, 64"] != found["NF4, 256"] != found["as it is"]
+    assert found["int8"] == pytest.approx(found["as it is"], rel=0.01)
+    policy = load(model_dir)
+    ids = nf4_error.prose(policy.tokenizer, windows=8).tolist()
+    logps = policy([Example([], [(row, [True] * 512)]) for row in ids]).logps
+    assert found["as it is"] == pytest.approx(math.exp(-logps.sum().item() / (8 * 511)), rel=1e-4)
 
 
 # -------------------------------------------------------------------------------- merge_4bit
