@@ -144,7 +144,7 @@ def run(small: bool) -> Report:
         ),
     ]
     notes = [
-        "Table 2 of the paper has E3M0 before E2M1. Here E3M0 is the worst of all, and the integral "
+        "Table 2 of the paper has E3M0 before E2M1. Here E3M0 is the worst, and the integral "
         "says why: on normal numbers it errs 1.8 times as much. The paper's models may have more "
         "that is not normal, outliers, than these; that is a guess."
     ]
