@@ -1,0 +1,125 @@
+"""Training on prompts too: does it help, and does it cost?
+
+SFT usually trains on replies alone; `nanoalign/chatml.py` is where that is decided. "Instruction
+Tuning With Loss Over Instructions" (Shi et al. 2024, arXiv 2405.14394) finds that a loss on the
+prompts as well can help where prompts are long, replies short and examples few, as it keeps a model
+from overfitting; QLoRA (arXiv 2305.14314, appendix B.3) finds that replies alone are better.
+
+Measured: the world's untrained model learns its questions from all of the data, and from a part of
+it in many epochs, with either mask and the same number of steps; on the held-out questions, the
+loss of a reply's token and the share of right answers. The world's prompts are made by chance
+(which letters, in which order), so to predict them can teach little but what a letter is. Expected:
+with all of the data no gain, as the same weights must hold more; with the part, the prompts' loss
+makes overfitting less, as the paper has it. Three seeds of the order; the spread is shown.
+"""
+
+from dataclasses import replace
+from statistics import mean, stdev
+
+from experiments.lab import Report, load, pairs
+from nanoalign import world
+from nanoalign.data import Case, make_examples
+from nanoalign.losses import sft_loss
+from nanoalign.model import Policy, generate
+from nanoalign.packing import Example
+from nanoalign.run.flags import SFTConfig
+from nanoalign.train import evaluate, train
+
+STYLES = "terse", "sentence"
+FEW = 500  # examples of the part, out of 30,000
+LEARN = dict(learning_rate=2e-3, lr_scheduler_type="cosine", warmup_ratio=0.05, weight_decay=0.05)
+LEARN |= dict(adam_beta2=0.95, per_device_train_batch_size=32, disable_dropout=True)
+
+
+def on_prompts_too(example: Example) -> Example:
+    """Every token trains but the first, which nothing predicts."""
+    (first, *rest), [(reply, _)] = example.prompt, example.completions
+    return replace(
+        example, prompt=[first], completions=[(rest + reply, [True] * len(rest + reply))]
+    )
+
+
+def sft(policy: Policy):
+    def method(batches):
+        for batch in batches:
+            scores = policy(batch)
+            yield {"loss": (sft_loss(scores.logps).sum(), sum(scores.tokens))}
+
+    return method
+
+
+def cases(rows: list[dict]) -> list[Case]:
+    def says(role, content):
+        return [{"role": role, "content": content}]
+
+    return [Case(says("user", r["prompt"]), [says("assistant", r["completion"])]) for r in rows]
+
+
+def test_cases(small: bool) -> list[Case]:
+    """The held-out questions, each with both of its right replies."""
+    asked = [(row["question"], row[kind]) for row in pairs("test", small) for kind in STYLES]
+    return cases([dict(prompt=question, completion=reply) for question, reply in asked])
+
+
+def right_answers(policy: Policy, small: bool) -> float:
+    """The share of the held-out questions that are answered rightly, in either style."""
+    test = pairs("test", small)
+    asked = [[{"role": "user", "content": row["question"]}] for row in test]
+    replies = generate(policy, asked, max_new_tokens=24)
+    return mean(reply in (row["terse"], row["sentence"]) for reply, row in zip(replies, test))
+
+
+def run(small: bool) -> Report:
+    rows = pairs("sft", small)
+    found = {}  # (data, mask) -> of each seed: loss of a test reply's token, right answers
+    steps = 2 if small else 250
+    for few in (False, True):
+        for prompts in (False, True):
+            for seed in range(1 if small else 3):
+                policy = load(str(world.BASE))
+                data, held_out = (
+                    make_examples(part, policy.tokenizer, policy.template)[0]
+                    for part in (cases(rows[:FEW] if few else rows), test_cases(small))
+                )
+                data = [on_prompts_too(example) for example in data] if prompts else data
+                cfg = SFTConfig(max_steps=steps, seed=seed, **LEARN)
+                for _ in train(cfg, policy, data, sft(policy)):
+                    pass
+                parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
+                loss = evaluate(policy.lm, sft(policy)(parts))["loss"]
+                right = right_answers(policy, small)
+                key = f"{FEW} examples" if few else "all", "prompts too" if prompts else "replies"
+                found.setdefault(key, []).append((loss, right))
+
+    def column(key, i):
+        values = [seed[i] for seed in found[key]]
+        return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+    table = [[*key, *column(key, 0), *column(key, 1)] for key in found]
+    loss = {key: column(key, 0) for key in found}
+    part = f"{FEW} examples"
+
+    def beyond_noise(key, other):
+        """The first key's loss is lower than the other's, by more than both spreads."""
+        return loss[key][0] + loss[key][1] + loss[other][1] < loss[other][0]
+
+    held = [
+        (
+            "with all data, prompts too are no better than replies alone",
+            not beyond_noise(("all", "prompts too"), ("all", "replies")),
+        ),
+        (
+            f"with {part} they are better, by more than both spreads",
+            beyond_noise((part, "prompts too"), (part, "replies")),
+        ),
+    ]
+
+    def draw(figure):
+        axis = figure.subplots()
+        for i, key in enumerate(found):
+            axis.plot([i] * len(found[key]), [value for value, _ in found[key]], "o", alpha=0.7)
+        axis.set_xticks(range(len(found)), ["\n".join(key) for key in found])
+        axis.set(ylabel="nats a token of the test replies, each seed")
+
+    columns = ["data", "trained on", "nats a reply's token", "sd", "right, greedy", "sd "]
+    return Report(columns, table, held, draw)
