@@ -49,10 +49,17 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what did not come out in the small, and why
 
     def table(self) -> str:
-        """In Markdown."""
+        """In Markdown, its columns lined up."""
         cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in self.rows]
-        lines = [self.columns, ["---"] * len(self.columns), *cells]
+        width = [max(map(len, column)) for column in zip(self.columns, *cells)]
+        lines = [self.columns, ["-" * n for n in width], *cells]
+        lines = [[f"{cell:<{n}}" for cell, n in zip(line, width)] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    @property
+    def holds(self) -> bool:
+        """Has all come out that was expected?"""
+        return all(holds for _, holds in self.held)
 
 
 @contextlib.contextmanager
