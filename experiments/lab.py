@@ -12,6 +12,7 @@ nothing: the tests run it, so that no experiment stops working unseen.
 import contextlib
 import io
 import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,6 +112,23 @@ def pairs(part: str, small: bool = False) -> list[dict]:
         world.build()
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[: 16 if small else None]]
+
+
+def flip(rows: list[dict], probability: float, seed: int) -> list[dict]:
+    """Pairs of which each has been turned round, chosen for rejected, with this probability."""
+    rng = random.Random(seed)
+    turned = [dict(row, chosen=row["rejected"], rejected=row["chosen"]) for row in rows]
+    return [t if rng.random() < probability else row for row, t in zip(rows, turned)]
+
+
+def log_odds(policy: Policy, small: bool = False) -> tuple[Tensor, float]:
+    """The policy between the two right replies to the test questions. -> log pi(sentence) -
+    log pi(terse) of each, (n,), and the mean probability that it gives the two together."""
+    asked = pairs("test", small)
+    prompts = [row["question"] for row in asked]
+    sentence = logps(policy, prompts, [row["sentence"] for row in asked])
+    terse = logps(policy, prompts, [row["terse"] for row in asked])
+    return sentence - terse, (sentence.exp() + terse.exp()).mean().item()
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """The experiments in a setting of seconds: that they run to their verdict, whatever it says."""
 
 import pytest
+import torch
 
 from experiments import __main__ as command
-from experiments import lab
+from experiments import dpo_optimum, lab
 
 pytest.importorskip("matplotlib")
 
@@ -49,3 +50,23 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "| table |\none: holds\n"
     with pytest.raises(SystemExit, match="two: one of one, all"):
         command.main(["two"])
+
+
+def test_the_optimum_of_dpo_is_the_best_of_all_policies():
+    """h = R / beta has the highest R q - beta KL(q || p) of all shares q, tried one by one."""
+    odds, reward, beta = torch.tensor([0.3]), 2.0, 0.8
+    p, q = odds.sigmoid(), torch.linspace(0.0005, 0.9995, 1000)
+    kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    best = (reward * q - beta * kl).argmax()
+    share, found = dpo_optimum.share_and_kl(odds, reward / beta)
+    assert share == pytest.approx(q[best].item(), abs=1e-3)
+    assert found == pytest.approx(kl[best].item(), abs=5e-3)
+
+
+def test_flip():
+    rows = [dict(prompt=str(i), chosen="a", rejected="b") for i in range(1000)]
+    assert lab.flip(rows, 0.0, 0) == rows
+    assert {row["chosen"] for row in lab.flip(rows, 1.0, 0)} == {"b"}
+    some = lab.flip(rows, 0.3, 0)
+    assert 250 < sum(row["chosen"] == "b" for row in some) < 350
+    assert some == lab.flip(rows, 0.3, 0) != lab.flip(rows, 0.3, 1)
