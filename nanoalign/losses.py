@@ -19,6 +19,9 @@ more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type from the
 The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
 without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x),
 per token where the loss is (SimPO, eq. 4).
+
+There are dozens of variants, and here are few: with a learning rate of its own for each they come
+out nearly alike (arXiv 2502.01237 on these losses, 2602.04998 on LoRA's variants).
 """
 
 import inspect
@@ -106,7 +109,44 @@ def hinge(policy, reference, beta):
     return torch.relu(1 - beta * margin(policy, reference))
 
 
-DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
+def sigmoid_norm(policy, reference, lengths, beta):
+    """Length-normalized DPO (Tulu 3, Lambert et al. 2024, arXiv 2411.15124): log-ratios averaged
+    over each reply's tokens, so that a long reply is no cheap win. Its beta is 5 there."""
+    policy, reference = per_token(policy, lengths), per_token(reference, lengths)
+    return -F.logsigmoid(beta * margin(policy, reference))
+
+
+def apo_zero(policy, reference, beta):
+    """APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7): the chosen reply up and the
+    rejected one down, each on its own; for chosen replies better than the model's own."""
+    chosen, rejected = (beta * (p - r) for p, r in zip(policy, reference))
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(policy, reference, beta):
+    """APO-down (the same, eq. 8): both down, the rejected reply further; for chosen replies that
+    are worse than the model's own."""
+    chosen = beta * (policy.chosen - reference.chosen)
+    return torch.sigmoid(chosen) + torch.sigmoid(-beta * margin(policy, reference))
+
+
+def simpo(policy, lengths, beta, simpo_gamma):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): DPO per token and without a reference,
+    which asks for a margin of simpo_gamma. Its beta is 2 to 10 there."""
+    policy = per_token(policy, lengths)
+    return -F.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
+
+
+def orpo(policy, lengths, beta):
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): no reference, but SFT on the chosen
+    reply; beta weighs -log sigmoid(log of odds over odds), odds = p / (1 - p), p per token."""
+    policy = per_token(policy, lengths)
+    chosen, rejected = (p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in policy)
+    return -policy.chosen - beta * F.logsigmoid(chosen - rejected)
+
+
+DPO_LOSSES = {loss.__name__: loss for loss in (sigmoid, robust, ipo, hinge)}
+DPO_LOSSES |= {loss.__name__: loss for loss in (sigmoid_norm, apo_zero, apo_down, simpo, orpo)}
 
 
 def dpo_loss(

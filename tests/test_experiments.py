@@ -9,12 +9,17 @@ from experiments import dpo_optimum, lab
 pytest.importorskip("matplotlib")
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")  # one for all: the world is built once
+
+
 @pytest.fixture
-def there(tmp_path, monkeypatch):
+def there(home, monkeypatch):
     """A directory to stand in; pictures go there too."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "draw", lambda on, path: draw(on, tmp_path / path.name))
-    return tmp_path
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(command, "draw", lambda on, path: draw(on, home / path.name))
+    return home
 
 
 draw = command.draw
