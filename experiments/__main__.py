@@ -112,5 +112,5 @@ def main(words: list[str]) -> None:
         sys.exit(f"error: {' '.join(words)}: one of {', '.join([*names(), 'all'])}")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+if __name__ == "__main__":  # by its own name, under which the processes of `all` find carry_out
+    import_module("experiments.__main__").main(sys.argv[1:])
