@@ -100,5 +100,10 @@ def run(small: bool) -> Report:
         (f"and takes {LOST} or more from the two replies ({lost:.3f})", lost >= LOST),
     ]  # fmt: skip
     columns = ["loss", "flipped", "steps", "h", "by formula", "mass on the two"]
-    notes = [f"before, the two right replies had {before.exp().sum(0).mean():.3f} of the mass"]
+    notes = [
+        f"before, the two right replies had {before.exp().sum(0).mean():.3f} of the mass",
+        f"on clean labels h went from {once[0]:.1f} to {twice[0]:.1f} when the steps were "
+        "doubled: the gradient falls like exp(-beta h), so h grows without end, but slowly, by "
+        f"about ln 2 / beta = {log(2) / BETA:.1f} nats and not by a factor",
+    ]
     return Report(columns, rows, held, draw, notes)
