@@ -12,6 +12,7 @@ nothing: the tests run it, so that no experiment stops working unseen.
 import contextlib
 import io
 import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,10 +50,17 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what did not come out in the small, and why
 
     def table(self) -> str:
-        """In Markdown."""
+        """In Markdown, its columns lined up."""
         cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in self.rows]
-        lines = [self.columns, ["---"] * len(self.columns), *cells]
+        width = [max(map(len, column)) for column in zip(self.columns, *cells)]
+        lines = [self.columns, ["-" * n for n in width], *cells]
+        lines = [[f"{cell:<{n}}" for cell, n in zip(line, width)] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    @property
+    def holds(self) -> bool:
+        """Has all come out that was expected?"""
+        return all(holds for _, holds in self.held)
 
 
 @contextlib.contextmanager
@@ -104,6 +112,23 @@ def pairs(part: str, small: bool = False) -> list[dict]:
         world.build()
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[: 16 if small else None]]
+
+
+def flip(rows: list[dict], probability: float, seed: int) -> list[dict]:
+    """Pairs of which each has been turned round, chosen for rejected, with this probability."""
+    rng = random.Random(seed)
+    turned = [dict(row, chosen=row["rejected"], rejected=row["chosen"]) for row in rows]
+    return [t if rng.random() < probability else row for row, t in zip(rows, turned)]
+
+
+def log_odds(policy: Policy, small: bool = False) -> tuple[Tensor, float]:
+    """The policy between the two right replies to the test questions. -> log pi(sentence) -
+    log pi(terse) of each, (n,), and the mean probability that it gives the two together."""
+    asked = pairs("test", small)
+    prompts = [row["question"] for row in asked]
+    sentence = logps(policy, prompts, [row["sentence"] for row in asked])
+    terse = logps(policy, prompts, [row["terse"] for row in asked])
+    return sentence - terse, (sentence.exp() + terse.exp()).mean().item()
 
 
 @torch.no_grad()

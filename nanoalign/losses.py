@@ -12,13 +12,15 @@ and one of single replies for
 
     delta, sign, z0               log pi - log pi_ref; +1 for thumbs up, -1 for down; kl_baseline's
 
-and both for numbers, each of which is a flag of that name (run/flags.py). So a loss that does not
-ask for `reference` neither loads nor computes one. A loss of your own is one more function and one
-more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type from then on.
+and both for numbers, each of which is a flag of that name (run/flags.py). A loss of your own is one
+more function and one more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type then.
 
 The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
 without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x),
 per token where the loss is (SimPO, eq. 4).
+
+There are dozens of variants, and here are few: each tuned by itself, they come out nearly alike
+(arXiv 2502.01237: what matters is pairs or single replies; of LoRA's variants 2602.04998).
 """
 
 import inspect
@@ -53,8 +55,7 @@ def ask(loss, numbers: dict, **known) -> Tensor:
 
 
 def sft_loss(logps: Tensor) -> Tensor:
-    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x). The loop
-    divides by the step's trained tokens, so a token weighs the same in a short and a long reply."""
+    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x)."""
     return -logps
 
 
@@ -101,12 +102,44 @@ def ipo(policy, reference, lengths, beta):
 
 
 def hinge(policy, reference, beta):
-    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards: a pair whose
-    margin is past 1 trains no more."""
+    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards."""
     return torch.relu(1 - beta * margin(policy, reference))
 
 
-DPO_LOSSES = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge, "robust": robust}
+def sigmoid_norm(policy, reference, lengths, beta):
+    """Length-normalized DPO (Tulu 3, Lambert et al. 2024, arXiv 2411.15124); beta is 5 there."""
+    policy, reference = per_token(policy, lengths), per_token(reference, lengths)
+    return -F.logsigmoid(beta * margin(policy, reference))
+
+
+def apo_zero(policy, reference, beta):
+    """APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7): chosen up, rejected down."""
+    chosen, rejected = (beta * (p - r) for p, r in zip(policy, reference))
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(policy, reference, beta):
+    """APO-down (the same, eq. 8): both down, for a model that is better than its pairs."""
+    chosen = beta * (policy.chosen - reference.chosen)
+    return torch.sigmoid(chosen) + torch.sigmoid(-beta * margin(policy, reference))
+
+
+def simpo(policy, lengths, beta, simpo_gamma):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): per token, and without a reference."""
+    policy = per_token(policy, lengths)
+    return -F.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
+
+
+def orpo(policy, lengths, beta):
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): no reference, but SFT on the chosen
+    reply; beta weighs -log sigmoid(log of odds over odds), odds = p / (1 - p), p per token."""
+    policy = per_token(policy, lengths)
+    chosen, rejected = (p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in policy)
+    return -policy.chosen - beta * F.logsigmoid(chosen - rejected)
+
+
+DPO_LOSSES = {loss.__name__: loss for loss in (sigmoid, robust, ipo, hinge)}
+DPO_LOSSES |= {loss.__name__: loss for loss in (sigmoid_norm, apo_zero, apo_down, simpo, orpo)}
 
 
 def dpo_loss(
@@ -127,8 +160,7 @@ def dpo_loss(
     already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
     0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
     arXiv 2404.19733, eq. 1), so that its own probability does not fall. `numbers` are the loss's
-    own. Returns losses, chosen rewards and rejected rewards, each (B,). At the first step the
-    policy is the reference and the sigmoid loss is ln 2.
+    own. Returns losses, chosen rewards and rejected rewards, each (B,).
     """
     loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
     policy = Pair(chosen_logps, rejected_logps)
@@ -152,8 +184,7 @@ def kto(delta, sign, beta, z0):
 
 
 def apo_zero_unpaired(delta, sign, beta):
-    """APO-zero for single labels (D'Oosterlinck et al. 2024, arXiv 2408.06266): KTO with the
-    reference point held at zero, for desirable outputs better than the model's own."""
+    """APO-zero (as above) for single labels: KTO with the reference point held at zero."""
     return 1 - torch.sigmoid(sign * beta * delta)
 
 

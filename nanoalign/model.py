@@ -1,9 +1,5 @@
 """A model of transformers -> a policy: what is trained, and what belongs to it; and text out of it.
 
-    policy = make_policy(model, tokenizer, r=8)
-    policy(examples).logps                    # log pi(y | x) of each completion, with gradient
-    generate(policy, [[{"role": "user", "content": "Hello!"}]])
-
 The model itself stays transformers', but for its attention, which transformers' AttentionInterface
 lets run through packing.packed_attention; its head is not called in training (logps.py). Where a
 tokenizer lacks the markers of the chat template it gets them, and the model a row for each.

@@ -19,9 +19,6 @@ weight is then code and scale; on normal weights the rms error is 9.2 % of the r
 "Doubled" quantizes the scales too: they are all positive and much alike, so their mean is taken
 off and the rest stored in 8 bits, 256 to a block. A 7 B model: 14 GB in bf16, 3.9 or 3.6 GB here.
 
-**Training through it.** y = x W' needs dx = dy W, and W is rebuilt from four bits both times: the
-dense weight lives for one matrix product, and nothing but the packed one is kept for backward.
-
 bitsandbytes does this in C++ and CUDA; our bytes are bit for bit its own. What runs in training
 are the twins of quantize and dequantize in fast/nf4.py: the same numbers, sooner.
 """

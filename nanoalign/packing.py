@@ -117,11 +117,7 @@ def row_tokens(limit: int | None, device: torch.device) -> int:
 
 
 def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Examples in parts that make rows of at most `tokens`; a longer one is a part of its own.
-
-    Losses are sums over examples, so the parts' gradients add up to the whole's, and memory is
-    that of one part.
-    """
+    """Examples in parts that make rows of at most `tokens`; a longer one is a part of its own."""
     parts, room = [], 0
     for example in examples:
         length = len(example.prompt) + sum(len(ids) for ids, _ in example.completions)

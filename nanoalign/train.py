@@ -103,10 +103,7 @@ def train(
     cfg, policy: Policy, examples: list[Example], method: Method, optimizer=None,
     first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
 ) -> Iterator[Step]:  # fmt: skip
-    """Train the policy in place, and yield each step when it is done:
-
-        for step in train(cfg, policy, examples, sft):
-            print(step.number, step.metrics["loss"])
+    """Train the policy in place, and yield each step when it is done.
 
     `cfg` holds the numbers, under TRL's names (run/flags.py); `first` is where a resumed run goes
     on, `order` gives the examples of an epoch, and `scale` the factor that keeps float16's small

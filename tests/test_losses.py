@@ -14,7 +14,6 @@ from nanoalign.losses import (
     kto_loss,
     needs,
     numbers,
-    per_token,
     sft_loss,
 )
 from nanoalign.run.flags import DPOConfig
@@ -87,22 +86,55 @@ def test_hinge():
     assert close(dpo(loss_type="hinge")[0], [0.0, 2.5])
 
 
-def simpo(policy, lengths, beta, simpo_gamma):
-    """README's example: no reference, and a number of its own."""
-    policy = per_token(policy, lengths)
-    return -torch.nn.functional.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
+# By hand, and in TRL 1.16's form where that differs (simpo, orpo: trl/experimental/cpo and orpo;
+# test_trl.py has the others). Per token, with these lengths: chosen -10/2 = -5 and -20/5 = -4,
+# reference -6 and -4; rejected -16/4 = -4 and -21/3 = -7, reference -15/4 = -3.75 and -8.
+LENGTHS = dict(chosen_lengths=torch.tensor([2, 5]), rejected_lengths=torch.tensor([4, 3]))
+SIGMOID = torch.nn.functional.logsigmoid
 
 
-def test_a_loss_without_a_reference_and_with_a_number_of_its_own(monkeypatch):
-    # per token: -10/2 - -16/4 = -1 and -20/5 - -21/3 = 3; beta 0.5, gamma 0.2: z = -0.7 and 1.3;
+def test_sigmoid_norm():
+    # log-ratios per token: 1 and 0; -0.25 and 1; margins 1.25 and -1; z = 0.625 and -0.5:
+    # -log sigmoid(0.625) = 0.4286943 and -log sigmoid(-0.5) = 0.9740770
+    losses = dpo(loss_type="sigmoid_norm", **LENGTHS)[0]
+    assert close(losses, [0.4286943, 0.9740770])
+
+
+def test_apo():
+    # log-ratios 2 and 0, -1 and 3. zero: 1 - sigmoid(1) + sigmoid(-0.5) = 0.2689414 + 0.3775407;
+    # 1 - sigmoid(0) + sigmoid(1.5) = 0.5 + 0.8175745
+    assert close(dpo(loss_type="apo_zero")[0], [0.6464821, 1.3175745])
+    # down: sigmoid(1) + 1 - sigmoid(1.5) = 0.7310586 + 0.1824255; 0.5 + 1 - sigmoid(-1.5)
+    assert close(dpo(loss_type="apo_down")[0], [0.9134841, 1.3175745])
+
+
+def test_simpo():
+    # per token: -5 - -4 = -1 and -4 - -7 = 3; beta 0.5, gamma 0.2: z = -0.7 and 1.3;
     # -log sigmoid(-0.7) = 1.1031860 and -log sigmoid(1.3) = 0.2410085
-    monkeypatch.setitem(DPO_LOSSES, "simpo", simpo)
-    pair = dict(chosen_logps=torch.tensor([-10.0, -20.0]), chosen_lengths=torch.tensor([2, 5]))
-    pair |= dict(rejected_logps=torch.tensor([-16.0, -21.0]), rejected_lengths=torch.tensor([4, 3]))
-    how = dict(loss_type="simpo", beta=0.5, simpo_gamma=0.2)
-    losses, chosen, rejected = dpo_loss(**pair, ref_chosen_logps=0, ref_rejected_logps=0, **how)
+    losses, chosen, rejected = dpo_without_reference(loss_type="simpo", simpo_gamma=0.2)
     assert close(losses, [1.1031860, 0.2410085])
+    assert close(losses, -SIGMOID(0.5 * (torch.tensor([-1.0, 3.0]) - 0.2 / 0.5)))  # TRL's form
     assert close(chosen, [-2.5, -2.0]) and close(rejected, [-2.0, -3.5])  # 0.5 * log pi per token
+
+
+def test_orpo():
+    # chosen p = e^-5, log odds -5 - log(1 - e^-5) = -4.9932393; rejected -4 - log(1 - e^-4) =
+    # -3.9815143: -log sigmoid(-1.0117250) = 1.3218560; 5 + 0.5 * 1.3218560
+    losses, chosen, _ = dpo_without_reference(loss_type="orpo")
+    assert close(losses[0], 5.6609280)
+    chosen_p, rejected_p = torch.tensor([-5.0, -4.0]), torch.tensor([-4.0, -7.0])
+    log_odds = (chosen_p - rejected_p) - (log1mexp(chosen_p) - log1mexp(rejected_p))
+    assert close(losses, -chosen_p - 0.5 * SIGMOID(log_odds)) and close(chosen, [-2.5, -2.0])
+
+
+def log1mexp(x):
+    return torch.log1p(-x.exp())
+
+
+def dpo_without_reference(**more):
+    tensors = {name: torch.tensor(v) for name, v in PAIRS.items() if "ref" not in name}
+    how = dict(ref_chosen_logps=0, ref_rejected_logps=0, beta=0.5)
+    return dpo_loss(**tensors, **how, **LENGTHS, **more)
 
 
 def test_a_loss_gets_its_numbers_and_no_others():
@@ -110,7 +142,7 @@ def test_a_loss_gets_its_numbers_and_no_others():
     of = {name: numbers(cfg, loss) for name, loss in DPO_LOSSES.items()}
     assert of["sigmoid"] == of["robust"] == {"beta": 0.3, "label_smoothing": 0.1}
     assert of["ipo"] == of["hinge"] == {"beta": 0.3}
-    assert numbers(cfg, simpo) == {"beta": 0.3, "simpo_gamma": 0.7}
+    assert of["simpo"] == {"beta": 0.3, "simpo_gamma": 0.7}
     assert numbers(cfg, dpo_loss, DPO_LOSSES["hinge"]) == {"beta": 0.3, "rpo_alpha": 2.0}
     with pytest.raises(TypeError, match="label_smoothing"):  # and not dropped without a word
         dpo(loss_type="hinge", label_smoothing=0.1)

@@ -114,7 +114,7 @@ def test_the_file_tree_is_the_real_one():
         pytest.skip("not a git checkout")
     files = [f for f in listed.stdout.splitlines() if (ROOT / f).exists()]
     real = {f for f in files if f.endswith(".py") and f.count("/") <= 1}
-    real = {f for f in real if not f.startswith(("tests/", "benchmarks/"))}
+    real = {f for f in real if not f.startswith(("tests/", "benchmarks/", "experiments/"))}
     folders = {f.split("/")[0] + "/" for f in files if "/" in f and not f.startswith(".")}
     rooms = {f.rpartition("/")[0] + "/" for f in files if re.match("nanoalign/.*/.*py", f)}
     assert told == (real - {"nanoalign/__init__.py"}) | folders | rooms
@@ -132,34 +132,39 @@ def test_the_lesson_runs_without_files_and_flags(model_dir, monkeypatch, capsys)
 
 
 def test_the_loss_example_works(model_dir, tmp_path, monkeypatch, capsys):
-    """The function, its name in the table and the line of its number are a loss, which loads no
-    reference and computes none."""
-    function, number = [block for block in PYTHON if "simpo_gamma" in block]
+    """The function, its name in the table and the line of its number are a loss; and a loss that
+    asks for no reference loads none and computes none."""
+    function, number = [block for block in PYTHON if "dpop_lambda" in block]
     scope, flags = dict(vars(losses)), dict(vars(run_flags), dataclass=dataclass)
     exec(function, scope)
-    monkeypatch.setitem(losses.DPO_LOSSES, "simpo", scope["simpo"])
+    monkeypatch.setitem(losses.DPO_LOSSES, "dpop", scope["dpop"])
     exec(f"@dataclass\nclass OwnConfig(DPOConfig):\n{number}", flags)
     pairs = [dict(prompt=f"What is {i}?", chosen="Good.", rejected="Bad!") for i in range(8)]
-    words = ["--model_name_or_path", model_dir, "--loss_type", "simpo", "--device", "cpu"]
+    words = ["--model_name_or_path", model_dir, "--device", "cpu", "--overwrite_output_dir", "true"]
     words += ["--dataset_name", rows(tmp_path / "p.jsonl", *pairs), "--learning_rate", "1e-2"]
     words += ["--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--logging_steps", "1"]
+
+    def run(*more):
+        train_dpo.run_dpo(parse(flags["OwnConfig"], [*words, *more], {}))
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    policy, reference = (losses.Pair(*map(torch.tensor, pair)) for pair in ((-3, -9), (-2, -5)))
+    # the margin is -1 - -4 = 3 and the chosen reply has fallen by 1: z = 0.5 * (3 - 2 * 1)
+    assert scope["dpop"](policy, reference, 0.5, 2.0).item() == pytest.approx(0.4740770)
+    plain, free = run(), run("--loss_type", "dpop", "--dpop_lambda", "0")
+    assert plain == free and free[-1] < free[0]  # at lambda 0 it is DPO
+    capsys.readouterr()
+    parse(flags["OwnConfig"], [*words, "--loss_type", "ipo", "--dpop_lambda", "1"], {})
+    assert capsys.readouterr().out == "--dpop_lambda has nothing to do in this run\n"
 
     def no_reference(self):
         raise AssertionError("a loss without a reference needs none")
 
     monkeypatch.setattr(lora.Reference, "__call__", no_reference)
-    found = {}
-    for gamma in ("0.5", "0.0"):
-        argv = [*words, "--simpo_gamma", gamma, "--overwrite_output_dir", "true"]
-        train_dpo.run_dpo(parse(flags["OwnConfig"], argv, {}))
-        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-        found[gamma] = [json.loads(line)["loss"] for line in lines]
-        assert found[gamma][-1] < found[gamma][0]
-    assert found["0.0"][0] < found["0.5"][0]  # less of a margin is asked for
-    capsys.readouterr()
-    argv = ["ipo" if word == "simpo" else word for word in words]
-    parse(flags["OwnConfig"], [*argv, "--simpo_gamma", "1"], {})
-    assert capsys.readouterr().out == "--simpo_gamma has nothing to do in this run\n"
+    for loss in ("simpo", "orpo"):
+        found = run("--loss_type", loss)
+        assert found[-1] < found[0]
 
 
 def test_the_format_example_is_the_tested_one():

@@ -233,6 +233,9 @@ def test_kto_where_a_mismatched_completion_has_to_be_cut(model_dir, trained, tmp
     [
         ("dpo", dict(loss_type="ipo")),
         ("dpo", dict(loss_type="hinge")),
+        ("dpo", dict(loss_type="sigmoid_norm", beta=1.0)),
+        ("dpo", dict(loss_type="apo_zero")),
+        ("dpo", dict(loss_type="apo_down")),
         ("dpo", dict(loss_type="robust", label_smoothing=0.2)),
         ("kto", dict(loss_type="apo_zero_unpaired", undesirable_weight=0.7)),
     ],

@@ -191,6 +191,7 @@ class DPOConfig(ReferenceConfig):
         0.0, "probability that a pair is the wrong way round",
         ("be at least 0 and below 0.5", lambda x: 0 <= x < 0.5))
     rpo_alpha: float = flag(0.0, "weight of the chosen reply's own SFT loss", NOT_NEGATIVE)
+    simpo_gamma: float = flag(0.5, "the margin that simpo asks for", NOT_NEGATIVE)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What the papers claim, tried in the small: `python -m experiments` lists them."""

@@ -1,0 +1,93 @@
+"""The experiments in a setting of seconds: that they run to their verdict, whatever it says."""
+
+import pytest
+import torch
+
+from experiments import __main__ as command
+from experiments import dpo_noise, dpo_optimum, lab
+from nanoalign.losses import dpo_loss
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")  # one for all: the world is built once
+
+
+@pytest.fixture
+def there(home, monkeypatch):
+    """A directory to stand in; pictures go there too."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(command, "draw", lambda on, path: draw(on, home / path.name))
+    return home
+
+
+draw = command.draw
+
+
+@pytest.mark.parametrize("name", command.names())
+def test_it_runs(name, there):
+    text, line = command.carry_out(name, small=True)
+    assert text.startswith("| ") and "hold" in line
+    assert (there / f"{name}.png").exists() == (".png)" in text)
+
+
+def test_a_table_and_a_verdict():
+    report = lab.Report(["a", "long"], [["x", 1.23456], ["yy", 2]], [("so", True)])
+    assert report.table().splitlines() == [
+        "| a  | long |",
+        "| -- | ---- |",
+        "| x  | 1.23 |",
+        "| yy | 2    |",
+    ]
+    assert report.holds and not lab.Report([], [], [("so", True), ("not so", False)]).holds
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    (tmp_path / "one.py").write_text('"""A claim.\n\nAnd more.\n"""\n')
+    (tmp_path / "lab.py").write_text("")
+    (tmp_path / "__main__.py").write_text("")
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(command, "carry_out", lambda name: ("| table |", f"{name}: holds"))
+    command.main([])
+    assert capsys.readouterr().out == "one             A claim.\n"
+    command.main(["one"])
+    assert capsys.readouterr().out == "| table |\none: holds\n"
+    with pytest.raises(SystemExit, match="two: one of one, all"):
+        command.main(["two"])
+
+
+def test_the_optimum_of_dpo_is_the_best_of_all_policies():
+    """h = R / beta has the highest R q - beta KL(q || p) of all shares q, tried one by one."""
+    odds, reward, beta = torch.tensor([0.3]), 2.0, 0.8
+    p, q = odds.sigmoid(), torch.linspace(0.0005, 0.9995, 1000)
+    kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    best = (reward * q - beta * kl).argmax()
+    share, found = dpo_optimum.share_and_kl(odds, reward / beta)
+    assert share == pytest.approx(q[best].item(), abs=1e-3)
+    assert found == pytest.approx(kl[best].item(), abs=5e-3)
+
+
+def test_flip():
+    rows = [dict(prompt=str(i), chosen="a", rejected="b") for i in range(1000)]
+    assert lab.flip(rows, 0.0, 0) == rows
+    assert {row["chosen"] for row in lab.flip(rows, 1.0, 0)} == {"b"}
+    some = lab.flip(rows, 0.3, 0)
+    assert 250 < sum(row["chosen"] == "b" for row in some) < 350
+    assert some == lab.flip(rows, 0.3, 0) != lab.flip(rows, 0.3, 1)
+
+
+@pytest.mark.parametrize("method", ["DPO", "cDPO", "robust", "IPO"])
+@pytest.mark.parametrize("flipped, e", [(0.0, 0.2), (0.2, 0.2), (0.4, 0.4)])
+def test_the_optima_under_noise(method, flipped, e):
+    """The formula is where the loss, averaged over right and flipped labels, is lowest; where it
+    has none, the loss is lowest at the end of whatever is tried."""
+    tried, zero = torch.linspace(-1, 12, 13001), torch.zeros(13001)
+    how = dict(beta=dpo_noise.BETA, loss_type={"robust": "robust", "IPO": "ipo"}.get(method))
+    how["loss_type"] = how["loss_type"] or "sigmoid"
+    how |= {"label_smoothing": e} if method in ("cDPO", "robust") else {}
+    right, wrong = (dpo_loss(sign * tried, zero, zero, zero, **how)[0] for sign in (1, -1))
+    best = tried[((1 - flipped) * right + flipped * wrong).argmin()].item()
+    goal = dpo_noise.formula(method, flipped, e)
+    assert best == pytest.approx(12 if goal is None else goal, abs=0.02)
