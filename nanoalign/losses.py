@@ -15,9 +15,8 @@ and one of single replies for
 and both for numbers, each of which is a flag of that name (run/flags.py). A loss of your own is one
 more function and one more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type then.
 
-The implicit reward of a completion is beta * (log pi(y | x) - log pi_ref(y | x)): DPO, eq. 5,
-without the term that depends on the prompt alone. Without a reference it is beta * log pi(y | x),
-per token where the loss is (SimPO, eq. 4).
+The implicit reward is beta * (log pi(y | x) - log pi_ref(y | x)), DPO's eq. 5 but for a term of the
+prompt alone; without a reference beta * log pi(y | x), per token where the loss is (SimPO, eq. 4).
 
 There are dozens of variants, and here are few: each tuned by itself, they come out nearly alike
 (arXiv 2502.01237: what matters is pairs or single replies; of LoRA's variants 2602.04998).

@@ -121,8 +121,7 @@ def train(
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
         drawn = ordered[place * per_step : (place + 1) * per_step]
         parts = fitting(drawn, cfg.per_device_train_batch_size, longest)
-        rate = learning_rate(cfg, done, total)
-        share = scale() / len(parts)  # the parts' gradients add up to that of the step's mean
+        rate, share = learning_rate(cfg, done, total), scale() / len(parts)
         sums, norm = optimizer_step(optimizer, rate, method(parts), cfg.max_grad_norm, share)
         yield Step(done + 1, drawn, sums, rate, norm)
 
@@ -132,22 +131,20 @@ def optimizer_step(
 ) -> tuple[Sums | None, float]:
     """One step on the mean over all that the method's `batches` yield.
 
-    `scale` multiplies the first batch's mean on its way through backward, and the other batches as
-    much; it is taken out of the gradient. (float16 would overflow on a sum of a thousand tokens.)
-    -> sums of loss and metrics, or None when loss or gradient are not finite (then nothing has
-    changed); the gradient's norm.
+    `scale` multiplies the first batch's mean on its way through backward (float16 would overflow on
+    a sum of a thousand tokens), and is taken out of the gradient. -> sums of loss and metrics, or
+    None when loss or gradient are not finite (then nothing has changed); the gradient's norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: Sums = {}
-    factor = 0.0
     for batch in batches:
         loss, count = batch["loss"]
-        factor = factor or scale / count
-        (loss * factor).backward()
+        scale = scale if sums else scale / count
+        (loss * scale).backward()
         add(sums, {**batch, "loss": (loss.detach(), count)})
 
     for gradient in (p.grad for p in parameters if p.grad is not None):
-        gradient /= sums["loss"][1] * factor
+        gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     # one copy from the device a step: everything that was measured, before anything is changed
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
