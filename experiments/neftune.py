@@ -62,6 +62,6 @@ def run(small: bool) -> Report:
     columns = ["alpha", "training loss", "sd", "test loss", "sd ", "right, greedy", "sd  "]
     notes = [
         "The paper's headline, a judge's win rate, is not measured: no judge is at hand here.",
-        "A lower loss is no better answer: the share of right answers does not rise with the noise.",
+        "A lower loss is no better answer: right answers do not become more with the noise.",
     ]
     return Report(columns, table, held, draw, notes)
