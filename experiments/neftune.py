@@ -60,5 +60,8 @@ def run(small: bool) -> Report:
             axis.set(xlabel="alpha", ylabel=f"nats a token, {name} replies", xticks=ALPHAS)
 
     columns = ["alpha", "training loss", "sd", "test loss", "sd ", "right, greedy", "sd  "]
-    notes = ["The paper's headline, a judge's win rate, is not measured: no judge is at hand here."]
+    notes = [
+        "The paper's headline, a judge's win rate, is not measured: no judge is at hand here.",
+        "A lower loss is no better answer: right answers do not become more with the noise.",
+    ]
     return Report(columns, table, held, draw, notes)
