@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from experiments import mask, merge_4bit, neftune, nf4_error, packing, prefix
+from experiments import mask, merge_4bit, nf4_error, packing, prefix
 from experiments.lab import Report, load
 from nanoalign.packing import Example, pack
 
@@ -31,10 +31,6 @@ def check(report: Report) -> None:
 
 
 # --------------------------------------------------------------------------------- nf4_error
-
-
-def test_nf4_error_runs():
-    check(nf4_error.run(small=True))
 
 
 @pytest.mark.parametrize("blocksize", [64, 256])
@@ -76,10 +72,6 @@ def test_perplexities_are_of_the_model_itself(model_dir):
 # -------------------------------------------------------------------------------- merge_4bit
 
 
-def test_merge_4bit_runs():
-    check(merge_4bit.run(small=True))
-
-
 def test_rounding_twice_rounds_once():
     """So what is far from exact in a merge that is rounded again is the adapter, not the base."""
     once = merge_4bit.round4(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
@@ -111,14 +103,6 @@ def test_the_prefix_formula_counts_the_tokens_of_the_row():
 
 
 # ----------------------------------------------------------------------------- mask, neftune
-
-
-def test_mask_runs():
-    check(mask.run(small=True))
-
-
-def test_neftune_runs():
-    check(neftune.run(small=True))
 
 
 def test_a_prompt_that_trains():
