@@ -8,9 +8,9 @@ whole and trained biases take their places. Then the adapter costs nothing at in
 **A base in 4 bits.** An adapter that was trained on a 4-bit base has learned a change of the
 ROUNDED weights, and part of what it learned is to make up for the rounding. So the merge is with
 those: dequantize, add, save dense. It is exact, whereas the original bf16 weights plus the adapter
-are a model that nobody trained or measured. Rounding the sum to 4 bits again would cost a third of
-the adapter's own effect, so it is never done here; who wants it can quantize the merged model, and
-see what it costs.
+are a model that nobody trained or measured. Rounding the sum to 4 bits again would undo the changes
+that are smaller than half a step, all that a gentle adapter has learned (experiments/merge_4bit.py
+measures it), so it is never done here.
 
 Training notes beside the adapter that its base was in 4 bits, and how. Adapters of other tools
 don't say: --load_in_4bit does.
