@@ -22,6 +22,7 @@ import random
 import tempfile
 
 from experiments.lab import Report, load, logps, pairs, quietly, sft_model, train
+from nanoalign.run.policy import save_policy
 from nanoalign.world import LETTERS, ROOMS, measure
 
 SEEDS = 1, 2
@@ -60,8 +61,7 @@ def run(small: bool) -> Report:
         sentences = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in near]
         how = dict(model_name_or_path=sft_model(small), learning_rate=1e-4, max_steps=40)
         policy, _ = train("sft", sentences, small, **how)
-        policy.model.save_pretrained(after_sft)
-        policy.tokenizer.save_pretrained(after_sft)
+        save_policy(policy, after_sft)
         variants = {
             "DPO, beta 0.1": (near, close, {}),
             "replies that share nothing": (far, mistakes, {}),

@@ -26,10 +26,13 @@ import train_kto
 import train_sft
 from nanoalign import world
 from nanoalign.data import Case, make_examples
+from nanoalign.losses import sft_loss
 from nanoalign.model import Policy
+from nanoalign.packing import Example
 from nanoalign.run.curves import read_run
 from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy
+from nanoalign.train import Batches, Method, evaluate
 
 METHODS = {
     "sft": (SFTConfig, train_sft.run_sft, train_sft.BUILT_IN),
@@ -134,10 +137,35 @@ def log_odds(policy: Policy, small: bool = False) -> tuple[Tensor, float]:
 @torch.no_grad()
 def logps(policy: Policy, prompts: list[str], replies: list[str]) -> Tensor:
     """log pi(reply | prompt), with the marker that ends it, of each. (n,) in nats."""
+    policy.lm.eval()
+    batches = in_batches(examples_of(policy, prompts, replies))
+    return torch.cat([policy(batch).logps for batch in batches])
+
+
+def examples_of(policy: Policy, prompts: list[str], replies: list[str]) -> list[Example]:
+    """Prompts and replies as the policy's template writes them."""
     cases = [
         Case([{"role": "user", "content": p}], [[{"role": "assistant", "content": r}]])
         for p, r in zip(prompts, replies)
     ]
-    examples, _ = make_examples(cases, policy.tokenizer, policy.template)
-    policy.lm.eval()
-    return torch.cat([policy(examples[i : i + 64]).logps for i in range(0, len(examples), 64)])
+    return make_examples(cases, policy.tokenizer, policy.template)[0]
+
+
+def in_batches(examples: list[Example]) -> Batches:
+    return [examples[i : i + 64] for i in range(0, len(examples), 64)]
+
+
+def sft_method(policy: Policy) -> Method:
+    """What train_sft.py trains, as the loop wants it."""
+
+    def method(batches):
+        for batch in batches:
+            scores = policy(batch)
+            yield {"loss": (sft_loss(scores.logps).sum(), sum(scores.tokens))}
+
+    return method
+
+
+def token_loss(policy: Policy, examples: list[Example]) -> float:
+    """Nats a trained token."""
+    return evaluate(policy.lm, sft_method(policy)(in_batches(examples)))["loss"]

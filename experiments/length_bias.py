@@ -24,7 +24,6 @@ import torch
 
 from experiments.chosen_falls import mistaken, wrong
 from experiments.lab import Report, load, logps, pairs, sft_model, train
-from nanoalign.losses import DPO_LOSSES
 from nanoalign.world import measure
 
 SEEDS = 1, 2
@@ -68,8 +67,7 @@ def run(small: bool) -> Report:
     shares = "right answers, greedy", "full sentences, sampled"
     before = [measure(reference)[share] for share in shares]
     rows, found = [["before", "", "", "", "", *before]], {}
-    for loss in [loss for loss in LOSSES if loss in DPO_LOSSES]:
-        flags, compares, average = LOSSES[loss]
+    for loss, (flags, compares, average) in LOSSES.items():
         for seed in SEEDS[: 1 if small else None]:
             policy, _ = train("dpo", data, small, seed=seed, loss_type=loss, **flags)
             reward = {}

@@ -20,9 +20,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.lab import Report, logps, pairs, sft_model
-from nanoalign.data import Case, make_examples
-from nanoalign.losses import sft_loss
+from experiments.lab import Report, examples_of, logps, pairs, sft_method, sft_model
 from nanoalign.model import make_policy
 from nanoalign.run.flags import SFTConfig
 from nanoalign.train import make_optimizer, train
@@ -41,17 +39,7 @@ def sft(start, asked, answers, steps, rate, rank=None, alpha=32.0, plus=False):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(start)
     policy = make_policy(model, AutoTokenizer.from_pretrained(start), rank, alpha)
-    cases = [
-        Case([{"role": "user", "content": q}], [[{"role": "assistant", "content": a}]])
-        for q, a in zip(asked, answers)
-    ]
-    examples, _ = make_examples(cases, policy.tokenizer, policy.template)
-
-    def method(batches):
-        for batch in batches:
-            scores = policy(batch)
-            yield {"loss": (sft_loss(scores.logps).sum(), sum(scores.tokens))}
-
+    examples = examples_of(policy, asked, answers)
     flags = dict(per_device_train_batch_size=64, lr_scheduler_type="constant")
     cfg = SFTConfig(max_steps=steps, learning_rate=rate, **flags)
     optimizer = make_optimizer(cfg, policy.lm)
@@ -60,7 +48,7 @@ def sft(start, asked, answers, steps, rate, rank=None, alpha=32.0, plus=False):
         groups = [{"params": [m.lora_A.weight for m in layers]}]
         groups += [{"params": [m.lora_B.weight for m in layers], "times": 16.0}]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    for _ in train(cfg, policy, examples, method, optimizer):
+    for _ in train(cfg, policy, examples, sft_method(policy), optimizer):
         pass
     return policy
 

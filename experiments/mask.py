@@ -16,14 +16,12 @@ makes overfitting less, as the paper has it. Three seeds of the order; the sprea
 from dataclasses import replace
 from statistics import mean, stdev
 
-from experiments.lab import Report, load, pairs
+from experiments.lab import Report, examples_of, load, pairs, sft_method, token_loss
 from nanoalign import world
-from nanoalign.data import Case, make_examples
-from nanoalign.losses import sft_loss
-from nanoalign.model import Policy, generate
+from nanoalign.model import Policy
 from nanoalign.packing import Example
 from nanoalign.run.flags import SFTConfig
-from nanoalign.train import evaluate, train
+from nanoalign.train import train
 
 STYLES = "terse", "sentence"
 FEW = 500  # examples of the part, out of 30,000
@@ -39,34 +37,14 @@ def on_prompts_too(example: Example) -> Example:
     )
 
 
-def sft(policy: Policy):
-    def method(batches):
-        for batch in batches:
-            scores = policy(batch)
-            yield {"loss": (sft_loss(scores.logps).sum(), sum(scores.tokens))}
-
-    return method
+def trained_on(policy: Policy, rows: list[dict]) -> list[Example]:
+    return examples_of(policy, *zip(*((row["prompt"], row["completion"]) for row in rows)))
 
 
-def cases(rows: list[dict]) -> list[Case]:
-    def says(role, content):
-        return [{"role": role, "content": content}]
-
-    return [Case(says("user", r["prompt"]), [says("assistant", r["completion"])]) for r in rows]
-
-
-def test_cases(small: bool) -> list[Case]:
+def test_examples(policy: Policy, small: bool) -> list[Example]:
     """The held-out questions, each with both of its right replies."""
     asked = [(row["question"], row[kind]) for row in pairs("test", small) for kind in STYLES]
-    return cases([dict(prompt=question, completion=reply) for question, reply in asked])
-
-
-def right_answers(policy: Policy, small: bool) -> float:
-    """The share of the held-out questions that are answered rightly, in either style."""
-    test = pairs("test", small)
-    asked = [[{"role": "user", "content": row["question"]}] for row in test]
-    replies = generate(policy, asked, max_new_tokens=24)
-    return mean(reply in (row["terse"], row["sentence"]) for reply, row in zip(replies, test))
+    return examples_of(policy, *zip(*asked))
 
 
 def run(small: bool) -> Report:
@@ -77,17 +55,13 @@ def run(small: bool) -> Report:
         for prompts in (False, True):
             for seed in range(1 if small else 3):
                 policy = load(str(world.BASE))
-                data, held_out = (
-                    make_examples(part, policy.tokenizer, policy.template)[0]
-                    for part in (cases(rows[:FEW] if few else rows), test_cases(small))
-                )
+                data = trained_on(policy, rows[:FEW] if few else rows)
                 data = [on_prompts_too(example) for example in data] if prompts else data
                 cfg = SFTConfig(max_steps=steps, seed=seed, **LEARN)
-                for _ in train(cfg, policy, data, sft(policy)):
+                for _ in train(cfg, policy, data, sft_method(policy)):
                     pass
-                parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
-                loss = evaluate(policy.lm, sft(policy)(parts))["loss"]
-                right = right_answers(policy, small)
+                loss = token_loss(policy, test_examples(policy, small))
+                right = world.measure(policy)["right answers, greedy"]
                 key = f"{FEW} examples" if few else "all", "prompts too" if prompts else "replies"
                 found.setdefault(key, []).append((loss, right))
 

@@ -14,10 +14,9 @@ difference counts when it is more than both spreads.
 
 from statistics import mean, stdev
 
-from experiments.lab import Report, pairs, train
-from experiments.mask import cases, right_answers, sft, test_cases
-from nanoalign.data import make_examples
-from nanoalign.train import evaluate
+from experiments.lab import Report, pairs, token_loss, train
+from experiments.mask import test_examples, trained_on
+from nanoalign.world import measure
 
 FEW = 300
 ALPHAS = [0, 5, 10]
@@ -30,12 +29,10 @@ def run(small: bool) -> Report:
         for seed in range(1 if small else 3):
             how = dict(neftune_noise_alpha=alpha, seed=seed, max_steps=200)
             policy, _ = train("sft", rows, small, **how, per_device_train_batch_size=32)
-            losses = []
-            for part in (cases(rows), test_cases(small)):
-                examples, _ = make_examples(part, policy.tokenizer, policy.template)
-                batches = [examples[i : i + 64] for i in range(0, len(examples), 64)]
-                losses.append(evaluate(policy.lm, sft(policy)(batches))["loss"])
-            found.setdefault(alpha, []).append((*losses, right_answers(policy, small)))
+            parts = trained_on(policy, rows), test_examples(policy, small)
+            losses = [token_loss(policy, part) for part in parts]
+            right = measure(policy)["right answers, greedy"]
+            found.setdefault(alpha, []).append((*losses, right))
 
     def column(alpha, i):
         values = [seed[i] for seed in found[alpha]]
