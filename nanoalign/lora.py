@@ -41,12 +41,12 @@ class LoRALinear(nn.Module):
         self.scaling, self.dropout, self.enabled = scaling, Dropout(dropout), True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        y = self.base_layer(x)
-        if not self.enabled:
-            return y
-        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        low = F.linear(self.dropout(x), a).flatten(0, -2)  # (T, r)
-        return torch.addmm(y.flatten(0, -2), low, b.T, alpha=self.scaling).view_as(y)
+        flat = x.flatten(0, -2)  # (T, in): what the base layer makes of it is no view, ...
+        y = self.base_layer(flat)  # (T, out)
+        if self.enabled:
+            a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+            y.addmm_(F.linear(self.dropout(flat), a), b.T, alpha=self.scaling)  # ... so in place
+        return y.view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
         """The learned change of the weight, (out, in) in fp32."""
