@@ -5,13 +5,17 @@
     python -m experiments all             # run them all, and write experiments/README.md
 
 An experiment is a file in this directory with a function `run` (lab.py says what that is). Its
-picture goes beside it. `all` runs two at a time with one thread each: a model as small as the
-built-in one gains little from a second thread, and on one thread its numbers come out the same
-each time.
+picture goes beside it, and with --write what it found into README.md. `all` runs two at a time with
+one thread each: a model as small as the built-in one gains little from a second thread, and on one
+thread its numbers come out the same each time. With --model_name_or_path nf4_error measures that
+model too; real_pairs needs one, and an hour, so it is no part of `all`.
 """
 
+import argparse
 import ast
 import multiprocessing
+import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +28,17 @@ import torch
 from experiments import lab
 
 HERE = Path(__file__).resolve().parent
+ALONE = {"real_pairs"}  # not part of `all`
 AT_ONCE = 2
 BAR = 30  # columns
+TITLE = """# What the papers claim, tried in the small
+
+`python -m experiments all` writes this page; a section says which commit it is of. Where an
+experiment does not hold, it says what did not come out, and why, as far as that is known.
+
+| experiment | claim | verdict |
+|---|---|---|
+"""
 
 
 def names() -> list[str]:
@@ -42,16 +55,23 @@ def verdict(holds: bool) -> str:
 
 
 def carry_out(name: str, small: bool = False) -> tuple[str, str]:
-    """Run an experiment and draw its picture. -> what it found, in Markdown, and a line on it."""
+    """Run an experiment and draw its picture. -> its section of README.md, and a line on it."""
     start = time.monotonic()
     report = import_module(f"experiments.{name}").run(small)
-    seconds = time.monotonic() - start
-    found = [report.table(), ""]
+    line = f"{name}: {verdict(report.holds)} ({time.monotonic() - start:.0f} seconds)"
+    found = [f"## {name}", "", docstring(name), "", report.table(), ""]
     found += [f"- {verdict(holds)}: {statement}" for statement, holds in report.held]
     found += [f"- note: {note}" for note in report.notes]
     if report.draw and draw(report.draw, HERE / f"{name}.png"):
         found += ["", f"![{name}]({name}.png)"]
-    return "\n".join(found), f"{name}: {verdict(report.holds)} ({seconds:.0f} seconds)"
+    found += ["", f"**{line}, commit {commit()}, torch {torch.__version__}**", ""]
+    return "\n".join(found), line
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
 
 
 def draw(on_figure, path: Path) -> bool:
@@ -66,30 +86,38 @@ def draw(on_figure, path: Path) -> bool:
     return True
 
 
-def run_all(chosen: list[str]) -> str:
-    """All that were chosen, under a progress bar. -> README.md's text. One that fails is named as
-    such, and the others go on."""
+def run_all(chosen: list[str]) -> dict[str, str]:
+    """All that were chosen, under a progress bar. -> their sections. One that fails is named as
+    such, keeps its old section, and the others go on."""
     lab.sft_model(small=False)  # trained here if it has to be, and not by two experiments at once
-    start, found = time.monotonic(), {}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=HERE,
-                            capture_output=True, text=True).stdout.strip()  # fmt: skip
+    sections = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(AT_ONCE, context, torch.set_num_threads, (1,)) as pool:
         running = {pool.submit(carry_out, name): name for name in chosen}
         progress(0, len(chosen), "")
-        for future in as_completed(running):
+        for done, future in enumerate(as_completed(running), start=1):
             name, error = running[future], future.exception()
-            text, line = ("", f"{name}: failed ({error!r})") if error else future.result()
-            found[name] = f"## {name}\n\n{docstring(name)}\n\n{text}\n\n**{line}**\n"
-            progress(len(found), len(chosen), line)
-    minutes = (time.monotonic() - start) / 60
-    how = (
-        "`python -m experiments all` has written this page: "
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, {minutes:.0f} minutes "
-        f"({AT_ONCE} experiments at a time, one thread each)."
-    )
-    title = "# What the papers claim, tried in the small"
-    return "\n".join([title, "", how, "", *(found[name] for name in chosen)])
+            if error:
+                line = f"{name}: failed ({error!r})"
+            else:
+                sections[name], line = future.result()
+            progress(done, len(chosen), line)
+    return sections
+
+
+def write(sections: dict[str, str]) -> None:
+    """Put these sections into README.md, in the place of the old ones, and its table anew."""
+    page = HERE / "README.md"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    kept = {text.split("\n")[0][3:]: text for text in re.split(r"\n(?=## )", old)[1:]}
+    sections = dict(sorted((kept | sections).items()))
+    rows = []
+    for name, text in sections.items():
+        statements = re.findall("^- (holds|does not hold): ", text, re.MULTILINE)
+        number, claim = statements.count("holds"), text.split("\n")[2]
+        said = verdict(number == len(statements))
+        rows.append(f"| [{name}](#{name}) | {claim} | {said}, {number} of {len(statements)} |\n")
+    page.write_text("\n".join([TITLE + "".join(rows), *sections.values()]), encoding="utf-8")
 
 
 def progress(done: int, total: int, line: str) -> None:
@@ -101,15 +129,26 @@ def progress(done: int, total: int, line: str) -> None:
 
 
 def main(words: list[str]) -> None:
-    if not words:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("name", nargs="?", choices=[*names(), "all"], help="none: list them")
+    parser.add_argument("--write", action="store_true", help="into README.md, as `all` does")
+    parser.add_argument("--model_name_or_path", help="a real model's directory")
+    parser.add_argument("--dataset_name", help="real pairs, for real_pairs")
+    args = parser.parse_args(words)
+    for name, value in (("MODEL", args.model_name_or_path), ("PAIRS", args.dataset_name)):
+        if value:  # in the environment, where the processes of `all` find it
+            os.environ[f"NANOALIGN_{name}"] = value
+    if args.name == "all":
+        write(run_all([name for name in names() if name not in ALONE]))
+    elif args.name:
+        section, line = carry_out(args.name)
+        print(section)
+        if args.write:
+            write({args.name: section})
+    else:
         for name in names():
             print(f"{name:<16}{docstring(name).splitlines()[0]}")
-    elif words == ["all"]:
-        (HERE / "README.md").write_text(run_all(names()), encoding="utf-8")
-    elif len(words) == 1 and words[0] in names():
-        print("\n".join(carry_out(words[0])))
-    else:
-        sys.exit(f"error: {' '.join(words)}: one of {', '.join([*names(), 'all'])}")
 
 
 if __name__ == "__main__":  # by its own name, under which the processes of `all` find carry_out

@@ -76,14 +76,17 @@ def train(method: str, rows: list[dict], small: bool, **flags) -> tuple[Policy, 
     """Train the world's SFT model (or --model_name_or_path) on rows, by the script itself with its
     built-in settings but for `flags`. -> the policy, and the run's lines of metrics."""
     kind, script, built_in = METHODS[method]
-    start = {} if method == "sft" else {"model_name_or_path": sft_model(small)}
-    flags = {**built_in, "logging_steps": 5, **start, **flags, **(SMALL if small else {})}
+    start = {}
+    if method != "sft" and "model_name_or_path" not in flags:
+        start["model_name_or_path"] = sft_model(small)
     with tempfile.TemporaryDirectory() as work, quietly():
+        flags = {**start, "logging_steps": 5, "output_dir": f"{work}/run", **flags}
+        flags = {**built_in, **flags, **(SMALL if small else {})}
         data = Path(work, "data.jsonl")
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        flags |= {"dataset_name": str(data), "output_dir": f"{work}/run", "save_steps": 0}
+        flags |= {"dataset_name": str(data), "save_steps": 0}
         run = script(parse(kind, [f"--{name}={value}" for name, value in flags.items()], {}))
-        return run.policy, read_run(Path(work, "run"))
+        return run.policy, read_run(Path(flags["output_dir"]))
 
 
 def sft_model(small: bool) -> str:

@@ -1,5 +1,8 @@
 """The experiments in a setting of seconds: that they run to their verdict, whatever it says."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,7 +40,7 @@ draw = command.draw
 @pytest.mark.parametrize("name", command.names())
 def test_it_runs(name, there):
     text, line = command.carry_out(name, small=True)
-    table = [row.count(" | ") for row in text.split("\n\n")[0].splitlines()]
+    table = [row.count(" | ") for row in text.splitlines() if row.startswith("|")]
     assert len(table) > 2 and set(table) == {table[0]} and "hold" in text and "hold" in line
     assert (there / f"{name}.png").exists() and ".png)" in text
 
@@ -53,18 +56,44 @@ def test_a_table_and_a_verdict():
     assert report.holds and not lab.Report([], [], [("so", True), ("not so", False)]).holds
 
 
-def test_the_command(monkeypatch, tmp_path, capsys):
-    (tmp_path / "one.py").write_text('"""A claim.\n\nAnd more.\n"""\n')
-    (tmp_path / "lab.py").write_text("")
-    (tmp_path / "__main__.py").write_text("")
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    """A house of two experiments, of which the second fails; -> the page."""
+    for name in ("one", "two", "lab", "__main__"):
+        (tmp_path / f"{name}.py").write_text(f'"""The claim of {name}.\n\nAnd more.\n"""\n')
+    report = lab.Report(["a"], [[1]], [("so", True), ("not so", False)], notes=["and why"])
+    modules = {"experiments.one": SimpleNamespace(run=lambda small: report)}
+    monkeypatch.setattr(command, "import_module", modules.__getitem__)
     monkeypatch.setattr(command, "HERE", tmp_path)
-    monkeypatch.setattr(command, "carry_out", lambda name: ("| table |", f"{name}: holds"))
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(lab, "sft_model", lambda small: None)
+    return tmp_path / "README.md"
+
+
+def test_the_command(page, capsys):
     command.main([])
-    assert capsys.readouterr().out == "one             A claim.\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "one             The claim of one." and len(lines) == 2
     command.main(["one"])
-    assert capsys.readouterr().out == "| table |\none: holds\n"
-    with pytest.raises(SystemExit, match="two: one of one, all"):
-        command.main(["two"])
+    assert "- holds: so\n- does not hold: not so\n- note: and why\n" in capsys.readouterr().out
+    assert not page.exists()
+    with pytest.raises(SystemExit):
+        command.main(["three"])
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_all_writes_the_page(page, capsys):
+    """What fails is said and keeps its section; the table counts what holds."""
+    command.write({"two": "## two\n\nOld claim.\n\n- holds: it\n", "one": "## one\n\nOld.\n"})
+    command.main(["all"])
+    printed, text = capsys.readouterr().out, page.read_text()
+    assert "one: does not hold" in printed and "two: failed (KeyError" in printed
+    assert "2 of 2\n" in printed
+    assert "| [one](#one) | The claim of one. | does not hold, 1 of 2 |\n" in text
+    assert "| [two](#two) | Old claim. | holds, 1 of 1 |\n" in text
+    assert text.count("## ") == 2 and "Old.\n" not in text and text.index("## one\n\nThe") > 0
+    command.main(["one", "--write"])
+    assert page.read_text().replace(" ", "") == text.replace(" ", "")
 
 
 def test_the_optimum_of_dpo_is_the_best_of_all_policies():
