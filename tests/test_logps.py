@@ -1,6 +1,8 @@
 """Log-probs without logits, against log_softmax(logits).gather: values, gradients, memory."""
 
 import math
+import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nanoalign.fast import head as fast
 from nanoalign.fast.head import token_logps
 from nanoalign.logps import Head, PackedLM, Scores
 from nanoalign.logps import token_logps as definition
@@ -90,6 +93,37 @@ def test_values_and_gradients(kind, biased, trains, chunk):
             assert torch.allclose(ours[name].grad, theirs[name].grad, atol=1e-5 * scale), name
         else:
             assert ours[name].grad is None
+
+
+KERNELS = [("aot_eager", kind, trains) for kind in HEADS for trains in ("", BOTH)]
+
+
+@pytest.mark.parametrize("backend, kind, trains", [*KERNELS, ("inductor", "both", "")])
+def test_the_gpus_one_kernel(backend, kind, trains, monkeypatch):
+    """What a GPU compiles, compiled for this machine: chunks of 16, 16 and 5 rows, and one of 1
+    without gradient."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("no compiler")
+    torch._dynamo.reset()
+    kernel = torch.compile(fast.expression, dynamic=True, backend=backend)
+    monkeypatch.setattr(fast, "way_for", lambda *_: kernel)
+    test_values_and_gradients(kind, True, trains, 16)
+    h, weight, _, targets, _ = tensors(torch.bfloat16)
+    got = token_logps(h[:33], Head(weight, **HEADS[kind]), targets[:33], 16)
+    expected = plain(h[:33], weight, None, targets[:33], **HEADS[kind])
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_rows_at_a_time(monkeypatch):
+    """On a GPU they fill the tiles of a product; on a small one, and on a CPU, they are fewer."""
+    sizes = iter([16, 24, 24, 24])  # GiB
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=next(sizes) * 2**30)
+    )
+    gpu = torch.device("cuda")
+    assert [fast.chunk_rows(128_256, gpu) for _ in range(2)] == [256, 1024]
+    assert fast.chunk_rows(32_000, gpu) == 4096 and fast.chunk_rows(2**20, gpu) == 256
+    assert fast.chunk_rows(128_256, torch.device("cpu")) == 130
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 128])

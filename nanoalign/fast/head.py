@@ -12,26 +12,40 @@ is known in forward but for the factor that arrives in backward, and that is one
 forward makes this (N, d) gradient while it has the logits at hand, and backward only scales it: two
 products of vocabulary size instead of three. A head that trains needs its chunks again in
 backward, where its own gradient is accumulated chunk by chunk.
+
+What lies between those products is elementwise but for one sum, and there a GPU only waits for its
+memory: step by step in fp32 each chunk would travel twenty times. A compiler makes one kernel of
+it, which reads the logits in the head's own precision and writes the gradient in their place.
 """
 
+import importlib.util
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS = {"cpu": 2**24, "gpu": 2**27}  # made at a time: 64 MB and 512 MB in fp32
-
 
 def token_logps(h: Tensor, head, targets: Tensor, chunk: int | None = None) -> Tensor:
     """As logps.token_logps: h (N, d), targets (N,) -> (N,) in nats, fp32.
 
-    `chunk` rows of h are multiplied with the head at a time: None for so many that their logits
-    take the same memory whatever the vocabulary.
+    `chunk` rows of h are multiplied with the head at a time; None: as many as chunk_rows says.
     """
-    if chunk is None:
-        chunk = max(16, LOGITS["cpu" if h.is_cpu else "gpu"] // len(head.weight))
+    chunk = chunk or chunk_rows(len(head.weight), h.device)
     return TokenLogps.apply(h, head.weight, head.bias, head.row_weight, targets, head, chunk)
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """So many rows that their logits take the same memory whatever the vocabulary: 64 MB in fp32 on
+    a CPU, and on a GPU 256 MB in bf16, or 64 where 16 GB are all there is. A GPU's products work
+    in tiles of 128 or 256 rows, and one that is not full takes as long as one that is."""
+    if device.type == "cpu":
+        return max(16, 2**24 // vocabulary)
+    logits = 2**27
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 20 * 2**30:
+        logits = 2**25
+    return max(256, logits // vocabulary // 256 * 256)
 
 
 @torch.no_grad()
@@ -43,53 +57,82 @@ def mean_weight(head) -> Tensor | None:
     return head.weight.mean(0, dtype=torch.float32)
 
 
-def logits(head, h: Tensor, out: Tensor) -> Tensor:
-    """Head.logits of a chunk, into the first rows of `out`. `weight[rows]` is up to date."""
-    bias = None if head.bias is None else head.bias.to(h.dtype)
-    z = out[: len(h)].copy_(F.linear(h, head.weight.to(h.dtype), bias))
-    if head.scale != 1.0:
-        z *= head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    return z
+def expression(z, target, scale, softcap, factor):
+    """z = h @ weight.T + bias (n, V) -> log-probs of `target` (n, 1), as (n,) in fp32, and
+    factor * d (-logp) / dz in the place of z; with a factor of None only the log-probs.
+
+    A sum finds the target's logit: to gather it would need a second kernel, before z is changed.
+    """
+    u = scale * z.float()
+    if softcap is not None:
+        u = softcap * torch.tanh(u / softcap)
+    total = u.logsumexp(1, keepdim=True)
+    hit = torch.arange(z.shape[1], device=z.device) == target
+    logp = torch.where(hit, u, 0.0).sum(1) - total[:, 0]
+    if factor is None:
+        return logp, None
+    dz = (torch.exp(u - total) - hit.float()) * (factor * scale)
+    if softcap is not None:
+        dz = dz * (1 - (u / softcap) ** 2)
+    return logp, z.copy_(dz)
 
 
-def slope(head, z: Tensor) -> Tensor | float:
-    """d logits / d (h @ weight.T + bias), where z are the logits."""
-    return head.scale if head.softcap is None else head.scale * (1 - (z / head.softcap) ** 2)
+@cache
+def one_kernel():
+    return torch.compile(expression, dynamic=True)
 
 
-def d_nll(logp: Tensor, target: Tensor, slope: Tensor | float) -> Tensor:
-    """d (-logp[target]) / d (h @ weight.T + bias) = (softmax - onehot) * slope: in place, (n, V)"""
-    dz = logp.exp_()
+def in_buffer(buffer, z, target, scale, softcap, factor):
+    """As `expression`, step by step in the first rows of a buffer (chunk, V) in fp32."""
+    u = buffer[: len(z)].copy_(z)
+    if scale != 1.0:
+        u *= scale
+    if softcap is not None:
+        u.div_(softcap).tanh_().mul_(softcap)
+    slope = None if factor is None else factor * scale  # dz / du, times the factor
+    if factor is not None and softcap is not None:
+        slope = slope * (1 - (u / softcap) ** 2)
+    log_softmax = torch.log_softmax(u, 1, out=u)
+    logp = log_softmax.gather(1, target)[:, 0]
+    if factor is None:
+        return logp, None
+    dz = log_softmax.exp_()
     dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=dz.dtype))
-    return dz if isinstance(slope, float) and slope == 1.0 else dz.mul_(slope)
+    if not isinstance(slope, float) or slope != 1.0:
+        dz *= slope
+    return logp, dz.to(z.dtype)
+
+
+def way_for(h: Tensor, rows: int, vocabulary: int):
+    """The quicker of the two: one kernel on a GPU that has a compiler, else steps, all chunks in
+    one buffer. (On a CPU, touching new memory costs as much as the softmax.)"""
+    if h.is_cuda and importlib.util.find_spec("triton"):
+        return one_kernel()
+    return partial(in_buffer, h.new_empty(min(rows, len(h)), vocabulary, dtype=torch.float32))
 
 
 class TokenLogps(torch.autograd.Function):
-    """See the top of this file. All chunks use one fp32 buffer: on a CPU, touching new memory
-    costs as much as the softmax."""
+    """See the top of this file."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, row_weight, targets, head, chunk):
-        head = replace(head, weight=weight.to(h.dtype))  # one cast for all chunks
+        bias = None if bias is None else bias.to(h.dtype)
+        head = replace(head, weight=weight.to(h.dtype), bias=bias)  # one cast for all chunks
         logps = torch.empty(len(h), dtype=torch.float32, device=h.device)  # (N,)
-        buffer = logps.new_empty(min(chunk, len(h)), len(weight))
         need_h, need_weight, need_bias, need_rows = ctx.needs_input_grad[:4]
         head_trains = need_weight or need_bias
-        dh = torch.empty_like(h) if (need_h or need_rows) and not head_trains else None
+        keeps_dh = (need_h or need_rows) and not head_trains
+        dh = torch.empty_like(h) if keeps_dh else None
         drows = h.new_empty(len(h), len(head.rows)) if need_rows else None
+        how, score = (head.scale, head.softcap), way_for(h, chunk, len(weight))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            z, target = logits(head, h[part], buffer), targets[part, None]
-            dz_du = slope(head, z) if dh is not None else None
-            logp = torch.log_softmax(z, 1, out=z)  # (n, V)
-            logps[part] = logp.gather(1, target)[:, 0]
-            if dh is not None:
-                dz = d_nll(logp, target, dz_du).to(h.dtype)
+            z = F.linear(h[part], head.weight, head.bias)  # (n, V)
+            logps[part], dz = score(z, targets[part, None], *how, 1.0 if keeps_dh else None)
+            if keeps_dh:
                 torch.mm(dz, head.weight, out=dh[part])
-                if need_rows:
-                    drows[part] = dz[:, head.rows]
+            if need_rows:
+                drows[part] = dz[:, head.rows]
         if head_trains:
             ctx.save_for_backward(h, targets)
         else:
@@ -110,15 +153,13 @@ class TokenLogps(torch.autograd.Function):
         dh = torch.empty_like(h)
         dweight = torch.zeros(head.weight.shape, dtype=torch.float32, device=h.device)
         dbias = None if head.bias is None else dweight.new_zeros(len(dweight))
-        buffer = dweight.new_empty(min(chunk, len(h)), len(dweight))
+        how, score = (head.scale, head.softcap), way_for(h, chunk, len(dweight))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            z = logits(head, h[part], buffer)
-            dz_du = slope(head, z)
-            dz = d_nll(torch.log_softmax(z, 1, out=z), targets[part, None], dz_du).mul_(grad[part])
+            z = F.linear(h[part], head.weight, head.bias)
+            _, dz = score(z, targets[part, None], *how, grad[part])  # (n, V)
             if dbias is not None:
-                dbias += dz.sum(0)
-            dz = dz.to(h.dtype)
+                dbias += dz.sum(0, dtype=torch.float32)
             torch.mm(dz, head.weight, out=dh[part])
             dweight += dz.T @ h[part]
         return dh, dweight, dbias, None, None, None, None
