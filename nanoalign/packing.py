@@ -157,7 +157,7 @@ def packed_attention(
     module, query, key, value, attention_mask: None, *,
     geometry: Geometry, scaling: float, dropout: float = 0.0,
     sliding_window: int | None = None, softcap: float | None = None,
-    position_ids=None, use_cache=None, **unknown,
+    position_ids=None, use_cache=None, output_router_logits=None, **unknown,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D).
 

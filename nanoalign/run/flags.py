@@ -129,6 +129,9 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's, on matrices and vectors alike", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW's", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's", SHARE)
+    router_aux_loss_coef: float | None = flag(
+        None, "weight of a mixture's load-balancing loss; none: the model's own; 0: without it",
+        NOT_NEGATIVE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0: don't", NOT_NEGATIVE)
     gradient_checkpointing: bool = flag(
         False, "less memory, slower: activations are recomputed", free=True)

@@ -107,6 +107,7 @@ COLUMNS = {  # what the terminal shows of the metrics; metrics.jsonl has the oth
     "rewards/margins": "margin {:6.3f}",
     "rewards/accuracies": "accuracy {:4.2f}",
     "kl": "kl {:6.3f}",
+    "aux_loss": "aux {:6.3f}",
     "reward": "reward {:6.3f}",
     "grad_norm": "grad {:6.3f}",
     "learning_rate": "lr {:7.1e}",

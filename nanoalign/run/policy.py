@@ -122,8 +122,6 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     else:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
-    if getattr(model.config, "output_router_logits", False):
-        print("output_router_logits: the router's own loss is no part of the loss here")
     configure(model, cfg)
     return Policy(lm, tokenizer, template, lora)
 

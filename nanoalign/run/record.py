@@ -18,6 +18,7 @@ from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
+from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
@@ -34,7 +35,7 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
 
     A signal lets the step finish, saves a checkpoint and ends the run.
     """
-    record = Record(cfg, run)
+    method, record = balanced(method, run.policy.model, cfg.router_aux_loss_coef), Record(cfg, run)
     with contextlib.closing(record.log), stop_signals() as record.signals, record.kept():
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]

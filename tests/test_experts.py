@@ -1,0 +1,178 @@
+"""Mixtures of experts: the load-balancing loss, and experts in 4 bits."""
+
+import pytest
+import torch
+import transformers as t
+from conftest import make_tokenizer, tiny
+from scripts import call, metrics
+from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from nanoalign.packing import Example
+from nanoalign.run.balance import OLD, balanced, load_balancing_loss
+from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.run.policy import load_policy
+
+MIXTURES = {
+    "mixtral": tiny(t.MixtralConfig, num_local_experts=4),
+    "qwen3_moe": tiny(
+        t.Qwen3MoeConfig, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48
+    ),
+    "olmoe": tiny(t.OlmoeConfig, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.02),
+}
+EACH = pytest.mark.parametrize("name", MIXTURES)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Each of MIXTURES as a directory, with random weights."""
+    home = tmp_path_factory.mktemp("mixtures")
+    for name, config in MIXTURES.items():
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(home / name)
+        make_tokenizer().save_pretrained(home / name)
+    return home
+
+
+def policy_of(directory, *flags):
+    given = [f"--model_name_or_path={directory}", "--dataset_name=any.jsonl", "--device=cpu"]
+    return load_policy(parse(SFTConfig, [*given, *flags], {}))
+
+
+# -------------------------------------------------------------------------- the load-balancing loss
+
+
+def test_the_loss_is_that_of_transformers():
+    torch.manual_seed(0)
+    logits = [torch.randn(50, 8, requires_grad=True) for _ in range(3)]
+    theirs = load_balancing_loss_func(tuple(logits), 8, 3)
+    ours = load_balancing_loss([z.softmax(-1) for z in logits], 3)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_is_k_where_all_experts_are_equally_busy_and_else_up_to_their_number():
+    even = torch.eye(4)[torch.arange(8) % 4]  # tokens 0, 4 to expert 0, and so on
+    assert load_balancing_loss([even], 1) == 1
+    assert load_balancing_loss([even[:1].expand(8, 4)], 1) == 4
+    skewed = torch.tensor([[0.6, 0.3, 0.1]] * 2)  # 3 * (1 * 0.6 + 1 * 0.3)
+    assert load_balancing_loss([skewed], 2).item() == pytest.approx(2.7)
+
+
+BATCH = [  # a prompt with two replies, one with one
+    Example(list(range(3, 12)), [([20, 21, 22], [True] * 3), ([23, 24], [True] * 2)]),
+    Example([30, 31], [([32, 33, 34, 35], [False, True, True, True])]),
+]
+
+
+def padded(batch):
+    """The sequences as transformers has them -> ids, attention mask, labels (-100: not trained),
+    and the mask of the tokens that a packed row has: a shared prompt once, no last token."""
+    rows = []
+    for e in batch:
+        for i, (ids, mask) in enumerate(e.completions):
+            labels = [-100] * len(e.prompt) + [x if on else -100 for x, on in zip(ids, mask)]
+            counted = [i == 0] * len(e.prompt) + [True] * (len(ids) - 1) + [False]
+            rows.append((e.prompt + ids, [1] * len(labels), labels, [int(x) for x in counted]))
+    width = max(len(row[0]) for row in rows)
+    pads = 0, 0, -100, 0
+    return [
+        torch.tensor([row[i] + [pads[i]] * (width - len(row[0])) for row in rows]) for i in range(4)
+    ]
+
+
+@EACH
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_a_row_has_the_loss_and_the_gradient_of_padded_sequences(name, checkpointing, models):
+    """All weights train; transformers computes logits and router logits of padded rows."""
+    flags = "--use_peft=false", f"--gradient_checkpointing={checkpointing}", "--dtype=float32"
+    policy, config = policy_of(models / name, *flags), MIXTURES[name]
+
+    def sft(batches):
+        for batch in batches:
+            scores = policy(batch)
+            yield {"loss": (-scores.logps.sum(), sum(scores.tokens))}
+
+    policy.lm.train()
+    (sums,) = balanced(sft, policy.model, 0.5)([BATCH])
+    loss, count = sums["loss"]
+    loss.backward()
+
+    model = AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager").train()
+    ids, attention, labels, counted = padded(BATCH)
+    out = model(ids, attention_mask=attention, output_router_logits=True, use_cache=False)
+    logits = [z.log() for z in out.router_logits] if OLD else out.router_logits
+    experts = logits[0].shape[1], config.num_experts_per_tok
+    aux = load_balancing_loss_func(tuple(logits), *experts, attention_mask=counted)
+    nll = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    (nll + 0.5 * aux * count).backward()
+    assert count == 8 and sums["aux_loss"][1] == 8
+    torch.testing.assert_close(sums["aux_loss"][0] / 8, aux)
+    torch.testing.assert_close(loss, nll + 0.5 * aux * 8)
+    for (path, ours), theirs in zip(policy.model.named_parameters(), model.parameters()):
+        error = (ours.grad - theirs.grad).norm()
+        assert error < 1e-4 * theirs.grad.norm() + 1e-6, path
+
+
+def test_a_pass_without_gradient_is_not_asked_for_router_logits(models):
+    policy, asked = policy_of(models / "olmoe"), []
+
+    def dpo(batches):
+        for batch in batches:
+            with torch.no_grad(), policy.reference():
+                policy.lm(batch)
+            yield {"loss": (-policy(batch).logps.sum(), 1)}
+
+    def note(module, args, kwargs, output):
+        asked.append((kwargs["output_router_logits"], output.router_logits is not None))
+
+    policy.model.get_decoder().register_forward_hook(note, with_kwargs=True)
+    for sums in balanced(dpo, policy.model, None)([BATCH[:1], BATCH[1:]]):
+        assert "aux_loss" in sums
+    assert asked == [(False, False), (True, True)] * 2
+    with torch.no_grad():
+        (sums,) = balanced(dpo, policy.model, None)([BATCH])
+    assert "aux_loss" not in sums and asked[4:] == [(False, False)] * 2
+
+
+@EACH
+def test_a_run_of_each_method(name, models, data, no_curves, tmp_path, capsys):
+    """The first step's loss has the coefficient times aux in it; the model's own is the default,
+    and 0 leaves it out."""
+    steps = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4, "device": "cpu"}
+    steps |= {"dtype": "float32", "learning_rate": 1e-3, "disable_dropout": True}
+    for method in ("dpo",) if name != "mixtral" else ("sft", "dpo", "kto"):
+        first = {}
+        for coef in (None, 0.0, 3.0):
+            output = tmp_path / f"{method}{coef}"
+            given = {"router_aux_loss_coef": coef, "output_dir": output, **steps}
+            given |= {"model_name_or_path": models / name, "dataset_name": data / f"{method}.jsonl"}
+            call(method, given)
+            lines = [line for line in metrics(output) if "loss" in line]
+            assert len(lines) == 2
+            first[coef] = lines[0]
+        own = MIXTURES[name].router_aux_loss_coef
+        assert "aux_loss" not in first[0.0]
+        for coef, weight in ((None, own), (3.0, 3.0)):
+            aux = first[coef]["aux_loss"]
+            assert MIXTURES[name].num_experts_per_tok * 0.9 < aux < 8
+            assert first[coef]["loss"] - first[0.0]["loss"] == pytest.approx(weight * aux, abs=1e-5)
+        said = capsys.readouterr().out
+        assert said.count(f"the loss has {own:g} times the routers'") == 1
+        assert said.count("the loss has ") == 2
+
+
+def test_a_dense_model_has_nothing_to_balance(model_dir, capsys):
+    policy = policy_of(model_dir)
+
+    def method(batches):
+        yield {}
+
+    for coef in (None, 0.0, 0.1):
+        assert balanced(method, policy.model, coef) is method
+    assert (
+        capsys.readouterr().out.count("--router_aux_loss_coef has nothing to do in this run") == 1
+    )
