@@ -223,6 +223,8 @@ IDLE = [  # flags of a run, and which of them have nothing to do in it
     ("sft", "--dataset_train_split a --dataset_test_split b",
      "dataset_test_split dataset_train_split"),
     ("sft", "--eval_dataset owner/name --dataset_test_split b", ""),
+    ("sft", "--tf32 false --device cpu", "tf32"),
+    ("sft", "--tf32 false --device cuda:1", ""),
     ("sft", "--warmup_steps 3 --lr_scheduler_type constant", ""),  # it does warm up
     ("dpo", "--loss_type ipo --label_smoothing 0.1", "label_smoothing"),
     ("dpo", "--loss_type hinge --label_smoothing 0.1", "label_smoothing"),

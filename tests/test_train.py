@@ -451,6 +451,13 @@ def test_fp16_trains(method, run):
     assert all(math.isfinite(loss) for loss in losses) and losses[-1] < 0.9 * losses[0]
 
 
+def test_float16_is_scaled_however_it_was_asked_for(run):
+    for dtype, scale in (("float16", 2.0**16), ("bfloat16", 1.0)):
+        lines = run("sft", "--dtype", dtype, "--max_steps", "2", "--save_steps", "1")
+        state = json.loads((run.directory / "checkpoint-1" / "state.json").read_text())
+        assert state["scale"] == scale and len(lines) == 2
+
+
 @ALL
 def test_fp16_does_not_overflow_on_a_sum(method, run):
     """2^16 times the mean of a step fits float16, and 2^16 times a sum over hundreds of tokens does

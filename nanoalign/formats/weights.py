@@ -56,17 +56,29 @@ def load_lm(
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     scale, softcap = probe(config, name, trust_remote_code)
-    dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    dtype, device = dtype or torch.float32, pick_device(device)
+    device = pick_device(device)
+    dtype = auto_dtype(name, config, device) if dtype == "auto" else getattr(torch, dtype)
     if load_in_4bit or is_nf4(config):
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
         freeze = partial(kind.from_linear, **how)
         model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
     else:
-        model = load_dense(name, torch.float32 if train_all else dtype, trust_remote_code)
+        own = torch.float32 if train_all else dtype
+        model = load_dense(name, own, device, trust_remote_code)
     autocast = dtype if train_all and dtype != torch.float32 else None
     return PackedLM(model.to(device), scale, softcap, autocast)
+
+
+def auto_dtype(name: str, config, device: torch.device) -> torch.dtype:
+    """The checkpoint's; but where that is bfloat16, which NVIDIA's cards before Ampere can't
+    multiply, float16."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            print(f"{name}: is in bfloat16, which this card can't multiply; float16 is used")
+            return torch.float16
+    return dtype
 
 
 def pick_device(name: str) -> torch.device:
@@ -79,8 +91,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """What transformers loads, on the CPU; what it would only warn of is an InputError."""
+def load_dense(name: str, dtype: torch.dtype, device="cpu", trust_remote_code=False) -> nn.Module:
+    """What transformers loads; what it would only warn of is an InputError."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         files.read_index(name, index)  # checks the shards that it names
     how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -92,7 +104,7 @@ def load_dense(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     faults = [f"missing keys in the weights: {key}" for key in sorted(info["missing_keys"])]
     for key, found, expected in sorted(info["mismatched_keys"]):
         faults.append(f"{key}: shape {tuple(found)}, expected {tuple(expected)}")
-    named = model.named_parameters()
+    named = model.to(device).named_parameters()  # a GPU looks through them in no time
     faults += [f"{key} holds NaN or infinity" for key, t in named if not files.is_finite(t)]
     if faults:
         raise InputError(f"{name}: {faults[0]}")
@@ -132,7 +144,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
         print(f"{name}: {reason}; so the dense model is loaded first and then quantized")
-        model = load_dense(name, dtype, trust_remote_code)
+        model = load_dense(name, dtype, trust_remote_code=trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
         stream(model, places, file_of, device, freeze)

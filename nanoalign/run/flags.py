@@ -60,8 +60,11 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "of the frozen weights and of computing; auto: the checkpoint's")
     bf16: bool = flag(False, "the same as --dtype bfloat16")
-    fp16: bool = flag(False, "float16 with dynamic loss scaling, for GPUs without bfloat16")
+    fp16: bool = flag(False, "the same as --dtype float16: for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
+    tf32: bool = flag(
+        True, "on CUDA, float32 products keep 10 bits of a factor: much faster",
+        idle=lambda c: c.device in ("cpu", "mps"), free=True)
     threads: int | None = flag(
         None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core", POSITIVE, free=True)
     chat_template: str | None = flag(

@@ -25,6 +25,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
+from nanoalign.run.device import use_tf32
 from nanoalign.run.flags import Config
 
 TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
@@ -123,6 +124,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
+    use_tf32(cfg, lm)
     return Policy(lm, tokenizer, template, lora)
 
 

@@ -14,12 +14,15 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+import torch
+
 from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
 from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
+from nanoalign.run.device import computes_in
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log, keep_lines
@@ -82,7 +85,8 @@ class Record:
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         # what a checkpoint keeps of a run, beside weights and generators
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
-        self.state |= {"scale": INITIAL_SCALE if cfg.fp16 else 1.0, "since_overflow": 0}
+        self.float16 = computes_in(run.policy.lm) == torch.float16
+        self.state |= {"scale": INITIAL_SCALE if self.float16 else 1.0, "since_overflow": 0}
         self.state["evaluated"] = 0  # after this step, the last time
         self.state["run_id"] = ""  # its name at Weights & Biases
         self.signals: list[int] = []  # that came
@@ -132,7 +136,7 @@ class Record:
         float16 only lowers its scale.
         """
         cfg, state = self.cfg, self.state
-        if cfg.fp16 and (step.sums is not None or state["scale"] > 1):
+        if self.float16 and (step.sums is not None or state["scale"] > 1):
             rescale(state, overflow=step.sums is None)
         elif step.sums is None:
             where = [example.where for example in step.examples]
