@@ -19,6 +19,7 @@ it, which reads the logits in the head's own precision and writes the gradient i
 """
 
 import importlib.util
+import math
 from dataclasses import replace
 from functools import cache, partial
 
@@ -37,14 +38,20 @@ def token_logps(h: Tensor, head, targets: Tensor, chunk: int | None = None) -> T
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """So many rows that their logits take the same memory whatever the vocabulary: 64 MB in fp32 on
-    a CPU, and on a GPU 256 MB in bf16, or 64 where 16 GB are all there is. A GPU's products work
-    in tiles of 128 or 256 rows, and one that is not full takes as long as one that is."""
+    """So many rows that their logits take the same memory whatever the vocabulary: on a CPU 64 MB
+    in fp32."""
     if device.type == "cpu":
         return max(16, 2**24 // vocabulary)
-    logits = 2**27
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 20 * 2**30:
-        logits = 2**25
+    memory = math.inf
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return gpu_rows(vocabulary, memory)
+
+
+def gpu_rows(vocabulary: int, memory: float) -> int:
+    """Of a GPU with so many bytes: 256 MB in bf16, or 64 where 16 GB are all there is. A product
+    works in tiles of 128 or 256 rows, and one that is not full takes as long as one that is."""
+    logits = 2**25 if memory < 20 * 2**30 else 2**27
     return max(256, logits // vocabulary // 256 * 256)
 
 

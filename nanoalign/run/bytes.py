@@ -1,0 +1,204 @@
+"""What a step holds on its device, in bytes, counted from shapes before anything is computed.
+
+Always there are the weights and, of what trains, the gradient and AdamW's two states
+(`standing_bytes`). To these comes the row of T tokens that is being computed (`row_bytes`).
+Autograd keeps a tensor from forward to backward where a gradient can't be computed without it: x of
+a product W x whose W trains (but not of a frozen one), both factors of an elementwise product.
+`kept_in_a_layer` lists these tensors. What is kept grows until the head is reached and shrinks from
+there, so a row is at its largest at one of these moments:
+
+    at the head    some copies of a chunk of logits (fast/head.py) lie on top of all that is kept
+    in a layer     the gradients inside its MLP do; and with checkpointing, which kept no more than
+                   the layers' inputs, all that is kept of this one layer
+    in autocast    with checkpointing, the forward pass ends with all weights in 16 bits as well
+
+The list is that of layers like Llama's: norms that square in fp32, an MLP with a gate. Where an
+activation is written out in several operations, as in Phi's MLP, autograd keeps more. Not counted
+are the gaps in the allocator's memory: leave it some percent.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nanoalign.lora import LoRALinear
+from nanoalign.nf4 import FrozenLinear
+from nanoalign.packing import fast as attention
+
+ATTENTION = "attention's output"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model as widths: how many numbers a token has in the places of a decoder layer."""
+
+    layers: int
+    hidden: int  # d, of the stream between the layers
+    query: int  # of all heads together
+    key: int  # of all key-value heads together
+    heads: int
+    mlp: int  # f; of a mixture that of all experts which a token meets
+    gated: bool  # does the MLP have a gate, act(gate) * up?
+    norms: int  # what its norms read, together
+    readers: tuple[tuple[str, int], ...]  # what each product that trains reads: its name and width
+    ranks: int  # r of all LoRA layers together
+    adapters: int  # weights of their A and B
+    linears: int  # weights of its linear layers
+    largest: int  # weights of the largest of them
+    four_bit: bool  # are they decoded at each use?
+    vocabulary: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class How:
+    """How a row is computed."""
+
+    tokens: int  # T
+    size: int = 2  # bytes of a number: bfloat16
+    dropout: float = 0.0  # before each A
+    checkpointing: bool = False
+    compiled: bool = False  # the layers
+    train_all: bool = False  # fp32 weights; where `size` is 2, autocast computes
+    chunk: int = 1024  # rows of logits at a time: fast/head.py's chunk_rows
+    cuda: bool = True
+    example: int = 512  # tokens of an example: without CUDA attention is computed for each
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a number between the layers, which autocast leaves in the weights' fp32."""
+        return 4 if self.train_all else self.size
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """Of a model of transformers, with or without LoRA; what trains is what requires a gradient.
+    The parameters may be on the meta device, where they have shapes and no memory."""
+    config, layer = model.config.get_text_config(), model.get_decoder().layers[-1]
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    query, key = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    if experts := getattr(config, "num_experts_per_tok", None):
+        mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp)
+
+    norms, readers, loras, linears, four_bit = 0, [], [], [], False
+    for path, module in layer.named_modules():
+        parent, _, name = path.rpartition(".")
+        if "norm" in name:  # queries and keys have norms of their own in some models
+            norms += {"q": query, "k": key}.get(name[0], hidden)
+        if isinstance(module, LoRALinear):
+            loras.append(module)
+            width = module.base_layer.in_features
+        elif hasattr(module, "in_features") and name not in ("lora_A", "lora_B"):
+            linears.append(module.in_features * module.out_features)
+            four_bit = four_bit or isinstance(module, FrozenLinear)
+            if not any(p.requires_grad for p in module.parameters()):
+                continue
+            width = module.in_features
+        else:
+            continue
+        last = name in ("o_proj", "out_proj", "dense")
+        readers.append((ATTENTION if last else parent, width))
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    return Sizes(
+        layers=len(model.get_decoder().layers),
+        hidden=hidden,
+        query=query,
+        key=key,
+        heads=heads,
+        mlp=mlp,
+        gated=any("gate" in name for name, _ in layer.named_parameters()),
+        norms=norms,
+        readers=tuple(readers),
+        ranks=sum(m.lora_A.out_features for m in loras),
+        adapters=sum(m.lora_A.weight.numel() + m.lora_B.weight.numel() for m in loras),
+        linears=sum(linears),
+        largest=max(linears, default=0),
+        four_bit=four_bit,
+        vocabulary=len(output.weight),
+        tied=output.weight is embedding.weight,
+    )
+
+
+def standing_bytes(model: nn.Module) -> dict[str, int]:
+    """What is there from the first step to the last: bytes by kind."""
+    packed = {id(b) for m in model.modules() if isinstance(m, FrozenLinear) for b in m.buffers()}
+    kinds = {"weights in few bits": 0, "other frozen weights": 0, "what trains": 0}
+    for tensor in (*model.parameters(), *model.buffers()):
+        frozen = "weights in few bits" if id(tensor) in packed else "other frozen weights"
+        kinds["what trains" if tensor.requires_grad else frozen] += tensor.nbytes
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return kinds | {"its gradients": 4 * trained, "AdamW's states": 8 * trained}
+
+
+def kept_in_a_layer(s: Sizes, how: How) -> dict[str, float]:
+    """What autograd keeps of one decoder layer from forward to backward, in bytes a token."""
+    size, reads = how.size, [read for read in s.readers if read[0] != ATTENTION]
+    if how.dropout and s.ranks:  # for each A: what it reads after dropout, and dropout's mask
+        inputs = sum(n for _, n in s.readers) * (size + (1 if how.cuda else size))
+    elif how.train_all and size < 4:  # autocast makes each product its own copy of the stream
+        inputs = sum(n for _, n in reads) * size
+    else:  # q, k and v read one tensor, gate and up another
+        inputs = sum(n for _, n in set(reads)) * size
+    kept = {
+        # in fp32; compiled layers compute them again from the stream
+        "what norms read": s.norms * (how.stream if how.compiled else 4),
+        "queries, keys, values": (s.query + 2 * s.key) * size,
+        ATTENTION: s.query * size + 4 * s.heads,  # and each head's log-sum-exp
+        # act(gate) * up: both factors, and gate for the slope of act; without a gate, act's input
+        "the MLP's factors": s.mlp * size * ((2 if how.compiled else 3) if s.gated else 1),
+        "what A or a trained W reads": inputs,
+        "A x": s.ranks * size,
+    }
+    if how.train_all and not how.compiled:
+        kept["what norms multiply with their weights"] = s.norms * how.stream
+    if not how.cuda:
+        kept["attention's weights"] = s.heads * keys_met(how.example) * size
+    return kept
+
+
+def keys_met(example: int) -> float:
+    """With how many keys a query is multiplied where there is no CUDA (fast/attention.py): those
+    before it and in its block, on average. No weights are kept of more than SHORT keys."""
+    return 0 if example > attention.SHORT else (example + min(example, attention.BLOCK)) / 2
+
+
+def in_a_layer(s: Sizes, how: How) -> int:
+    """The gradients inside a layer's MLP: of what down reads, once through W and once through A (or
+    of act(gate) and of up), and of the stream; and beside them whole weights: one that is decoded
+    from 4 bits, the gradient of one, that of a head which waits for the tied embedding's."""
+    size = how.tokens * (2 * s.mlp * how.size + s.hidden * (how.stream + how.size))
+    if s.four_bit:
+        size += s.largest * how.size
+    if how.train_all:
+        size += s.largest * (4 + how.size) + 4 * s.vocabulary * s.hidden * s.tied
+    return size
+
+
+def at_the_head(s: Sizes, how: How) -> int:
+    """A chunk of logits, beside the one before it, which is freed last: in one kernel a chunk's
+    gradient takes its place, else there is a buffer in fp32, and the gradient has its own memory in
+    16 bits. The hidden states and their gradient. Of a head that trains its gradient, a chunk's
+    part of it, and its weight in 16 bits."""
+    size, several = how.size, how.tokens > how.chunk
+    copies = (1 + several) * size if how.cuda else 4 + (1 + several + (size < 4)) * size
+    total = min(how.tokens, how.chunk) * s.vocabulary * copies + 2 * how.tokens * s.hidden * size
+    if how.train_all:
+        total += s.vocabulary * s.hidden * (4 + size + (size if size < 4 else 0))
+    return total
+
+
+def row_bytes(s: Sizes, how: How) -> dict[str, int]:
+    """What a row adds to what is always there when it is at its largest: bytes by kind."""
+    casts = s.linears if how.train_all else s.adapters  # used in 16 bits, and kept so too
+    casts *= how.size if how.size < 4 else 0
+    layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts
+    moments = {"at the head": at_the_head(s, how), "in a layer": in_a_layer(s, how)}
+    kept = s.layers * layer
+    if how.checkpointing:
+        kept = s.layers * how.tokens * s.hidden * how.stream
+        moments["in a layer"] += layer
+    if how.checkpointing and how.train_all:
+        moments["in autocast"] = s.layers * casts + in_a_layer(s, how)
+    moment = max(moments, key=moments.get)
+    return {"kept for backward": round(kept), moment: round(moments[moment])}
