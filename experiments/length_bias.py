@@ -2,9 +2,10 @@
 
 The claim (Park et al. 2024, arXiv 2403.19159; DPO, arXiv 2305.18290, eq. 7): where chosen replies
 are mostly the longer ones, DPO takes up length beyond what it is worth. Its reward is a sum over
-tokens, so a longer reply has more places to earn it. Averages over tokens, with a reference
-(length-normalized DPO, Tulu 3, arXiv 2411.15124, eq. 6) or without one (SimPO, arXiv 2405.14734,
-eq. 4 and 6), are the usual remedy.
+tokens, so a longer reply has more places to earn it. The paper's own remedy, R-DPO, charges alpha a
+token: what the labels say of length is explained before the policy has to. Averages over tokens,
+with a reference (length-normalized DPO, Tulu 3, arXiv 2411.15124, eq. 6) or without one (SimPO,
+arXiv 2405.14734, eq. 4 and 6), are the usual one.
 
 Here the right reply ALWAYS wins. In four pairs of five it is a sentence and the wrong reply is
 terse; in the fifth it is terse and the wrong reply is a sentence. So "right" explains all labels
@@ -13,7 +14,7 @@ and "long" 80 % of them, but length is seen at a glance and the answer has to be
 Measured on held-out questions, by each loss's own reward: how often long beats terse where both are
 right (length alone), right beats wrong where both are sentences (the answer alone), and right but
 terse beats wrong but long (one against the other); and how the policy answers. Expected of DPO:
-sentences increase, and the answer counts for less where length speaks against it. Of the averages:
+sentences increase, and the answer counts for less where length speaks against it. Of the remedies:
 less of both. beta is the one usual for each loss.
 """
 
@@ -21,20 +22,33 @@ import random
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 
 from experiments.chosen_falls import mistaken, wrong
 from experiments.lab import Report, load, logps, pairs, sft_model, train
+from nanoalign.losses import DPO_LOSSES, margin
 from nanoalign.world import measure
 
 SEEDS = 1, 2
 EVERY = 5  # each 5th pair speaks against length
+ALPHA = 0.27  # nats a token: the longer reply wins with odds of 4, and has 5.2 tokens more
 LOSSES = {  # name: (its flags, does its reward compare with the reference, is it an average)
     "sigmoid": (dict(beta=0.1), True, False),
     "sigmoid_norm": (dict(beta=5), True, True),
     "simpo": (dict(beta=2.5, simpo_gamma=1.25), False, True),
+    "r_dpo": (dict(beta=0.1), True, False),
 }
 LONGER = 0.1  # sentences increased if their share rose by more than this
 MISLED = 0.05  # length misleads if it costs more than this share of the comparisons
+
+
+def r_dpo(policy, reference, lengths, beta):
+    """Park et al.: -log sigmoid(beta * margin + alpha * (tokens chosen - rejected))."""
+    longer = lengths.chosen - lengths.rejected
+    return -F.logsigmoid(beta * margin(policy, reference) + ALPHA * longer)
+
+
+DPO_LOSSES["r_dpo"] = r_dpo  # its name is a valid --loss_type now
 
 
 def mixed(rows: list[dict], rng: random.Random) -> list[dict]:
