@@ -20,7 +20,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.lab import Report, examples_of, logps, pairs, sft_method, sft_model
+from experiments.lab import Report, examples_of, logps, pairs, quietly, sft_method, sft_model
 from nanoalign.model import make_policy
 from nanoalign.run.flags import SFTConfig
 from nanoalign.train import make_optimizer, train
@@ -37,7 +37,8 @@ HELPS = 2.0  # and rank helps if it divides the loss by more than this
 def sft(start, asked, answers, steps, rate, rank=None, alpha=32.0, plus=False):
     """Train all weights, or LoRA of a rank, to answer. With `plus`, B's rate is 16 times A's."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(start)
+    with quietly():
+        model = AutoModelForCausalLM.from_pretrained(start)
     policy = make_policy(model, AutoTokenizer.from_pretrained(start), rank, alpha)
     examples = examples_of(policy, asked, answers)
     flags = dict(per_device_train_batch_size=64, lr_scheduler_type="constant")

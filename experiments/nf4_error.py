@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.lab import Report, load, sft_model
+from experiments.lab import Report, load, quietly, sft_model
 from nanoalign import nf4
 from nanoalign.formats.weights import linears
 
@@ -98,7 +98,8 @@ def int8(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexities(directory: str) -> dict[str, float]:
     """Of a model in fp32 whose linear layers were rounded, in each format."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with quietly():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = prose(AutoTokenizer.from_pretrained(directory), windows=8)
     layers = list(linears(model).values())
     exact = [layer.weight.clone() for layer in layers]
