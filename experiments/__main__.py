@@ -69,9 +69,13 @@ def carry_out(name: str, small: bool = False) -> tuple[str, str]:
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """That the code is of; "changed" if a file of it differs from that commit's."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode == 1
+    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + " changed" * changed
 
 
 def draw(on_figure, path: Path) -> bool:
