@@ -21,7 +21,7 @@ from transformers import (
 
 from nanoalign import InputError
 from nanoalign.formats.bitsandbytes import save_4bit
-from nanoalign.formats.files import tensor_files
+from nanoalign.formats.files import stored_tensors
 from nanoalign.formats.peft import LoRAConfig, add_adapter
 from nanoalign.formats.weights import (
     FORMATS,
@@ -229,24 +229,24 @@ def test_wrong_files(tmp_path):
         text["weight_map"][NORM] = place
         index.write_text(json.dumps(text))
         with pytest.raises(InputError, match="index.json: .* leads out of the directory"):
-            tensor_files(directory)
+            stored_tensors(directory)
     text["weight_map"][NORM] = "gone.safetensors"
     index.write_text(json.dumps(text))
     with pytest.raises(InputError, match="gone.safetensors is not there"):
-        tensor_files(directory)
+        stored_tensors(directory)
     home = json.loads(good)["weight_map"][NORM]
     text["weight_map"][NORM] = next(shard.name for shard in shards if shard.name != home)
     index.write_text(json.dumps(text))
     with pytest.raises(InputError, match=f"{NORM} is missing; model.safetensors.index.json says"):
-        tensor_files(directory)
+        stored_tensors(directory)
     for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(broken)
         with pytest.raises(InputError, match="index.json: no index"):
-            tensor_files(directory)
+            stored_tensors(directory)
     index.write_text(good)
     shards[1].write_bytes(shards[1].read_bytes()[:-5])
     with pytest.raises(InputError, match=f"{shards[1].name}: damaged"):
-        tensor_files(directory)
+        stored_tensors(directory)
 
 
 # ----------------------------------------------------------------------- bitsandbytes, both ways

@@ -6,6 +6,7 @@ What goes wrong with a directory, a file or a tensor is an InputError of one lin
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,16 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from nanoalign import InputError
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    key: str  # its name there
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.key}"
 
 
 def from_pretrained(kind, name: str, **more):
@@ -41,20 +52,20 @@ def local_file(name: str, file: str) -> Path | None:
         return None
 
 
-def tensor_files(name: str) -> dict[str, Path]:
-    """Directory or hub id -> {tensor: its file}; {} if there are no safetensors files."""
+def stored_tensors(name: str) -> dict[str, Stored]:
+    """Directory or hub id -> its tensors by name; {} if there are no safetensors files."""
     whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
     file_of, held = {} if whole else read_index(name, index), set()
     for path in {whole} if whole else set(file_of.values()):
         try:
             with safe_open(path, framework="pt") as file:
-                held |= {(key, path) for key in file.keys()}
+                held |= {Stored(path, key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged: {error}") from None
-    for key, path in file_of.items():
-        if (key, path) not in held:
-            raise InputError(f"{path}: {key} is missing; {index} says it is here")
-    return file_of or dict(held)
+    listed = {Stored(path, key) for key, path in file_of.items()}
+    if missing := listed - held:
+        raise InputError(f"{min(missing)} is missing; {index} says it is here")
+    return {stored.key: stored for stored in listed or held}
 
 
 def read_index(name: str, index_name: str) -> dict[str, Path]:
@@ -78,19 +89,19 @@ def read_index(name: str, index_name: str) -> dict[str, Path]:
     return {key: paths[shard] for key, shard in shard_of.items()}
 
 
-def read_tensor(path: Path, key: str, device: torch.device, like: Tensor | None = None) -> Tensor:
+def read_tensor(stored: Stored, device: torch.device, like: Tensor | None = None) -> Tensor:
     """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
 
     safetensors maps a file into memory, and what has been read through an open mapping stays
     resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
     file is opened anew for each tensor.
     """
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(key)
+    with safe_open(stored.path, framework="pt") as file:
+        tensor = file.get_tensor(stored.key)
     if like is None:
         return tensor.to(device, copy=True)
     if tensor.shape != like.shape:
-        raise InputError(f"{path}: {key}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
+        raise InputError(f"{stored}: shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
     dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
     tensor = tensor.to(device, dtype, copy=True)
     return nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor

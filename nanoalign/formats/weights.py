@@ -135,11 +135,11 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
-    model, file_of = skeleton(config, dtype, trust_remote_code), files.tensor_files(name)
+    model, stored = skeleton(config, dtype, trust_remote_code), files.stored_tensors(name)
     places = {}  # of each tensor, its names: where two are tied, both
     for key, tensor in model.state_dict(keep_vars=True).items():
         places.setdefault(tensor, []).append(key)
-    reason = mismatch(model, places, file_of)
+    reason = mismatch(model, places, stored)
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
@@ -147,7 +147,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         model = load_dense(name, dtype, trust_remote_code=trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
-        stream(model, places, file_of, device, freeze)
+        stream(model, places, stored, device, freeze)
         if files.local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
@@ -186,56 +186,56 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
         hook.remove()
 
 
-def mismatch(model: nn.Module, places: dict, file_of: dict[str, Path]) -> str | None:
+def mismatch(model: nn.Module, places: dict, stored: dict[str, files.Stored]) -> str | None:
     """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
 
     Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
     transformers used to save, don't count; a tied tensor may stand under either of its names.
     """
-    if not file_of:
+    if not stored:
         return "has no safetensors files"
-    missing = [keys[0] for keys in places.values() if file_of.keys().isdisjoint(keys)]
+    missing = [keys[0] for keys in places.values() if stored.keys().isdisjoint(keys)]
     packed = {name + suffix for name in linears(model) for suffix in PACKED}
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    extra = sorted(file_of.keys() - packed.union(*places.values()))
+    extra = sorted(stored.keys() - packed.union(*places.values()))
     extra = [key for key in extra if key.rpartition(".")[2] not in computed]
     if missing and extra:
         return f"has {extra[0]} and not {missing[0]}"
     if missing:
-        raise InputError(f"{next(iter(file_of.values())).parent}: no file holds {missing[0]}")
+        raise InputError(f"{next(iter(stored.values())).path.parent}: no file holds {missing[0]}")
     if extra:
-        raise InputError(f"{file_of[extra[0]]}: {extra[0]} is not in the model")
+        raise InputError(f"{stored[extra[0]]} is not in the model")
 
 
-def stream(model: nn.Module, places: dict, file_of: dict[str, Path], device, freeze) -> None:
+def stream(model: nn.Module, places: dict, stored: dict, device, freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
     bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
-    packed = [name for name in linears(model) if name + STATE in file_of]
+    packed = [name for name in linears(model) if name + STATE in stored]
     frozen = packed or list(linears(model))
     for like, keys in places.items():
         if keys[0].removesuffix(".weight") in frozen:
             continue  # see below
         first = None
-        for key in filter(file_of.get, keys):
-            tensor = files.read_tensor(file_of[key], key, device, like)
+        for key in filter(stored.get, keys):
+            tensor = files.read_tensor(stored[key], device, like)
             if tensor.is_floating_point() and not files.is_finite(tensor):
-                raise InputError(f"{file_of[key]}: {key} holds NaN or infinity")
+                raise InputError(f"{stored[key]} holds NaN or infinity")
             if first is not None and not torch.equal(tensor, first):
-                raise InputError(f"{file_of[key]}: {key} differs from what config.json ties it to")
+                raise InputError(f"{stored[key]} differs from what config.json ties it to")
             first = tensor
         for name, _, leaf in (key.rpartition(".") for key in keys):
             setattr(model.get_submodule(name), leaf, first)
     for name in frozen:
         linear, key = model.get_submodule(name), f"{name}.weight"
         if packed:
-            where = f"{file_of[name + STATE]}: "  # errors name the tensors as this dict does
-            keys = [name + suffix for suffix in PACKED if name + suffix in file_of]
-            tensors = {where + key: files.read_tensor(file_of[key], key, device) for key in keys}
+            where = f"{stored[name + STATE].path}: "  # errors name the tensors as this dict does
+            keys = [name + suffix for suffix in PACKED if name + suffix in stored]
+            tensors = {where + key: files.read_tensor(stored[key], device) for key in keys}
             layer = from_bitsandbytes(tensors, where + name, linear.weight.shape)
             layer.bias = linear.bias
         else:
-            linear.weight = files.read_tensor(file_of[key], key, device, linear.weight)
-            layer = freeze(linear, f"{file_of[key]}: {key}")
+            linear.weight = files.read_tensor(stored[key], device, linear.weight)
+            layer = freeze(linear, str(stored[key]))
             linear.weight = None  # whoever still holds the old layer, nothing dense is kept
         model.set_submodule(name, layer)
 
