@@ -4,14 +4,21 @@ import pytest
 import torch
 import transformers as t
 from conftest import make_tokenizer, tiny
+from safetensors.torch import load_file, save_file
 from scripts import call, metrics
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from nanoalign import InputError, nf4
+from nanoalign.formats.bitsandbytes import save_4bit
+from nanoalign.formats.experts import Experts
+from nanoalign.formats.weights import freeze_linears, load_lm
+from nanoalign.lora import LoRALinear
 from nanoalign.packing import Example
 from nanoalign.run.balance import OLD, balanced, load_balancing_loss
-from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.run.flags import DPOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy
+from nanoalign.tools import merge
 
 MIXTURES = {
     "mixtral": tiny(t.MixtralConfig, num_local_experts=4),
@@ -176,3 +183,150 @@ def test_a_dense_model_has_nothing_to_balance(model_dir, capsys):
     assert (
         capsys.readouterr().out.count("--router_aux_loss_coef has nothing to do in this run") == 1
     )
+
+
+# ------------------------------------------------------------------------------- experts in 4 bits
+
+IDS = torch.arange(3, 43)[None]
+
+
+def load_4bit(directory, double=False):
+    how = dict(device="cpu", load_in_4bit=True, double_quant=double)
+    return load_lm(str(directory), dtype="float32", **how).model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+def same(model, other):
+    mine, others = model.state_dict(), other.state_dict()
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
+    assert torch.equal(logits(model), logits(other))
+
+
+@EACH
+def test_streaming_gives_what_quantizing_a_loaded_model_gives(name, models, capsys):
+    streamed = load_4bit(models / name)
+    assert "loaded first" not in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(models / name)
+    freeze_linears(loaded, torch.device("cpu"))
+    same(streamed, loaded)
+
+
+def round_by_definition(model, double):
+    """In transformers' dense model, each linear layer but the head and each matrix of each expert
+    to NF4 and back, as nf4.py defines it -> the bytes of each."""
+    codes, head = {}, model.get_output_embeddings()
+
+    def to_nf4_and_back(weight, name):
+        codes[name], absmax = nf4.quantize(weight)
+        if double:
+            absmax = nf4.double_dequantize(*nf4.double_quantize(absmax))
+        weight.data.copy_(nf4.dequantize(codes[name], absmax, weight.shape, weight.dtype))
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and ".lora_" not in name:
+            to_nf4_and_back(module.weight, name)
+        elif name.endswith(".experts"):
+            for e, (gate_up, down) in enumerate(zip(module.gate_up_proj, module.down_proj)):
+                gate, up = gate_up.chunk(2)
+                for layer, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                    to_nf4_and_back(weight, f"{name}.{e}.{layer}")
+    return codes
+
+
+@EACH
+@pytest.mark.parametrize("double", [False, True])
+def test_experts_are_our_nf4_bit_for_bit_and_compute_what_the_dense_model_does(
+    name, double, models
+):
+    """Logits, and the gradient that LoRA on attention gets through the experts."""
+    flags = "--load_in_4bit", f"--use_bnb_nested_quant={double}", "--dtype=float32"
+    ours, theirs = policy_of(models / name, *flags).model, policy_of(models / name).model
+    codes = round_by_definition(theirs, double)
+    frozen = {n: m for n, m in ours.named_modules() if isinstance(m, nf4.NF4Linear)}
+    assert frozen.keys() == codes.keys() and len(frozen) > 8 + 2 * 3 * 3
+    assert all(torch.equal(frozen[n].packed, codes[n]) for n in frozen)
+    results = []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
+            torch.nn.init.normal_(layer.lora_A.weight, std=0.1)
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        model.eval().set_attn_implementation("eager")
+        out = model(IDS, use_cache=False).logits
+        out.log_softmax(-1)[0, :, 5].sum().backward()
+        results.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) == 1 + 16  # A and B of q, k, v, o in two layers, and of no expert
+    for a, b in zip(*results):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@EACH
+def test_a_mixture_saved_in_4_bits_opens_again(name, models, tmp_path):
+    model = load_4bit(models / name, double=True)
+    save_4bit(model, tmp_path)
+    same(load_lm(str(tmp_path), device="cpu").model, model)
+    if name == "mixtral":  # as transformers 4 and bitsandbytes wrote it
+        names = {
+            ".mlp.": ".block_sparse_moe.",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+        }
+        old, file = {}, tmp_path / "model.safetensors"
+        for key, tensor in load_file(file).items():
+            for new, before in names.items():
+                key = key.replace(new, before)
+            old[key] = tensor.clone()
+        save_file(old, file, metadata={"format": "pt"})
+        same(load_lm(str(tmp_path), device="cpu").model, model)
+
+
+def test_a_mixture_of_bitsandbytes_has_dense_experts_and_opens_here(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    size = dict(hidden_size=64, head_dim=16, num_experts=4, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(tiny(t.OlmoeConfig, **size)).save_pretrained(
+        tmp_path / "dense"
+    )
+    how = t.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    how = {"quantization_config": how, "dtype": torch.float32}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **how).train()
+    theirs.save_pretrained(tmp_path / "four")
+    ours = load_lm(str(tmp_path / "four"), device="cpu").model
+    frozen = {n for n, m in ours.named_modules() if isinstance(m, nf4.NF4Linear)}
+    assert len(frozen) == 8 and not any(".experts." in n for n in frozen)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_expert_is_named_as_its_file_names_it(models, tmp_path):
+    AutoModelForCausalLM.from_pretrained(models / "mixtral").save_pretrained(tmp_path)
+    key, file = (
+        "model.layers.1.block_sparse_moe.experts.2.w3.weight",
+        tmp_path / "model.safetensors",
+    )
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    tensors[key][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"model.safetensors: {key}: holds NaN"):
+        load_4bit(tmp_path)
+
+
+@EACH
+def test_train_in_4_bits_and_merge(name, models, data, no_curves, tmp_path):
+    """The merged directory is an ordinary model of transformers that computes what was trained."""
+    given = {"model_name_or_path": models / name, "dataset_name": data / "dpo.jsonl"}
+    given |= {"output_dir": tmp_path / "adapter", "load_in_4bit": True, "max_steps": 2}
+    call("dpo", given | {"learning_rate": 0.05, "device": "cpu", "logging_steps": 1})
+    assert "aux_loss" in metrics(tmp_path / "adapter")[0]
+    merge.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"])
+    flags = [f"--adapter_name_or_path={tmp_path / 'adapter'}", "--load_in_4bit", "--device=cpu"]
+    policy = load_policy(parse(DPOConfig, [*flags, "--dataset_name=any.jsonl"], {}))
+    assert any(isinstance(m, Experts) for m in policy.model.modules())
+    policy.model.eval().set_attn_implementation("eager")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    torch.testing.assert_close(logits(merged), logits(policy.model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(load_4bit(models / name)), atol=1e-2)

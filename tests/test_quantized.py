@@ -128,18 +128,21 @@ def test_says_how_many_bits(double, bits, tmp_path, capsys):
 
 
 def test_says_what_of_a_mixture_is_passed_over(tmp_path, capsys):
-    """Attention alone is in 4 bits and trains."""
+    """Attention alone trains; the experts are in 4 bits with it."""
     size = dict(hidden_size=64, head_dim=16, num_local_experts=4)
     name = make(tmp_path, MixtralConfig, **size)
     flags = [f"--model_name_or_path={name}", "--dataset_name=any.jsonl", "--device=cpu"]
-    policy = load_policy(parse(SFTConfig, [*flags, "--load_in_4bit=true"], {}))
-    said, total = capsys.readouterr().out, all_weights(policy.model)  # with LoRA's
     base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(name).parameters())
     attention, experts = 2 * 3 * 64 * 64, 2 * 4 * 3 * 64 * 64  # k and v have half as many heads
-    assert f"{attention / base:.0%} of all weights are 8 linear layers in NF4: 4.50" in said
-    assert f"pass over its experts, {experts / total:.0%} of all weights: " in said
+    for in_4bit in ("true", "false"):
+        policy = load_policy(parse(SFTConfig, [*flags, f"--load_in_4bit={in_4bit}"], {}))
+        said, total = capsys.readouterr().out, all_weights(policy.model)  # with LoRA's
+        share = f"{(attention + experts) / base:.0%} of all weights are 32 linear layers in NF4"
+        assert (f"{share}: 4.50 bits" in said) == (in_4bit == "true")
+        assert f"passes over its experts, {experts / total:.0%} of all weights, and over" in said
+        assert "LoRA r=16 on 8 layers" in said
     load_policy(parse(SFTConfig, [*flags, "--use_peft=false"], {}))
-    assert "pass over" not in capsys.readouterr().out
+    assert "passes over" not in capsys.readouterr().out
 
 
 def test_tied_tensor_under_its_other_name_or_under_both(tmp_path):
@@ -181,8 +184,10 @@ def test_what_needs_conversion_is_loaded_first(kind, tmp_path, capsys):
         directory = make(tmp_path)
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
-    else:  # a file has each expert for itself, transformers' model has them all in one tensor
+    else:  # the file has all experts in one tensor, as transformers' model has them
         directory = make(tmp_path, MixtralConfig, num_local_experts=2, num_experts_per_tok=1)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        model.save_pretrained(directory, save_original_format=False)
     model = open_4bit(directory)
     lines = capsys.readouterr().out.splitlines()
     assert "the dense model is loaded first and then quantized" in lines[0]

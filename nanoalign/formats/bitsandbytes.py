@@ -17,6 +17,10 @@ same too, but for three traps of bitsandbytes:
   - on AVX512, its dequantize is wrong where a row is no multiple of the block (but is one of 16);
   - with bf16 weights and fp32 input, its forward uses the weight before rounding to bf16 and its
     backward the one after; here both use the one after, which is also what a merge would save.
+
+A mixture's experts are linear layers here and in the files of transformers 4. In transformers 5
+they are 3-D parameters, which bitsandbytes leaves dense. Such a file opens here; a mixture that was
+saved here has its experts in 4 bits, and to open it there is an error.
 """
 
 import copy

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanoalign import InputError
+from nanoalign.formats.experts import outside_experts
 from nanoalign.lora import LoRALinear, add_lora, add_token_rows, linear_names, plain, tied
 from nanoalign.nf4 import FrozenLinear
 
@@ -50,9 +51,10 @@ def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
     """The names of the linear layers that PEFT's target_modules means.
 
     "all-linear": all but the output head. A name means each layer whose path ends in it; a string
-    that is no layer's name is a regex for the whole path. What hits nothing is an InputError.
+    that is no layer's name is a regex for the whole path. What hits nothing is an InputError. A
+    mixture's experts are never meant (experts.py).
     """
-    paths, hits = linear_names(model), set()
+    paths, hits = outside_experts(model, linear_names(model)), set()
     if target == "all-linear":
         return paths
     patterns = [target] if isinstance(target, str) else target

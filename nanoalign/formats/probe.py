@@ -11,15 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanoalign import InputError
+from nanoalign.formats.experts import unstack
 from nanoalign.logps import PackedLM
 from nanoalign.packing import Example, packed_attention
 
 
-def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, float | None]:
+def probe(
+    config, name: str, trust_remote_code: bool = False, unstacked: bool = False
+) -> tuple[float, float | None]:
     """-> what the head does beyond a product, (scale, softcap), or InputError.
 
     Two examples in one row, one with two branches, must give the log-probs of transformers' own
     forward pass, sequence by sequence, in fp32, on a miniature of the model with random weights.
+    `unstacked`: with its experts as linear layers.
     """
     from transformers import AttentionInterface  # late, as in packing.packed
 
@@ -44,6 +48,8 @@ def probe(config, name: str, trust_remote_code: bool = False) -> tuple[float, fl
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **more).eval()
             scale, softcap = head_of(model, torch.tensor([ids]))
             expected = [plain_logps(model, e.prompt, c) for e in examples for c, _ in e.completions]
+            if unstacked:
+                unstack(model)
             AttentionInterface.register("packed_probe", counted)
             model.set_attn_implementation("packed_probe")
             got = PackedLM(model, scale, softcap, None)(examples).logps.tolist()

@@ -1,14 +1,15 @@
 """A directory, a hub id or a .gguf file -> a model of transformers, ready for examples.
 
 `load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
-one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too.
+one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too;
+but a mixture's experts, which it leaves dense, are linear layers here (experts.py).
 
 To load a model and then quantize it has its peak of memory at the dense model, which 4 bits were
 meant to avoid. Here weights stream: the model is built with its parameters on the meta device,
 where they have a shape and no memory; then each tensor is read, cast, packed, and forgotten before
 the next one is read. Where the files hold other tensors than the model, because transformers
-converts while it loads (some models' experts are merged; GGUF; .bin), the dense model is loaded
-first after all, and one printed line says so.
+converts while it loads (GGUF; .bin; some kinds of models), the dense model is loaded first after
+all, and one printed line says so.
 """
 
 import inspect
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nanoalign import InputError
 from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import DTYPES, PACKED, STATE, from_bitsandbytes, is_nf4
+from nanoalign.formats.experts import in_model, unstack
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.nf4 import FrozenLinear, NF4Linear
@@ -55,10 +57,11 @@ def load_lm(
     if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
-    scale, softcap = probe(config, name, trust_remote_code)
+    in_few_bits = load_in_4bit or is_nf4(config)
+    scale, softcap = probe(config, name, trust_remote_code, unstacked=in_few_bits)
     device = pick_device(device)
     dtype = auto_dtype(name, config, device) if dtype == "auto" else getattr(torch, dtype)
-    if load_in_4bit or is_nf4(config):
+    if in_few_bits:
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
         freeze = partial(kind.from_linear, **how)
@@ -135,7 +138,9 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         del config.quantization_config  # it would call for bitsandbytes' own layers
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
-    model, stored = skeleton(config, dtype, trust_remote_code), files.stored_tensors(name)
+    model = skeleton(config, dtype, trust_remote_code)
+    unstack(model)
+    stored = in_model(files.stored_tensors(name), config.model_type)
     places = {}  # of each tensor, its names: where two are tied, both
     for key, tensor in model.state_dict(keep_vars=True).items():
         places.setdefault(tensor, []).append(key)
@@ -166,7 +171,8 @@ def all_weights(model: nn.Module) -> int:
 
 
 def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:
-    """A dense model's linear layers, in place, one after the other."""
+    """A dense model's linear layers, those of experts too, in place, one after the other."""
+    unstack(model)
     for name, linear in linears(model).items():
         model.set_submodule(name, freeze(linear.to(device), f"{name}.weight"))
 

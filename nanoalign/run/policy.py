@@ -161,11 +161,13 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
         f"({trained / total:.2%}); --use_peft false trains all weights"
     )
-    # Of a mixture, transformers holds all experts of a layer in parameters (experts, out, in).
-    experts = [p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3]
-    if passed_over := sum(p.numel() for p in experts if not p.requires_grad):
-        share = f"its experts, {passed_over / total:.0%} of all weights"
-        print(f"advice: LoRA and 4 bits pass over {share}: they are no linear layers")
+    experts = [m for path, m in model.named_modules() if path.endswith(".experts")]
+    passed_over = [m for m in experts if not any(p.requires_grad for p in m.parameters())]
+    if share := sum(map(weights.all_weights, passed_over)) / total:
+        print(
+            f"LoRA passes over its experts, {share:.0%} of all weights, and over its routers: "
+            "in transformers they are no linear layers"
+        )
     return lora
 
 
