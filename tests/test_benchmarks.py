@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import METHODS, call, metrics, write_data
 
 import nanoalign.train
 from nanoalign.chatml import ChatML
 from nanoalign.formats.layouts import DPO, KTO, SFT, read_examples
+from nanoalign.nf4 import NF4Linear
 from nanoalign.packing import Example
 from nanoalign.run import session
 from nanoalign.run.flags import SFTConfig
@@ -19,6 +21,7 @@ from nanoalign.run.policy import load_policy
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import compare
+import gpu
 import growth
 import ideas
 import load_4bit
@@ -209,3 +212,62 @@ def test_threads(tmp_path, model, capsys, monkeypatch):
     head, _, idle, busy = capsys.readouterr().out.splitlines()
     assert "1 thread |" in head and head.endswith(" passive |") and len(asked) >= 4
     assert idle.count("1234 tok/s") == busy.count("1234 tok/s") == len(asked) // 2
+
+
+# ------------------------------------------------------------------------------------------ gpu.py
+
+
+def test_everything_for_a_gpu_on_a_cpu(tmp_path, capsys, no_curves):
+    """Our side of it: one line of JSON for each measurement, and the table for the README."""
+    flags = ["--tiny", "--device", "cpu", "--bases", "qlora", "--parts", "kernels", "ours", "rows"]
+    results = gpu.main([*flags, "--out", str(tmp_path / "gpu.jsonl")])
+    written = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert written == json.loads(json.dumps(results))
+    _, kernels, *runs = results
+    assert kernels["attention of 64 tokens"]["error"] < 0.02 and kernels["copy_gb_s"] > 0
+    assert [run["part"] for run in runs] == ["ours"] * 3 + ["rows"] * 2
+    first = {"dpo": math.log(2), "kto": 0.5, "sft": math.log(320)}
+    for run in runs:
+        assert run["losses"][0] == pytest.approx(first[run["method"]], rel=0.02)
+        assert run["tokens_per_second"] > 0 and run["tflops"] > 0 and run["first_step_s"] > 0
+    table = capsys.readouterr().out
+    assert "| TINY QLoRA DPO |" in table and "checkpointed, in rows of" in table
+
+
+def test_random_weights_are_those_that_are_packed():
+    """Drawn in 4 bits, layer by layer, they are the dense model's, packed; tied tables stay one."""
+    dense, packed = (gpu.random_model("tiny", "cpu", four_bits) for four_bits in (False, True))
+    for name in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
+        linear, layer = (model.get_decoder().get_submodule(name) for model in (dense, packed))
+        assert torch.equal(layer.dequantize(), NF4Linear.from_linear(linear).dequantize())
+    for model in (dense, packed):
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("method, base", [("sft", "lora"), ("kto", "qlora"), ("dpo", "qlora")])
+def test_their_side_trains_the_same_tokens(method, base, tmp_path, no_curves):
+    for package in gpu.PEERS[base]:
+        pytest.importorskip(package)
+    case = gpu.Case("theirs", method, base, "tiny", "cpu", batch=2, warm=1, steps=1)
+    theirs, ours = (way(case, tmp_path) for way in (gpu.theirs, gpu.ours))
+    assert theirs["losses"][0] == pytest.approx(ours["losses"][0], rel=2e-3)
+    tokenizer = gpu.words_tokenizer(320)
+    ids = gpu.random_examples(case)[0].prompt + [1]
+    text = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+
+
+def test_a_measurement_in_a_process_of_its_own(monkeypatch):
+    """What goes wrong there, a crash or too long a wait, is a result like another."""
+    case = gpu.Case("ours", "sft", "lora", "tiny", "cpu", batch=2, warm=1, steps=1)
+    assert gpu.spawn(case, limit=300)["tokens_per_second"] > 0
+    assert "not done after 0 s" in gpu.spawn(case, limit=0.01)["error"]
+    crash = argparse.Namespace(
+        returncode=1, stdout="", stderr="Traceback\nOutOfMemoryError: full\n"
+    )
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: crash)
+    failed = gpu.spawn(case, limit=300)
+    assert failed["error"] == "OutOfMemoryError: full"
+    assert "| TINY LoRA SFT | OutOfMemoryError: full |" in gpu.table([failed], None)
