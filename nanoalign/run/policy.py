@@ -128,15 +128,10 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     return Policy(lm, tokenizer, template, lora)
 
 
-def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
-    """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
-    adapter, targets = cfg.adapter_name_or_path, cfg.lora_target_modules
-    for table, ids in rows.items() if lora else ():
-        whole = table in (name.rpartition(".")[2] for name in lora.modules_to_save)
-        if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
-            fault = f"its {table} has no rows for the markers that the tokenizer lacks"
-            raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
-    lora = lora or LoRAConfig(
+def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
+    """A new adapter's settings."""
+    targets = cfg.lora_target_modules
+    return LoRAConfig(
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=cfg.lora_dropout,
@@ -144,9 +139,20 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
         use_rslora=cfg.use_rslora,
         bias=cfg.lora_bias,
         modules_to_save=cfg.lora_modules_to_save,
-        trainable_token_indices=token_rows(model, rows, cfg.lora_modules_to_save),
-        base_model_name_or_path=str(name),
+        trainable_token_indices=token_rows,
+        base_model_name_or_path=str(base),
     )
+
+
+def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
+    """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
+    adapter = cfg.adapter_name_or_path
+    for table, ids in rows.items() if lora else ():
+        whole = table in (name.rpartition(".")[2] for name in lora.modules_to_save)
+        if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
+            fault = f"its {table} has no rows for the markers that the tokenizer lacks"
+            raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
+    lora = lora or adapter_of(cfg, name, token_rows(model, rows, cfg.lora_modules_to_save))
     layers = add_adapter(model, lora)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"{name}: has nothing that trains")
