@@ -24,6 +24,7 @@ import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
+from nanoalign.run import paged
 from nanoalign.run.checkpoint import fingerprint
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
@@ -158,6 +159,17 @@ def test_whatever_the_optimizer_keeps_is_restored(flags, tmp_path, monkeypatch):
     monkeypatch.undo()  # and AdamW does not take its checkpoint for one of its own
     with pytest.raises(InputError, match="a checkpoint of another run: other optimizer"):
         call("sft", given | {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-4"})
+
+
+def test_paged_adamw_goes_on_from_adamw_and_back(flags, whole, tmp_path, monkeypatch):
+    """It is the same to the last bit, part by part, so neither notices."""
+    monkeypatch.setattr(paged, "PART", 1000)
+    expected = whole("sft", use_peft="false")
+    given = flags("sft", tmp_path / "run", use_peft="false")
+    stopped(monkeypatch, 2, "sft", given)
+    stopped(monkeypatch, 6, "sft", given | LAST | {"optim": "paged_adamw_32bit"})
+    call("sft", given | LAST)
+    assert (metrics(tmp_path / "run"), tensors(tmp_path / "run")) == expected
 
 
 def test_an_adapter_that_is_continued(flags, whole, tmp_path, monkeypatch, model_dir):

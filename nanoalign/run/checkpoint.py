@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.formats.weights import NOTE
+from nanoalign.run import paged
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
@@ -122,7 +123,8 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
         key, _, owner = name.partition(".")
         if owner not in named:
             raise ValueError(f"{name} belongs to nothing that trains")
-        optimizer.state[named[owner]][key] = tensor.to(named[owner].device)
+        hosted = isinstance(optimizer, paged.AdamW)  # its states stay in the host's memory
+        optimizer.state[named[owner]][key] = tensor if hosted else tensor.to(named[owner].device)
     for device, module in _generators().items():
         if device == "cpu" or f"rng.{device}" in generators:
             module.set_rng_state(generators[f"rng.{device}"])

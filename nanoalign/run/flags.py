@@ -128,7 +128,8 @@ class Config:
         ("be at least 0 and at most 1", lambda x: 0 <= x <= 1))
     warmup_steps: int = flag(0, "the same as a number of steps", NOT_NEGATIVE)
     optim: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"] = flag(
-        "adamw_torch", "AdamW")
+        "adamw_torch", "AdamW; paged: its states in the CPU's memory, for training all weights",
+        idle=lambda c: c.optim == "paged_adamw_32bit" and c.device == "cpu", free=True)
     weight_decay: float = flag(0.0, "AdamW's, on matrices and vectors alike", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW's", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's", SHARE)
@@ -286,5 +287,3 @@ def check(cfg: Config, given: set[str]) -> None:
             raise InputError(f"--loss_type {cfg.loss_type}: its number {name} is no flag yet")
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
-    if cfg.optim == "paged_adamw_32bit":
-        print("--optim paged_adamw_32bit: plain AdamW is used until paging exists here")

@@ -20,6 +20,7 @@ from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
+from nanoalign.run import paged
 from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
 from nanoalign.run.device import computes_in
@@ -82,6 +83,8 @@ class Record:
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
         self.per_epoch, self.total = plan(cfg, len(run.examples))
         self.optimizer = make_optimizer(cfg, run.policy.lm)
+        if cfg.optim == "paged_adamw_32bit":
+            self.optimizer = paged.AdamW(self.optimizer.param_groups)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         # what a checkpoint keeps of a run, beside weights and generators
         self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
