@@ -1,6 +1,7 @@
 """What fits where: the counts against what autograd keeps and what tensors really hold."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanoalign.formats.weights import freeze_linears
+from nanoalign.formats.weights import all_weights, freeze_linears, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.packing import Example, pack, packed
+from nanoalign.run import paged
 from nanoalign.run.bytes import How, kept_in_a_layer, row_bytes, sizes_of, standing_bytes
+from nanoalign.tools import memory
 
 
 class Alive(TorchDispatchMode):
@@ -154,3 +157,103 @@ def test_what_a_step_holds(how, checkpointing, layers):
     counted = row_bytes(sizes_of(model), how)
     assert weights + states == pytest.approx(sum(standing_bytes(model).values()), rel=0.01)
     assert row == pytest.approx(sum(counted.values()), rel=0.15)
+
+
+# ---------------------------------------------------------------------------------- paged AdamW
+
+
+def test_paged_adamw_is_adamw(monkeypatch):
+    """To the last bit, in parts of several parameters or of one, where gradients are missing; what
+    it keeps stays in its place, and a step computes on copies."""
+    monkeypatch.setattr(paged, "PART", 20)
+    sizes, results = [(3, 5), (7,), (20, 20), (1,)], []
+    for kind in (torch.optim.AdamW, paged.AdamW):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+        optimizer = kind([{"params": weights[:2], "lr": 0.3}, {"params": weights[2:]}], fused=True)
+        pages = []
+        for step in range(4):
+            for i, w in enumerate(weights):
+                w.grad = None if (step, i) in ((0, 1), (2, 3)) else torch.randn_like(w)
+            optimizer.step()
+            pages.append([id(t) for t in optimizer.state[weights[0]].values()])
+        kept = [t for w in weights for t in optimizer.state[w].values()]
+        results.append([*weights, *kept])
+        assert len(kept) == 12 and pages == 4 * pages[:1]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("most, expected", [(10, [2, 1, 1]), (1, [1] * 4), (1000, [4])])
+def test_parts(most, expected):
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (4, 6, 30, 2)]
+    parts = list(paged.parts(parameters, most))
+    assert [len(part) for part in parts] == expected
+    assert all(a is b for a, b in zip(sum(parts, []), parameters))
+
+
+# --------------------------------------------------------------------------------------- the tool
+
+SHAPES = Path(__file__).parent.parent / "docs" / "shapes"
+
+
+def printed(capsys, *words):
+    memory.main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_the_shapes_are_the_models():
+    """Their numbers of weights are those that the models' cards state, in billions."""
+    stated = {
+        "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.61,
+        "qwen2.5-14b": 14.7, "qwen2.5-32b": 32.5, "qwen2.5-72b": 72.7, "llama-3.2-1b": 1.23,
+        "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6,
+    }  # fmt: skip
+    assert {path.stem for path in SHAPES.glob("*.json")} == stated.keys()
+    for name, billions in stated.items():
+        config = t.AutoConfig.from_pretrained(SHAPES / f"{name}.json")
+        weights = all_weights(skeleton(config, torch.bfloat16))
+        assert weights / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_table_by_hand(capsys):
+    """Llama-3.1-8B in 4 bits. Its layers have 4096 x (2 x 4096 + 2 x 1024 + 3 x 14336) weights, A
+    and B of rank 16 have 16 x (4 x 4096 + 2 x 5120 + 3 x 18432), embedding and head 128256 x 4096.
+    """
+    out = printed(
+        capsys, "dpo", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--load_in_4bit",
+        "--gradient_checkpointing", "--max_row_tokens", "2048",
+    )  # fmt: skip
+    gib, adapters = 2**30, 32 * 16 * (4 * 4096 + 2 * 5120 + 3 * 18432)
+    table = dict(reversed(line.split(maxsplit=1)) for line in out.splitlines()[3:10])
+    linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert float(table["weights in few bits"]) == round(linears * 4.5 / 8 / gib, 2)
+    assert float(table["other frozen weights"]) == round(2 * 2 * 128257 * 4096 / gib, 2)
+    assert float(table["AdamW's states"]) == round(adapters * 8 / gib, 2)
+    assert float(table["kept for backward"]) == round(32 * 2048 * 4096 * 2 / gib, 2)
+
+
+def test_the_advice_makes_it_fit(capsys):
+    """The flags that the table names for a card, given, fit it, and with the number it told."""
+    words = "sft", "--model_name_or_path", SHAPES / "llama-3.2-3b.json"
+    lines = [line for line in printed(capsys, *words).splitlines() if " GB  " in line]
+    assert len(lines) == 6 and lines[-1].split()[2] == "fits:"
+    advised = [line for line in lines if "fits with" in line]
+    assert advised
+    for line in advised:
+        card, rest = line.split(" GB  fits with ")
+        flags, needed = rest.split(": ")
+        assert f"{card} GB  fits: {needed}" in printed(capsys, *words, *flags.split()).splitlines()
+
+
+def test_scaling_md_has_the_tools_table(capsys):
+    page = (SHAPES.parent / "scaling.md").read_text(encoding="utf-8")
+    models = SHAPES / "qwen2.5-0.5b.json", SHAPES / "llama-3.2-1b.json"
+    for line in printed(capsys, "table", *models).splitlines():
+        assert line in page
+
+
+def test_it_asks_for_a_model(capsys):
+    with pytest.raises(SystemExit) as stop:
+        memory.main(["kto", "--beta", "0.2"])
+    said = "memory: error: --model_name_or_path: give the model to train\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == said
