@@ -19,7 +19,7 @@ from nanoalign.run.session import Run, finish, main, start
 def run_dpo(cfg: DPOConfig) -> Run:
     run = start(cfg, DPO)
     own = numbers(cfg, dpo_loss, cfg.loss)
-    reference = reference_of(cfg, run.policy, cfg.loss, lambda: run.examples + run.held_out)
+    reference = reference_of(cfg, run.policy, cfg.loss, lambda: [*run.examples, *run.held_out])
 
     def dpo(batches):
         """The loss is a mean over pairs; a batch's completions are chosen, rejected, chosen, ..."""

@@ -9,6 +9,7 @@ reference on average, estimated with completions y' that belong to other prompts
 
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -48,11 +49,11 @@ def run_kto(cfg: KTOConfig) -> Run:
 
     def all_requests():  # what the run will ask of the reference: each y once, each epoch's y'
         if not with_z0:
-            return run.examples + run.held_out
+            return [*run.examples, *run.held_out]
         per_epoch, total = plan(cfg, len(run.examples))
         rounds = range(-(-total // per_epoch))  # begun, the last one perhaps not ended
         epochs = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
-        return run.examples + run.held_out + only_mismatch(sum(epochs, run.held_out))
+        return [*run.examples, *run.held_out, *only_mismatch(chain(run.held_out, *epochs))]
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
     own = numbers(cfg, kto_loss, cfg.loss)

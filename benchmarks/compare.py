@@ -108,6 +108,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     )
     limits = Limits(args.max_length)
     examples, _ = layouts.read_examples([source], kind, policy.tokenizer, policy.template, limits)
+    examples = list(examples)
     random.Random(0).shuffle(examples)
     decode, ours, theirs = policy.tokenizer.decode, [], []
 

@@ -2,13 +2,16 @@
 
     python benchmarks/growth.py --model MODEL
 
-Four figures, each from this one command: time per token of an SFT step against sequence length and
-batch size; peak memory of the head against the vocabulary at fixed tokens, beside plain logits;
-examples per second from a file to ids and masks, beside TRL's way with dataset.map; and seconds of
-a whole run of one step, and of --help, as commands, beside TRL's command line.
+Six figures, each from this one command: time per token of an SFT step against sequence length and
+batch size; of attention alone against the length of the row; peak memory of the head against the
+vocabulary at fixed tokens, beside plain logits; examples per second from a file to ids and masks,
+beside TRL's way with dataset.map; peak memory of --many_rows read, encoded and put in order, beside
+that of their ids alone; and seconds of a whole run of one step, and of --help, as commands, beside
+TRL's command line.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -55,6 +58,61 @@ def lengths_and_batches(args) -> None:
         print(f"  one sequence of {length:>5} tokens {per_token(1, length)}")
     for size in (1, 2, 4, 8, 16):
         print(f"  {size:>2} sequences of 128 tokens  {per_token(size, 128)}")
+
+
+def attention_of_rows(examples=(4, 16, 64, 256), length: int = 128) -> None:
+    """Attention alone, forward and backward, of rows with more and more examples of one length:
+    9 query heads on 3 key-value heads of 64, as SmolLM2-135M has them."""
+    import torch
+
+    from nanoalign.fast.attention import attention
+    from nanoalign.packing import Example, pack
+
+    print(f"\nattention, forward and backward, time per token; examples of {length} tokens")
+    for number in examples:
+        geometry = pack([Example([0], [([0] * length, [True] * length)])] * number).geometry
+        tokens = number * length
+        q, k, v = (torch.randn(1, h, tokens, 64, dtype=torch.bfloat16) for h in (9, 3, 3))
+        for x in (q, k, v):
+            x.requires_grad_()
+        seconds = best(lambda: attention(q, k, v, geometry, 0.125).sum().backward(), 5)
+        print(f"  a row of {tokens:>6} tokens {1e6 * seconds / tokens:>8.2f} us")
+
+
+def data_memory(rows: int, longest: int, model: str) -> None:
+    """In a process of its own: the memory that rows take, from the first line of their file to an
+    order of KTO with its mismatches; and what their ids alone would take as 32-bit numbers."""
+    import transformers
+
+    from nanoalign.chatml import ChatML
+    from nanoalign.data import epoch_order, with_mismatches
+    from nanoalign.formats.layouts import KTO, read_examples
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = ChatML.jinja
+    some = random_rows("kto", 1000, longest)
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        for i in range(rows):  # no two are alike
+            texts = {name: f"{i} {some[i % 1000][name]}" for name in ("prompt", "completion")}
+            file.write(json.dumps({**texts, "label": i % 3 == 0}) + "\n")
+        file.flush()
+        ChatML(tokenizer), tokenizer("what it needs once is not counted")
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew here
+        before = resident("VmRSS")
+        examples, _ = read_examples([file.name], KTO, tokenizer, ChatML(tokenizer))
+    order = with_mismatches(epoch_order(examples, 0, 0), 1024)
+    peak = resident("VmHWM") - before
+    print(len(order), sum(map(len, examples)) * 4 / 2**20, peak)
+
+
+def many_rows(rows: int, model: str) -> None:
+    print(f"\nmemory of {rows:,} rows, read, encoded and in an order of KTO with its mismatches")
+    for longest in (15, 150):
+        command = [sys.executable, __file__, "--data", str(rows), str(longest), model]
+        _, ids, peak = subprocess.check_output(command, cwd=ROOT, text=True).split()
+        ids, peak = float(ids), float(peak)
+        print(f"  of {ids * 2**18 / rows:.0f} tokens: ids {ids:,.0f} MB, peak {peak:,.0f} MB, "
+              f"{peak / ids:.2f} times as much")  # fmt: skip
 
 
 def head_memory(vocabulary: int, plain: bool) -> None:
@@ -166,10 +224,14 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a model directory; else a tiny one")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--many_rows", type=int, default=100_000)
     parser.add_argument("--head", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--data", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.head:
         return head_memory(int(args.head[0]), bool(args.head[1]))
+    if args.data:
+        return data_memory(int(args.data[0]), int(args.data[1]), args.data[2])
     from nanoalign.run.session import quiet
 
     quiet()
@@ -179,7 +241,9 @@ def main() -> None:
         args.model = args.model or tiny
         commands(home, tiny)
         pipeline(args.rows, home, args.model)
+        many_rows(args.many_rows, args.model)
         vocabularies()
+        attention_of_rows()
         lengths_and_batches(args)
 
 

@@ -1,26 +1,30 @@
 """Conversations -> examples: ids, masks, what fits the limits; and the order of an epoch.
 
-A CASE is what somebody stored, as messages: a prompt and its completions, one for SFT and KTO, two
-(chosen, rejected) for DPO. An EXAMPLE is the same as ids and masks, cut to the limits. Completions
-are cut from the right, and no further than the last token that trains. What is cut or left out is
-counted, so that it can be said; the big libraries cut in silence.
+A CASE is what somebody stored, as messages. An EXAMPLE is the same as ids and masks, cut to the
+limits: completions from the right, and no further than the last token that trains. What is cut or
+left out is counted, so that it can be said; the big libraries cut in silence.
 """
 
+import itertools
 import math
 import random
 import runpy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import merge
 
 from nanoalign import InputError
-from nanoalign.chatml import Message, encode
+from nanoalign.chatml import Message, Piece, encode
+from nanoalign.fast.many import Kept, Lazy  # sequences, as a list of examples but small
 from nanoalign.packing import Completion, Example
+
+Examples = Sequence[Example]  # a list of them, or one that makes each when it is asked for
 
 
 @dataclass(slots=True)
 class Case:
-    """A prompt and the completions that share it, as messages; each begins with a reply."""
+    """A prompt and its completions (DPO: chosen, rejected), as messages, each a reply at first."""
 
     prompt: list[Message]
     completions: list[list[Message]]
@@ -37,43 +41,40 @@ class Limits:
     truncation_mode: str = "keep_end"  # the end of a longer prompt stays, or keep_start
 
 
-def make_examples(
-    cases: Iterable[Case], tokenizer, template, limits: Limits | None = None
-) -> tuple[list[Example], Counter]:
-    """Cases -> examples, numbered from 0, and a count of what was cut or skipped.
+def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Counter]:
+    """Cases -> examples, numbered from 0, and a count of what was cut (see Limits) or skipped.
 
-    Everything is encoded in one call of the tokenizer. Raises InputError, naming the case, where
-    the template refuses a conversation.
+    A thousand cases are encoded in one call of the tokenizer, and gone before the next are drawn.
+    Raises InputError, naming the case, where the template refuses a conversation.
     """
-    limits = limits or Limits()
-    conversations, origins = [], []  # pieces; of each case: how many of them, label, where
-    for number, case in enumerate(cases, start=1):
+
+    def in_pieces(number: int, case: Case) -> tuple[Case, list[list[Piece]]]:
         n = len(case.prompt)
         try:
-            conversations += [list(template.pieces(case.prompt + c, n)) for c in case.completions]
+            return case, [list(template.pieces(case.prompt + c, n)) for c in case.completions]
         except InputError as error:
             raise InputError(f"{case.where or f'case {number}'}: {error}") from None
-        origins.append((len(case.completions), case.label, case.where))
 
-    encoded = iter(encode(tokenizer, conversations))
+    limits, conversations = limits or Limits(), map(in_pieces, itertools.count(1), cases)
     longest = math.inf if limits.max_length is None else limits.max_length
-    examples, count = [], Counter()
-    for completions, label, where in origins:
-        whole = [next(encoded) for _ in range(completions)]
-        start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
-        prompt = cut_prompt(whole[0][0][:start], limits)
-        replies = [cut((ids[start:], mask[start:])) for ids, mask in whole]
-        kept = [cut(reply, longest - len(prompt)) for reply in replies]
-        if not all(ids for ids, _ in kept):
-            count["no trained token left"] += 1
-        elif len(kept) == 2 and kept[0] == kept[1]:
-            count["chosen equal to rejected"] += 1
-        else:
-            count["prompts cut"] += len(prompt) < start
-            count["completions cut"] += sum(a != b for a, b in zip(kept, replies))
-            examples.append(Example(prompt, kept, label, where, number=len(examples)))
-    count["examples"] = len(examples)
-    return examples, +count  # without what was counted 0 times
+    examples, count = Kept(Example), Counter()
+    while part := list(itertools.islice(conversations, 1000)):
+        encoded = iter(encode(tokenizer, [pieces for _, pair in part for pieces in pair]))
+        for case, pair in part:
+            whole = [next(encoded) for _ in pair]
+            start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
+            prompt = cut_prompt(whole[0][0][:start], limits)
+            replies = [cut((ids[start:], mask[start:])) for ids, mask in whole]
+            kept = [cut(reply, longest - len(prompt)) for reply in replies]
+            if not all(ids for ids, _ in kept):
+                count["no trained token left"] += 1
+            elif len(kept) == 2 and kept[0] == kept[1]:
+                count["chosen equal to rejected"] += 1
+            else:
+                count["prompts cut"] += len(prompt) < start
+                count["completions cut"] += sum(a != b for a, b in zip(kept, replies))
+                examples.append(prompt, kept, case.label, case.where, len(examples))
+    return examples, count + Counter(examples=len(examples))  # without what was counted 0 times
 
 
 def cut_prompt(ids: list[int], limits: Limits) -> list[int]:
@@ -92,48 +93,47 @@ def cut(completion: Completion, room: float = math.inf) -> Completion:
     return completion if end == len(ids) else (ids[:end], mask[:end])
 
 
-def epoch_order(
-    examples: list[Example], epoch: int, seed: int, shuffle: bool = True
-) -> list[Example]:
+def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True) -> Examples:
     """The examples as epoch number `epoch` (from 0) sees them: a function of (seed, epoch) alone.
 
     With labels (KTO) each label's examples are permuted, and the two lists are merged evenly, so
     that every stretch of the epoch has its share of thumbs up, whatever the batch size.
     """
-    if not shuffle:
-        return list(examples)
-    rng = random.Random(f"{seed} {epoch}")
-    places = []  # (place within the epoch, in 0..1; tie-break; example)
-    for label in (True, False, None):
-        group = [example for example in examples if example.label is label]
-        rng.shuffle(group)
-        places += [((i + 0.5) / len(group), i, example) for i, example in enumerate(group)]
-    return [example for *_, example in sorted(places, key=lambda place: place[:2])]
+    order = range(len(examples))
+    if shuffle:
+        rng, labels = random.Random(f"{seed} {epoch}"), [example.label for example in examples]
+        groups = [[i for i in order if labels[i] is label] for label in (True, False, None)]
+        for group in groups:
+            rng.shuffle(group)
+        # the i-th of a label's n examples has its place at (i + 1/2) / n of the epoch
+        queues = [zip(range(len(group)), itertools.repeat(len(group)), group) for group in groups]
+        order = [e for *_, e in merge(*queues, key=lambda x: ((x[0] + 0.5) / x[1], x[0]))]
+    return Lazy(examples.__getitem__, order)
 
 
-def with_mismatches(order: list[Example], max_length: int | None = None) -> list[Example]:
+def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
     """For KTO's y': each example with its `mismatch`, the completion of the nearest earlier example
     of the epoch, cyclically, that has another prompt.
 
-    It depends on the order alone, so a batch of one has a partner too. With the prompt that it is
-    put behind, y' has at most `max_length` tokens, and at least one that trains. Raises InputError
-    when all prompts are the same.
+    It depends on the order alone, so a batch of one has a partner too. Behind its new prompt y' has
+    at most `max_length` tokens with it, one that trains at least. InputError: all prompts are one.
     """
-    if not order:
-        return []
-    other = next((e for e in reversed(order) if e.prompt != order[0].prompt), None)
-    if other is None:
-        files = dict.fromkeys(e.where.rpartition(", ")[0] for e in order)
-        fault = "KTO needs two different prompts: no mismatched completion exists"
-        raise InputError(f"{', '.join(files)}: {fault}")
-    longest, paired = math.inf if max_length is None else max_length, []
-    for before, example in zip([order[0], *order], order):
-        if before.prompt != example.prompt:
-            other = before
-        [(ids, mask)] = other.completions
-        room = max(longest - len(example.prompt), mask.index(True) + 1)
-        paired.append(replace(example, mismatch=cut((ids, mask), room)))
-    return paired
+    before, others = order[0].prompt if order else [], []  # of each example: where its y' is
+    other = next((i for i in reversed(range(len(order))) if order[i].prompt != before), None)
+    if order and other is None:
+        files = ", ".join(dict.fromkeys(e.where.rpartition(", ")[0] for e in order))
+        raise InputError(f"{files}: KTO needs two different prompts for its mismatches")
+    for i, example in enumerate(order):
+        if example.prompt != before:
+            other, before = i - 1, example.prompt
+        others.append(other)
+
+    def paired(i: int) -> Example:
+        example, [(ids, mask)] = order[i], order[others[i]].completions
+        room = max((max_length or math.inf) - len(example.prompt), mask.index(True) + 1)
+        return replace(example, mismatch=cut((ids, mask), room))
+
+    return Lazy(paired, range(len(order)))
 
 
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on

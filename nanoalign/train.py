@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanoalign.data import epoch_order
+from nanoalign.data import Examples, epoch_order
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, row_tokens
 
@@ -78,7 +78,7 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def fitting(examples: list[Example], size: int, tokens: int) -> Batches:
+def fitting(examples: Examples, size: int, tokens: int) -> Batches:
     """Batches of `size` examples, cut where they would be rows of more than `tokens`."""
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [part for batch in batches for part in in_rows(batch, tokens)]
@@ -100,7 +100,7 @@ class Step:
 
 
 def train(
-    cfg, policy: Policy, examples: list[Example], method: Method, optimizer=None,
+    cfg, policy: Policy, examples: Examples, method: Method, optimizer=None,
     first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
 ) -> Iterator[Step]:  # fmt: skip
     """Train the policy in place, and yield each step when it is done.
@@ -113,7 +113,7 @@ def train(
     per_epoch, total = plan(cfg, len(examples))
     per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
-    ordered: list[Example] = []
+    ordered: Examples = []
     policy.lm.train()
     for done in range(first, total):
         epoch, place = divmod(done, per_epoch)

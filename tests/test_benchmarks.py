@@ -135,6 +135,22 @@ def test_lengths_and_batches(model, monkeypatch, capsys):
     assert f"  16 sequences of 128 tokens  {1e3 / 2048:>8.2f} ms" in lines
 
 
+def test_attention_of_rows(monkeypatch, capsys):
+    monkeypatch.setattr(growth, "best", lambda action, times: action() or 1.0)
+    growth.attention_of_rows(examples=(1, 2), length=9)
+    *_, one, two = capsys.readouterr().out.splitlines()
+    assert one.endswith(f"9 tokens {1e6 / 9:>8.2f} us")
+    assert two.endswith(f"18 tokens {1e6 / 18:>8.2f} us")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_many_rows(model, capsys):
+    """The ids are counted; how much more memory there is, beside a tokenizer, is not asked here."""
+    growth.data_memory(20, 15, model)
+    rows, ids, peak = map(float, capsys.readouterr().out.split())
+    assert rows == 20 and 20 * 20 < ids * 2**18 < 20 * 400 and peak >= 0
+
+
 def test_pipeline(model, tmp_path, capsys):
     pytest.importorskip("trl")
     growth.pipeline(4, tmp_path, model)

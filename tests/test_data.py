@@ -876,8 +876,8 @@ def test_epoch_order_is_the_same_everywhere():
 def test_no_shuffling():
     data = [example(i, i % 2 == 0) for i in range(9)]
     order = epoch_order(data, 0, 0, shuffle=False)
-    assert order == data and order is not data
-    assert epoch_order([], 0, 0) == []
+    assert list(order) == data and order is not data
+    assert len(epoch_order([], 0, 0)) == 0
 
 
 @pytest.mark.parametrize("up, down", [(3, 9), (9, 3), (5, 5), (1, 20), (17, 40), (0, 4), (4, 0)])
@@ -989,7 +989,7 @@ def test_one_prompt_has_no_mismatch():
     for n in (1, 2, 5):
         with pytest.raises(InputError, match="two different prompts"):
             with_mismatches([example(i, True, [1, 2]) for i in range(n)])
-    assert with_mismatches([]) == []  # no evaluation set
+    assert len(with_mismatches([])) == 0  # no evaluation set
 
 
 def test_batches():

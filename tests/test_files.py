@@ -15,11 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoalign import InputError
-from nanoalign.formats.rows import read_rows
+from nanoalign.formats.rows import read_rows as rows_one_by_one
 
 OK = b'{"prompt": "p", "completion": "c"}\n'
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 TABLE = b"prompt,completion\n"
+
+
+def read_rows(path):
+    return list(rows_one_by_one(path))
 
 
 def objects(*rows):

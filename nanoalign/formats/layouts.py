@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from nanoalign import InputError
 from nanoalign.chatml import ROLES, Message
-from nanoalign.data import Case, Example, Limits, make_examples
+from nanoalign.data import Case, Examples, Limits, make_examples
 from nanoalign.formats.rows import rows_of
 
 MESSAGE_KEYS = ("role", "content"), ("from", "value")
@@ -94,7 +94,7 @@ KTO = {
 
 def read_examples(
     sources: list[str], layouts: Layouts, tokenizer, template, limits: Limits | None = None, **how
-) -> tuple[list[Example], Counter]:
+) -> tuple[Examples, Counter]:
     """Files (or data sets of the hub) -> examples, and a count of what was cut or skipped.
 
     `layouts` is SFT, DPO or KTO; `how` holds what else read_cases takes. Raises InputError, naming
@@ -103,7 +103,7 @@ def read_examples(
     count = Counter()
     cases = read_cases(sources, layouts, count, **how)
     collects = gc.isenabled()
-    gc.disable()  # there are millions of lists: looking for cycles costs a quarter of the time
+    gc.disable()  # millions of lists come and go: looking for cycles costs a third of the time
     try:
         examples, cuts = make_examples(cases, tokenizer, template, limits)
     finally:

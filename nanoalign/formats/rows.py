@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from nanoalign import InputError
 
@@ -52,44 +53,47 @@ def on_hub(source: str) -> bool:
     return bool(named) and not here and path.suffix.lower() not in (".json", ".jsonl", ".csv")
 
 
-def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """[(where, row), ...] of a .json, .jsonl or .csv file: at least one row, or InputError."""
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) of a .json, .jsonl or .csv file, one by one: at least one row, or InputError.
+
+    The lines of a JSONL file are read twice, first as bytes, and never all at once.
+    """
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
-    name, suffix = str(path), Path(path).suffix.lower()
+    name, suffix, row = str(path), Path(path).suffix.lower(), None
     try:
         with open(path, "rb") as file:
             if suffix not in readers:
                 raise InputError(f"{name}: unknown kind of file; expected .json, .jsonl or .csv")
-            text = decode(file.read(), name)
+            check_text(file, name)
+            file.seek(0)
+            text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+            for row in readers[suffix](text, name):
+                yield row
     except OSError as e:
         raise InputError(f"{name}: {e.strerror}; expected a .json, .jsonl or .csv file") from None
-    if not text.strip():
-        raise InputError(f"{name}: the file is empty; expected rows")
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
-    try:
-        rows = list(readers[suffix](text, name))
-    finally:
-        sys.setrecursionlimit(limit)
-    if not rows:
+    if not row:
         found = "an empty list" if suffix == ".json" else "a header only"
         raise InputError(f"{name}: {found}; expected rows")
-    return rows
 
 
-def decode(data: bytes, name: str) -> str:
-    """UTF-8, with or without a byte order mark. A NUL is no text: binary, or UTF-16."""
-    for magic, kind in MAGIC.items():
-        if data.startswith(magic):
-            raise InputError(f"{name}: the file is {kind}; expected plain text in UTF-8")
-    try:
-        text, at = data.decode("utf-8"), data.find(b"\0")
-    except UnicodeDecodeError as e:
-        at = e.start
-    if at >= 0:
-        line, byte = data[:at].count(b"\n") + 1, f"byte {at + 1} of the file, 0x{data[at]:02x},"
-        raise InputError(f"{name}, line {line}: {byte} is no text; expected UTF-8")
-    return text.removeprefix("\ufeff")
+def check_text(file: BinaryIO, name: str) -> None:
+    """Is it UTF-8, with or without a byte order mark, and not blank? InputError if it is not. A NUL
+    is no text: binary, or UTF-16."""
+    before, blank = 0, True  # bytes before this line; were all lines so far blank?
+    for number, data in enumerate(file, start=1):
+        for magic, kind in MAGIC.items() if number == 1 else ():
+            if data.startswith(magic):
+                raise InputError(f"{name}: the file is {kind}; expected plain text in UTF-8")
+        try:
+            line, at = data.decode("utf-8"), data.find(b"\0")
+        except UnicodeDecodeError as e:
+            at = e.start
+        if at >= 0:
+            byte = f"byte {before + at + 1} of the file, 0x{data[at]:02x},"
+            raise InputError(f"{name}, line {number}: {byte} is no text; expected UTF-8")
+        before, blank = before + len(data), blank and not line.strip("\ufeff").strip()
+    if blank:
+        raise InputError(f"{name}: the file is empty; expected rows")
 
 
 def shown(text: str, start: int = 0) -> str:
@@ -120,6 +124,8 @@ def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
     start = SPACE.match(text, start).end()
     if not text.startswith("{", start):
         raise InputError(f"{where}: expected a JSON object {{...}}, found {shown(text, start)}")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
     try:
         row, end = DECODER.raw_decode(text, start)
         if re.search(r"\\u[dD]", text[start:end]):  # perhaps one half of a pair without the other
@@ -136,12 +142,15 @@ def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
         fault = "lists and objects nested too deep; expected fewer than a thousand levels"
     except ValueError:  # the only other one is int's
         fault = f"a number of over {sys.get_int_max_str_digits()} digits; expected fewer"
+    finally:
+        sys.setrecursionlimit(limit)
     raise InputError(f"{where}: {fault}")
 
 
-def jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def jsonl_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
     """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
-    for i, line in enumerate(text.split("\n"), start=1):
+    for i, line in enumerate(file, start=1):
+        line = line.removesuffix("\n")
         if line.strip(" \t\r"):
             where = f"{name}, line {i}"
             row, end = parse_object(line, 0, where)
@@ -150,8 +159,9 @@ def jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
-def json_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def json_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
     """One list of objects, parsed object by object so that an error can name its row."""
+    text = file.read()
     at = SPACE.match(text).end()
     if text[at] != "[":
         fault = "expected a list of objects [{...}, ...] (JSONL, one object per line, is .jsonl)"
@@ -172,12 +182,13 @@ def json_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{name}, line {line}: expected nothing after ], found {shown(text, end)}")
 
 
-def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict]]:
+def csv_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
     """A header, then one record per row; every value is text as it stands ("null", "NA", "").
 
     A record spans lines where a quoted value does; its place is the line where it starts. Blank
     lines between records are skipped.
     """
+    text = file.read()
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
     reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
     header, start = [], 1

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from transformers import AutoConfig
 
 from nanoalign import InputError
-from nanoalign.data import Example
+from nanoalign.data import Examples
 from nanoalign.formats.files import from_pretrained
 from nanoalign.losses import compares
 from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
 
-def advice(cfg: Config, examples: list[Example], cut: int = 0) -> Iterator[str]:
+def advice(cfg: Config, examples: Examples, cut: int = 0) -> Iterator[str]:
     """What somebody who has done this before would say of a run. `cut`: completions cut short."""
     rate = f"--learning_rate {cfg.learning_rate:g}"
     if cut > 0.2 * len(examples):

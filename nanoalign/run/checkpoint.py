@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.data import Example
+from nanoalign.data import Examples
 from nanoalign.formats.weights import NOTE
 from nanoalign.run import paged
 from nanoalign.run.files import remove, saving
@@ -40,7 +40,7 @@ FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change 
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 
 
-def data_fingerprint(examples: list[Example]) -> str:
+def data_fingerprint(examples: Examples) -> str:
     """SHA-256 of what is trained on: ids, masks and labels, in order."""
     data = hashlib.sha256()
     for e in examples:

@@ -19,7 +19,7 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.data import Example, Limits
+from nanoalign.data import Examples, Lazy, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint
@@ -34,8 +34,8 @@ from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 @dataclass
 class Run:
     policy: Policy
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Examples
+    held_out: Examples
     before: dict | None = None  # the built-in world's measurement before training
 
     @cached_property
@@ -214,7 +214,7 @@ def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split
     return examples, count["completions cut"]
 
 
-def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
     """-> examples to train on, and those of a share of the rows to evaluate on: KTO makes two
     examples of a pair, and to train on one of them would be to know the other's prompt."""
     rows = list(dict.fromkeys(e.where for e in examples))
@@ -222,9 +222,12 @@ def hold_out(cfg: Config, examples: list[Example]) -> tuple[list[Example], list[
     if size >= len(rows):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
     chosen = set(random.Random(cfg.seed).sample(rows, size))
-    held_out = [e for e in examples if e.where in chosen]
-    print(f"{len(held_out)} examples held out for evaluation")
-    return [e for e in examples if e.where not in chosen], held_out
+    places: dict[bool, list[int]] = {True: [], False: []}  # of those held out, and the others
+    for place, example in enumerate(examples):
+        places[example.where in chosen].append(place)
+    print(f"{len(places[True])} examples held out for evaluation")
+    held_out, rest = (Lazy(examples.__getitem__, places[out]) for out in (True, False))
+    return rest, held_out
 
 
 def finish(cfg: Config, run: Run) -> Run:
