@@ -13,7 +13,9 @@ the mathematics of a step needs (see `step_flops`) over what the machine could d
 
 TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, the faster
 of gradient checkpointing on and off (--peer_checkpointing turns it on), on a GPU --peer_attention
-flash_attention_2. Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's
+flash_attention_2. Neither side makes a logits matrix. TRL's head takes every position on a CPU and
+the labelled ones alone on a GPU (add_fused_lm_head asks _use_triton); with --peer_labelled it does
+so on a CPU, too. Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's
 dropout draws other masks; with --dtype float32 --lora_dropout 0 the losses agree to the printed
 digit. Without a data flag rows of random words are used, without --model a --shape with random
 weights.
@@ -270,6 +272,7 @@ def run_theirs(args) -> None:
     import peft
     import transformers
     import trl
+    import trl.trainer.utils
 
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
@@ -294,6 +297,8 @@ def run_theirs(args) -> None:
         use_cpu=args.device == "cpu", gradient_checkpointing=args.checkpointing,
         save_strategy="no", report_to="none", disable_tqdm=True, **settings(args), **more,
     )  # fmt: skip
+    if args.peer_labelled:  # where positions are chosen; the kernels ask a name of their own
+        trl.trainer.utils._use_triton = lambda device: True
     clock = Clock(args.device)
 
     class Steps(transformers.TrainerCallback):
@@ -334,6 +339,7 @@ def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
     ours = worker == "ours"
     command += ["--torch_compile"] if ours and args.torch_compile else []
     command += ["--checkpointing"] if not ours and args.peer_checkpointing else []
+    command += ["--peer_labelled"] if args.peer_labelled else []
     command += ["--peer_attention", args.peer_attention] if args.peer_attention else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -395,6 +401,7 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, help="the machine's; dense bf16 on H200: 989")
     parser.add_argument("--torch_compile", action="store_true", help="on our side")
     parser.add_argument("--peer_checkpointing", action="store_true")
+    parser.add_argument("--peer_labelled", action="store_true", help="its head as on a GPU")
     parser.add_argument("--peer_attention", help="flash_attention_2, say, where it is installed")
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)

@@ -20,6 +20,7 @@ from nanoalign.run.flags import SFTConfig
 from nanoalign.run.policy import load_policy
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import breakdown
 import compare
 import gpu
 import growth
@@ -200,6 +201,30 @@ def test_flops(model):
     one = compare.flops_of(lm, prompt, [reply])
     assert one < compare.flops_of(lm, prompt, [reply, reply]) < 2 * one
     assert one < compare.flops_of(lm, prompt, [reply], backward=True) <= 2 * one
+
+
+# ------------------------------------------------------------------------------------ breakdown.py
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+def test_breakdown(qlora, model, no_curves, monkeypatch):
+    """Its parts add up, and the products with the weights are as many as the model has."""
+    args = argparse.Namespace(
+        model=model, batch=2, steps=2, max_length=512, lora_dropout=0.0, device="cpu",
+        dtype="float32", torch_compile=False, checkpointing=False, worker="ours", sft_data=None,
+    )  # fmt: skip
+    for module, name in ((nanoalign.train, "optimizer_step"), (session, "read_examples")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(compare, "Clock", compare.Clock)
+    monkeypatch.setattr(breakdown, "best", lambda action: 1.0)
+    for name, (owner, function) in breakdown.SCOPES.items():
+        monkeypatch.setattr(owner, function, breakdown.scoped(name, getattr(owner, function)))
+    seconds = breakdown.breakdown(args, "sft", qlora)
+    # 2 layers of 7; backward has no use for the gradient of what the first q, k and v are given
+    assert seconds.pop("weights alone") == 14 + 11
+    assert seconds.pop("all") == pytest.approx(sum(seconds.values()))
+    assert all(value > 0 or name == "decoding" for name, value in seconds.items())
+    assert bool(seconds["decoding"]) == qlora
 
 
 # ------------------------------------------------------------------------------------ load_4bit.py
