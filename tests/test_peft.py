@@ -186,6 +186,19 @@ def test_dropout_in_training_is_pefts(bases, ids, tmp_path):
     assert (results[0] - logits_of(theirs.eval(), ids)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dropout_by_definition(p, dtype):
+    """An element is dropped whose 16 bits, as a number, are among the lowest; the others grow."""
+    x, dropped = torch.randn(3, 50, 7, dtype=dtype), min(max(1, round(p * 2**16)), 2**16 - 1)
+    torch.manual_seed(1)
+    words = torch.empty(263, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[:1050].view_as(x).int() + 2**15
+    torch.manual_seed(1)
+    kept = (bits >= dropped).to(dtype) * (2**16 / (2**16 - dropped))
+    assert torch.equal(Dropout(p)(x), x * kept)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9999999])
 def test_dropout_on_a_cpu_drops_a_share_p_and_keeps_the_mean(p):
     """Every fourth element shares a 64-bit word's lane: each lane drops p, within five sigma."""
