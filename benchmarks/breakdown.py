@@ -2,8 +2,8 @@
 
     python benchmarks/breakdown.py --model MODEL --dpo_data PAIRS.jsonl --methods dpo
 
-Our steps as in compare.py, under torch's profiler, on a CPU. Its operators are put together by what
-they do, forward and backward alike:
+Our steps as in compare.py, under torch's profiler, in CPU seconds of one thread: others may use the
+machine too. Its operators are put together by what they do, forward and backward alike:
 
     weights    products with the model's frozen weights (in 4 bits too, once decoded)
     LoRA       products with A and B, which have few rows and are bound by memory
@@ -12,20 +12,21 @@ they do, forward and backward alike:
     decoding   4 bits to 16
     optimizer  AdamW
     elements   everything else that torch does: norms, rotary embeddings, SiLU, residual sums, casts
-    Python     what is left of the time on the clock: the interpreter and autograd between operators
+    Python     what is left: the interpreter and autograd between operators, and the profiler itself
 
 "weights alone" is how long the same products take with nothing between them, each shape by itself:
 the least that a step made of these products could take.
 """
 
 import argparse
+import os
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import compare
 import torch
-from growth import best
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import nanoalign.fast.attention
@@ -63,16 +64,23 @@ def factors(event) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def alone(products: Counter, dtype: torch.dtype) -> float:
-    """Seconds of these products, {shapes: how often}, with nothing between them."""
+    """CPU seconds of these products, {shapes: how often}, with nothing between them."""
     seconds = 0.0
     for (a, b), times in products.items():
         a, b = torch.randn(a, dtype=dtype), torch.randn(b, dtype=dtype)
-        seconds += times * best(lambda a=a, b=b: a @ b)
+        a @ b  # to warm up
+        start = time.process_time()
+        for _ in range(3):
+            a @ b
+        seconds += times * (time.process_time() - start) / 3
     return seconds
 
 
 class Profiled(compare.Clock):
-    """A clock that profiles from its first tick to the last of `steps` more."""
+    """A clock of CPU seconds that profiles from its first tick to the last of `steps` more. The
+    profiler reads the wall's clock: `share` is how much of that time the process was computing."""
+
+    now = time.process_time
 
     def __init__(self, steps: int):
         super().__init__("cpu")
@@ -83,7 +91,9 @@ class Profiled(compare.Clock):
         super().tick()
         if len(self.moments) == 1:
             self.profile.start()
+            self.started = time.monotonic()
         elif len(self.moments) == 1 + self.steps:
+            self.share = self.seconds() / (time.monotonic() - self.started)
             self.profile.stop()
 
 
@@ -92,7 +102,7 @@ def parts(profiled: Profiled, rank: int) -> tuple[dict[str, float], Counter]:
     seconds, products = dict.fromkeys(["weights", "LoRA", *SCOPES, "elements"], 0.0), Counter()
     for event in profiled.profile.events():
         name = part_of(event, rank)
-        seconds[name] += event.self_cpu_time_total / 1e6
+        seconds[name] += event.self_cpu_time_total / 1e6 * profiled.share
         if name == "weights":
             products[factors(event)] += 1
     seconds["Python"] = profiled.seconds() - sum(seconds.values())
@@ -137,10 +147,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     args = parser.parse_args()
-    more = dict(worker="ours", device="cpu", lora_dropout=0.05, torch_compile=False)
+    more = dict(worker="ours", device="cpu", lora_dropout=0.05)
     args = argparse.Namespace(**vars(args), **more, checkpointing=False)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as the scripts say it
+    torch.set_num_threads(1)
     for name, (owner, function) in SCOPES.items():
         setattr(owner, function, scoped(name, getattr(owner, function)))
     for method in args.methods:

@@ -15,9 +15,12 @@ TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it
 of gradient checkpointing on and off (--peer_checkpointing turns it on), on a GPU --peer_attention
 flash_attention_2. Neither side makes a logits matrix. TRL's head takes every position on a CPU and
 the labelled ones alone on a GPU (add_fused_lm_head asks _use_triton); with --peer_labelled it does
-so on a CPU, too. Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's
-dropout draws other masks; with --dtype float32 --lora_dropout 0 the losses agree to the printed
-digit. Without a data flag rows of random words are used, without --model a --shape with random
+so on a CPU, too. On a machine that others use as well --cpu_time, with OMP_NUM_THREADS=1 in the
+environment, counts the seconds that a process computed.
+
+Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's dropout draws other
+masks; with --dtype float32 --lora_dropout 0 the losses agree to the printed digit.
+Without a data flag rows of random words are used, without --model a --shape with random
 weights.
 """
 
@@ -194,6 +197,8 @@ def settings(args) -> dict:
 class Clock:
     """The moments at which steps ended; on CUDA its own events, so that no step waits for it."""
 
+    now = time.monotonic  # or process_time (--cpu_time)
+
     def __init__(self, device: str):
         self.cuda, self.moments = device == "cuda", []
 
@@ -203,7 +208,7 @@ class Clock:
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-        self.moments.append(event if self.cuda else time.monotonic())
+        self.moments.append(event if self.cuda else self.now())
 
     def seconds(self) -> float:
         """Between the first and the last tick."""
@@ -340,6 +345,7 @@ def side(args, worker: str, method: str, qlora: bool, directory: Path) -> dict:
     command += ["--torch_compile"] if ours and args.torch_compile else []
     command += ["--checkpointing"] if not ours and args.peer_checkpointing else []
     command += ["--peer_labelled"] if args.peer_labelled else []
+    command += ["--cpu_time"] if args.cpu_time else []
     command += ["--peer_attention", args.peer_attention] if args.peer_attention else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -403,6 +409,7 @@ def main() -> None:
     parser.add_argument("--peer_checkpointing", action="store_true")
     parser.add_argument("--peer_labelled", action="store_true", help="its head as on a GPU")
     parser.add_argument("--peer_attention", help="flash_attention_2, say, where it is installed")
+    parser.add_argument("--cpu_time", action="store_true", help="not the clock's: of all threads")
     parser.add_argument("--worker", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
@@ -410,6 +417,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.cpu_time:
+        Clock.now = time.process_time
     if args.worker:
         return {"ours": run_ours, "theirs": run_theirs}[args.worker](args)
     import torch

@@ -216,12 +216,14 @@ def test_breakdown(qlora, model, no_curves, monkeypatch):
     for module, name in ((nanoalign.train, "optimizer_step"), (session, "read_examples")):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(compare, "Clock", compare.Clock)
-    monkeypatch.setattr(breakdown, "best", lambda action: 1.0)
+    alone, counted = breakdown.alone, lambda products, dtype: sum(products.values())
+    monkeypatch.setattr(breakdown, "alone", counted)
     for name, (owner, function) in breakdown.SCOPES.items():
         monkeypatch.setattr(owner, function, breakdown.scoped(name, getattr(owner, function)))
     seconds = breakdown.breakdown(args, "sft", qlora)
     # 2 layers of 7; backward has no use for the gradient of what the first q, k and v are given
     assert seconds.pop("weights alone") == 14 + 11
+    assert alone({((9, 8), (8, 7)): 2}, torch.float32) > 0
     assert seconds.pop("all") == pytest.approx(sum(seconds.values()))
     assert all(value > 0 or name == "decoding" for name, value in seconds.items())
     assert bool(seconds["decoding"]) == qlora
