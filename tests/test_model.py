@@ -58,8 +58,6 @@ ACCEPTED = {  # kind: (config, what its head does beyond a product)
         tiny(t.Qwen3MoeConfig, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=96),
         (1.0, None),
     ),
-    "mixtral": (tiny(t.MixtralConfig, num_local_experts=4), (1.0, None)),
-    "olmoe": (tiny(t.OlmoeConfig, num_experts=64, num_experts_per_tok=8), (1.0, None)),
     "phi": (tiny(t.PhiConfig), (1.0, None)),  # a bias, which the head's layer shows itself
 }
 REFUSED = {
