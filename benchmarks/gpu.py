@@ -56,10 +56,13 @@ from nanoalign.formats.weights import skeleton  # noqa: E402
 from nanoalign.logps import PackedLM  # noqa: E402
 from nanoalign.lora import add_lora  # noqa: E402
 from nanoalign.nf4 import NF4Linear  # noqa: E402
-from nanoalign.packing import attention, pack  # noqa: E402
+from nanoalign.packing import attention, pack, row_tokens  # noqa: E402
 from nanoalign.run import policy as run_policy  # noqa: E402
 from nanoalign.run import session  # noqa: E402
+from nanoalign.run.bytes import row_bytes, sizes_of, standing_bytes  # noqa: E402
+from nanoalign.run.device import how_of  # noqa: E402
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
+from nanoalign.train import fitting  # noqa: E402
 from train_dpo import run_dpo  # noqa: E402
 from train_kto import run_kto  # noqa: E402
 from train_sft import run_sft  # noqa: E402
@@ -179,6 +182,10 @@ def flops_of_step(case: Case, examples: list[Example]) -> float:
 # ------------------------------------------------------------------------------- the two sides
 
 
+def digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
 class Stopwatch:
     """When steps ended, on a device that has done all it was asked for, and the peak since then."""
 
@@ -207,8 +214,8 @@ class Stopwatch:
             unit = 1 if platform.system() == "Darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {
-            "tokens_per_second": round(sum(map(len, timed)) / seconds, 1),
-            "tflops": round(flops / seconds / 1e12, 4),
+            "tokens_per_second": digits(sum(map(len, timed)) / seconds),
+            "tflops": digits(flops / seconds / 1e12),
             "peak_gib": round(peak / 2**30, 2),
             "first_step_s": round(moments[1] - moments[0], 2),
             "slowest_step_s": round(
@@ -249,11 +256,16 @@ def ours(case: Case, home: Path) -> dict:
             (session, "read_examples", lambda *_, **__: (examples, count)),
         ):
             stack.enter_context(patch.object(place, attribute, new))
-        run(cfg)
+        lm = run(cfg).policy.lm
     text = (home / "out" / "metrics.jsonl").read_text()
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
+    limit = row_tokens(cfg.max_row_tokens, lm.device)
+    batches = fitting(examples, case.batch, limit)
+    how = how_of(cfg, lm, max(len(pack(batch).input_ids) for batch in batches))
+    counted = sum((standing_bytes(lm.model) | row_bytes(sizes_of(lm.model), how)).values())
     settled = {"rows": cfg.max_row_tokens, "checkpointing": bool(cfg.gradient_checkpointing)}
-    return settled | watch.result(examples, losses)
+    counts = {"counted_gib": round(counted / 2**30, 2)}  # by run/bytes.py
+    return settled | watch.result(examples, losses) | counts
 
 
 def peer_model(case: Case):
@@ -371,9 +383,9 @@ def kernels(case: Case, home: Path) -> dict:
     decoded = layer.packed.nbytes + layer.absmax.nbytes + weight.nbytes
     decode, copy = seconds(case, layer.dequantize), seconds(case, weight.clone)
     result = {
-        "product_tflops": round(product, 3),
-        "decode_gb_s": round(decoded / decode / 1e9, 1),
-        "copy_gb_s": round(2 * weight.nbytes / copy / 1e9, 1),
+        "product_tflops": digits(product),
+        "decode_gb_s": digits(decoded / decode / 1e9),
+        "copy_gb_s": digits(2 * weight.nbytes / copy / 1e9),
     }
     for tokens in (64,) if tiny else (2048, 8192):
         result[f"attention of {tokens} tokens"] = attention_beside_definition(case, tokens)

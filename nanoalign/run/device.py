@@ -1,9 +1,24 @@
-"""What a run settles with the device that it computes on."""
+"""What a run settles with the device that it computes on.
+
+How long a row should be, and whether to keep what layers compute or compute it a second time in
+backward, depends on how much memory a card has left beside the model. With long rows products are
+large and 4-bit weights are decoded seldom; a second forward pass costs a quarter of the speed. So
+of what the flags leave open, the quickest is taken that the count of bytes.py has room for.
+"""
+
+from dataclasses import replace
 
 import torch
+from torch import nn
 
+from nanoalign.data import Examples
 from nanoalign.logps import PackedLM
+from nanoalign.logps import fast as head
+from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of
 from nanoalign.run.flags import Config
+
+ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
+SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:
@@ -20,3 +35,64 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         if cfg.tf32 and computes_in(lm) == torch.float32:
             print("float32 products keep 10 bits of a factor (TF32); --tf32 false keeps all 23")
+
+
+def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
+    """How a run computes a row of so many tokens."""
+    return How(
+        tokens,
+        size=computes_in(lm).itemsize,
+        dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
+        checkpointing=bool(cfg.gradient_checkpointing),
+        compiled=bool(cfg.torch_compile),
+        train_all=not cfg.use_peft,
+        chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
+        cuda=lm.device.type == "cuda",
+    )
+
+
+def settle(
+    free: float, sizes: Sizes, how: How, longest: int, most: int, rows=None, checkpointing=None
+) -> tuple[int, bool]:
+    """Tokens a row, and whether to checkpoint, for `free` bytes. What is given stays as it is.
+
+    An example of `longest` tokens is a row of its own, however short the others are; and no row has
+    more than the `most` of a micro-batch. Where nothing fits, the leanest.
+    """
+    open_rows = ROWS if rows is None else [rows]
+    open_ways = (False, True) if checkpointing is None else [checkpointing]
+    ways = [(tokens, way) for way in open_ways for tokens in open_rows]
+    for tokens, way in ways:
+        row = replace(how, tokens=min(max(tokens, longest), most), checkpointing=way)
+        if sum(row_bytes(sizes, row).values()) <= free:
+            return tokens, way
+    return ways[-1]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Layers keep their input, and compute the rest again in backward."""
+    old = model.gradient_checkpointing_enable  # its name in older releases
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
+    """On CUDA, settle what the flags leave open with the memory that the loaded model has left
+    free, write it into `cfg`, and say so in a line."""
+    if lm.device.type != "cuda" or None not in (cfg.max_row_tokens, cfg.gradient_checkpointing):
+        return
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(lm.device)
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    left = (1 - SPARE) * free - 12 * trained  # gradients, and AdamW's two states
+    if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
+        left -= sum(t.nbytes for t in (*lm.parameters(), *lm.buffers()))
+    longest = max(len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples)
+    most = longest * cfg.per_device_train_batch_size
+    given = cfg.max_row_tokens, cfg.gradient_checkpointing
+    tokens, checkpointing = settle(left, sizes_of(lm.model), how_of(cfg, lm), longest, most, *given)
+    cfg.max_row_tokens, cfg.gradient_checkpointing = tokens, checkpointing
+    way = "with" if checkpointing else "without"
+    chosen = f"rows of {tokens} tokens, {way} gradient checkpointing"
+    print(f"{free / 2**30:.1f} GiB free: {chosen} (--max_row_tokens, --gradient_checkpointing)")
+    if checkpointing:
+        checkpoint_layers(lm.model)

@@ -114,7 +114,7 @@ class Config:
         8, "examples an evaluation batch", POSITIVE, idle=no_evaluation, free=True)
     gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step", POSITIVE)
     max_row_tokens: int | None = flag(
-        None, "cut longer micro-batches in rows of so many: less memory; none: by device", POSITIVE,
+        None, "cut longer micro-batches in rows of so many; none: by a GPU's free memory", POSITIVE,
         free=True)
     num_train_epochs: float = flag(
         3.0, "passes over the data", POSITIVE, idle=lambda c: c.max_steps > 0)
@@ -137,8 +137,9 @@ class Config:
         None, "weight of a mixture's load-balancing loss; none: the model's own; 0: without it",
         NOT_NEGATIVE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0: don't", NOT_NEGATIVE)
-    gradient_checkpointing: bool = flag(
-        False, "less memory, slower: activations are recomputed", free=True)
+    gradient_checkpointing: bool | None = flag(
+        None, "less memory, slower: activations are recomputed; none: by a GPU's free memory",
+        nargs="?", const=True, free=True)
     torch_compile: bool = flag(False, "compile the layers: a slow first step, then faster ones")
     disable_dropout: bool = flag(True, "no dropout anywhere")
     seed: int = flag(42, "of weights, order and dropout", NOT_NEGATIVE)
@@ -226,7 +227,7 @@ def add_flags(parser: ArgumentParser, *names: str) -> None:
             kinds = get_args(f.type) or (f.type,)  # the words of a Literal; int of int | None
             words = kinds if get_origin(f.type) is Literal else f.metadata.get("choices")
             how = {"choices": words} if words else {"type": kinds[0]}
-            if f.type is bool:  # the scripts take a value after it; here that may be a directory
+            if bool in kinds:  # the scripts take a value after it; here that may be a directory
                 how = {"action": "store_true"}
             parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
 

@@ -25,7 +25,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
-from nanoalign.run.device import use_tf32
+from nanoalign.run.device import checkpoint_layers, use_tf32
 from nanoalign.run.flags import Config
 
 TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
@@ -186,8 +186,7 @@ def configure(model: nn.Module, cfg: Config) -> None:
             elif "attention_dropout" in vars(module):
                 module.attention_dropout = 0.0
     if cfg.gradient_checkpointing:
-        old = model.gradient_checkpointing_enable  # its name in older releases
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        checkpoint_layers(model)
     if cfg.torch_compile:
         # policy and reference are compiled apart: only with eager's rounding do they start equal
         for layer in model.get_decoder().layers:

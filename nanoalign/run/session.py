@@ -26,6 +26,7 @@ from nanoalign.run import checkpoint
 from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
+from nanoalign.run.device import settle_rows
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config, parse
 from nanoalign.run.policy import base_of, load_policy, tokenizer_of
@@ -128,6 +129,7 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
     if policy.lm.device.type == "cpu":
         print(threads)
+    settle_rows(cfg, policy.lm, examples)
     return Run(policy, examples, held_out, world.measure(policy) if built_in else None)
 
 
