@@ -10,10 +10,11 @@ linear layers under the names that they have there (model.layers.0.mlp.experts.3
 Whatever is done to linear layers is then done to each of them: it is streamed from the files and
 quantized by itself, decoded for the tokens that are sent to it and again in backward, and never
 kept; and `merge` gives back transformers' own module. All experts of a layer are visited in turn,
-so one is decoded at a time. That is lean, and on a GPU slower than one grouped product of all.
+so one is decoded at a time: little memory, but more and smaller products than transformers' grouped
+one.
 
-LoRA passes over experts, in this form as in transformers': what PEFT's files name is linear layers
-that a model of transformers has. So an adapter fits its base in 4 bits and in 16.
+LoRA passes over experts, in this form as in transformers': PEFT's files name linear layers of
+transformers' model, and there experts are none. So an adapter fits its base in 4 bits and in 16.
 """
 
 import torch
