@@ -44,7 +44,7 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
         checkpointing=bool(cfg.gradient_checkpointing),
-        compiled=bool(cfg.torch_compile),
+        compiled=any(m._compiled_call_impl for m in lm.modules()),  # it has no public name
         train_all=not cfg.use_peft,
         chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
         cuda=lm.device.type == "cuda",
