@@ -19,6 +19,7 @@ from nanoalign.formats.layouts import KTO
 from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
+from nanoalign.run.ranks import joined
 from nanoalign.run.record import fit
 from nanoalign.run.reference import long_rows, reference_of, without_gradient
 from nanoalign.run.session import Run, finish, main, start
@@ -64,7 +65,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         z0 = torch.zeros(())
         if with_z0:
             rows = long_rows(only_mismatch(sum(batches, [])), cfg, run.policy.lm)
-            z0 = kl_baseline(torch.cat(policy_now(rows)), torch.cat(reference(rows)))
+            z0 = kl_baseline(joined(policy_now(rows)), joined(reference(rows)))
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
             desirable = torch.tensor([e.label for e in batch], device=ref.device)

@@ -59,29 +59,28 @@ def learning_rate(cfg, step: int, total: int) -> float:
 
 def plan(cfg, examples: int) -> tuple[int, int]:
     """How many steps an epoch has, and the run. An epoch's last step takes what is left."""
-    per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    per_epoch = math.ceil(examples / per_step)
-    if cfg.max_steps > 0:
-        return per_epoch, cfg.max_steps
-    return per_epoch, max(1, math.ceil(cfg.num_train_epochs * per_epoch))
+    per_epoch = math.ceil(examples / cfg.per_step)
+    steps = max(1, math.ceil(cfg.num_train_epochs * per_epoch))
+    return per_epoch, cfg.max_steps if cfg.max_steps > 0 else steps
 
 
 def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
     """AdamW on all that trains. A group of parameters may have its own share of the learning rate,
     {"params": [...], "times": 16}, as LoRA+ gives to B."""
-    return torch.optim.AdamW(
-        [p for p in lm.parameters() if p.requires_grad],
-        lr=cfg.learning_rate,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    rates = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
+    return torch.optim.AdamW(trained, weight_decay=cfg.weight_decay, fused=True, **rates)
 
 
 def fitting(examples: Examples, size: int, tokens: int) -> Batches:
     """Batches of `size` examples, cut where they would be rows of more than `tokens`."""
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [part for batch in batches for part in in_rows(batch, tokens)]
+
+
+def alone(sums: Sums, parameters=()) -> Sums:
+    """The total of one process: what it has summed, and the gradients that its parameters have."""
+    return sums
 
 
 @dataclass
@@ -102,47 +101,48 @@ class Step:
 def train(
     cfg, policy: Policy, examples: Examples, method: Method, optimizer=None,
     first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
+    rows: Callable = fitting, total: Callable = alone,
 ) -> Iterator[Step]:  # fmt: skip
     """Train the policy in place, and yield each step when it is done.
 
     `cfg` holds the numbers, under TRL's names (run/flags.py); `first` is where a resumed run goes
     on, `order` gives the examples of an epoch, and `scale` the factor that keeps float16's small
-    gradients alive.
+    gradients alive. Several processes have `rows` and a `total` of their own (run/ranks.py).
     """
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
-    per_epoch, total = plan(cfg, len(examples))
-    per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    per_epoch, steps = plan(cfg, len(examples))
     longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
     ordered: Examples = []
     policy.lm.train()
-    for done in range(first, total):
+    for done in range(first, steps):
         epoch, place = divmod(done, per_epoch)
         if place == 0 or not ordered:
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
-        drawn = ordered[place * per_step : (place + 1) * per_step]
-        parts = fitting(drawn, cfg.per_device_train_batch_size, longest)
-        rate, share = learning_rate(cfg, done, total), scale() / len(parts)
-        sums, norm = optimizer_step(optimizer, rate, method(parts), cfg.max_grad_norm, share)
+        drawn = ordered[place * cfg.per_step : (place + 1) * cfg.per_step]
+        batches = method(rows(drawn, cfg.per_device_train_batch_size, longest))
+        rate, factor = learning_rate(cfg, done, steps), scale() / sum(map(len, drawn))
+        sums, norm = optimizer_step(optimizer, rate, batches, cfg.max_grad_norm, factor, total)
         yield Step(done + 1, drawn, sums, rate, norm)
 
 
 def optimizer_step(
-    optimizer, rate: float, batches: Iterable[Sums], max_grad_norm: float = 0.0, scale: float = 1.0
-) -> tuple[Sums | None, float]:
+    optimizer, rate: float, batches: Iterable[Sums], max_grad_norm: float = 0.0,
+    scale: float = 1.0, total: Callable = alone,
+) -> tuple[Sums | None, float]:  # fmt: skip
     """One step on the mean over all that the method's `batches` yield.
 
-    `scale` multiplies the first batch's mean on its way through backward (float16 would overflow on
-    a sum of a thousand tokens), and is taken out of the gradient. -> sums of loss and metrics, or
+    `scale` multiplies the summed losses on their way through backward (float16 would overflow on a
+    sum over a thousand tokens), and is taken out of the gradient. -> sums of loss and metrics, or
     None when loss or gradient are not finite (then nothing has changed); the gradient's norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: Sums = {}
     for batch in batches:
         loss, count = batch["loss"]
-        scale = scale if sums else scale / count
         (loss * scale).backward()
         add(sums, {**batch, "loss": (loss.detach(), count)})
 
+    sums = total(sums, parameters)
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
@@ -150,22 +150,21 @@ def optimizer_step(
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
     norm, *values = torch.stack([norm, *values]).tolist()
     sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
-    if math.isfinite(norm) and math.isfinite(sums["loss"][0]):
+    finite = math.isfinite(norm) and math.isfinite(sums["loss"][0])
+    if finite:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("times", 1.0)
         optimizer.step()
-    else:
-        sums = None
     optimizer.zero_grad(set_to_none=True)
-    return sums, norm
+    return sums if finite else None, norm
 
 
 @torch.no_grad()
-def evaluate(lm, batches: Iterable[Sums]) -> dict[str, float]:
+def evaluate(lm, batches: Iterable[Sums], total: Callable = alone) -> dict[str, float]:
     """Means over all held-out examples (SFT: tokens), whatever the batch size."""
     lm.eval()
     sums: Sums = {}
     for batch in batches:
         add(sums, {name: (float(value), count) for name, (value, count) in batch.items()})
     lm.train()
-    return means(sums)
+    return means(total(sums))

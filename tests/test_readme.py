@@ -28,9 +28,11 @@ PYTHON = [text for language, text in FENCED if language == "python"]
 
 
 def commands() -> list[list[str]]:
-    """The `python ...` commands of README's code blocks, in order, as words."""
+    """The `python ...` commands of README's code blocks, in order, as words; of torchrun's, what it
+    is to start (test_ranks.py starts it so)."""
     text = "\n".join(BLOCKS).replace("\\\n", " ")
     parts = [part.strip() for line in text.splitlines() for part in line.split("&&")]
+    parts = [re.sub(r"^torchrun --nproc_per_node \d+ ", "python ", part) for part in parts]
     return [shlex.split(part, comments=True)[1:] for part in parts if part.startswith("python ")]
 
 

@@ -31,7 +31,11 @@ class Kept(Lazy):
     """Tuples of plain Python values, as bytes; an item is kind(*values)."""
 
     def __init__(self, kind: type):
-        super().__init__(lambda row: kind(*marshal.loads(row)), [])
+        super().__init__(self.unpacked, [])
+        self.kind = kind
+
+    def unpacked(self, row: bytes):
+        return self.kind(*marshal.loads(row))
 
     def append(self, *values) -> None:
         self.keys.append(marshal.dumps(values, 2))  # from version 3 on it writes references, too

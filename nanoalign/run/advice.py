@@ -32,7 +32,7 @@ def advice(cfg: Config, examples: Examples, cut: int = 0) -> Iterator[str]:
         yield f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common"
     if not isinstance(cfg, KTOConfig):
         return
-    step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    step = cfg.per_step
     if step < 4:
         yield f"a step of {step} examples is too small to estimate KTO's z0; take 4 at least"
     elif not 16 <= step <= 128:

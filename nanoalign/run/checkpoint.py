@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nanoalign import InputError
 from nanoalign.data import Examples
 from nanoalign.formats.weights import NOTE
-from nanoalign.run import paged
+from nanoalign.run import paged, ranks
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
@@ -84,19 +84,25 @@ def differences(ours: dict, theirs: dict) -> str:
     return "; ".join(words + [f"other {part}" for part in sorted(parts)])
 
 
-def save_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
-    """state.safetensors and state.json of the trained parameters, by name.
+def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the trained parameters, by name, and of all ranks' generators.
 
-    Tensors are called rng.DEVICE, weight.PARAMETER and, for whatever the optimizer keeps of a
-    parameter, KEY.PARAMETER (AdamW: exp_avg, exp_avg_sq and step; SGD: momentum_buffer).
+    Tensors are called rng.DEVICE (of rank 1, 2, ... rng.DEVICE.RANK), weight.PARAMETER and, for
+    whatever the optimizer keeps of a parameter, KEY.PARAMETER (AdamW: exp_avg, exp_avg_sq and step;
+    SGD: momentum_buffer).
     """
-    tensors = {f"rng.{name}": module.get_rng_state() for name, module in _generators().items()}
+    own = {_of_rank(f"rng.{name}"): m.get_rng_state() for name, m in _generators().items()}
+    tensors = {name: t for states in ranks.gather(own) for name, t in states.items()}
     for name, parameter in named.items():
         tensors[f"weight.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    return {name: t.cpu().contiguous() for name, t in tensors.items()}
+
+
+def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    """state.safetensors and state.json."""
     save_file(tensors, directory / "state.safetensors")
     (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
@@ -126,8 +132,9 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
         hosted = isinstance(optimizer, paged.AdamW)  # its states stay in the host's memory
         optimizer.state[named[owner]][key] = tensor if hosted else tensor.to(named[owner].device)
     for device, module in _generators().items():
-        if device == "cpu" or f"rng.{device}" in generators:
-            module.set_rng_state(generators[f"rng.{device}"])
+        name = _of_rank(f"rng.{device}")
+        if name == "rng.cpu" or name in generators:  # there may be more ranks than there were
+            module.set_rng_state(generators[name])
     state |= then
 
 
@@ -152,6 +159,10 @@ def _generators() -> dict:
     """Device -> the module that holds its random generator, for the devices that are here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return {"cpu": torch} | {name: getattr(torch, name) for name in here if here[name]}
+
+
+def _of_rank(name: str) -> str:
+    return f"{name}.{ranks.RANK}" if ranks.RANK else name
 
 
 def checkpoints(directory: Path) -> list[Path]:

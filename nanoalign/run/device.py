@@ -14,6 +14,7 @@ from torch import nn
 from nanoalign.data import Examples
 from nanoalign.logps import PackedLM
 from nanoalign.logps import fast as head
+from nanoalign.run import ranks
 from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of
 from nanoalign.run.flags import Config
 
@@ -81,7 +82,7 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
     if lm.device.type != "cuda" or None not in (cfg.max_row_tokens, cfg.gradient_checkpointing):
         return
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(lm.device)
+    free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     left = (1 - SPARE) * free - 12 * trained  # gradients, and AdamW's two states
     if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule

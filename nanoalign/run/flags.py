@@ -20,6 +20,7 @@ from nanoalign.formats.rows import on_hub
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import FORMATS
 from nanoalign.losses import DPO_LOSSES, INPUTS, KTO_LOSSES, compares, needs
+from nanoalign.run import ranks
 
 # What a flag's number must do, as the error says it, and whether a number does.
 POSITIVE = "be more than 0", lambda x: x > 0
@@ -109,10 +110,12 @@ class Config:
         nargs="?", const="last", free=True)
     overwrite_output_dir: bool = flag(
         False, "use one that is not empty, and what an earlier run left there goes", free=True)
-    per_device_train_batch_size: int = flag(8, "examples a micro-batch", POSITIVE)
+    per_device_train_batch_size: int = flag(
+        8, "examples a micro-batch, on each device", POSITIVE, free=True)
     per_device_eval_batch_size: int = flag(
         8, "examples an evaluation batch", POSITIVE, idle=no_evaluation, free=True)
-    gradient_accumulation_steps: int = flag(1, "micro-batches an optimizer step", POSITIVE)
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches an optimizer step, on each device", POSITIVE, free=True)
     max_row_tokens: int | None = flag(
         None, "cut longer micro-batches in rows of so many; none: by a GPU's free memory", POSITIVE,
         free=True)
@@ -165,6 +168,11 @@ class Config:
     def method(self) -> str:
         """The method's short name, in run.json and the model card: "dpo" of DPOConfig."""
         return type(self).__name__.removesuffix("Config").lower()
+
+    @property
+    def per_step(self) -> int:
+        """Examples an optimizer step, on all devices."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks.WORLD
 
 
 @dataclass
@@ -279,6 +287,7 @@ def check(cfg: Config, given: set[str]) -> None:
         raise InputError("--model_name_or_path: give the model to train")
     if not cfg.dataset_name:
         raise InputError("--dataset_name: give the data to train on")
+    ranks.check_device(cfg.device)
 
     idle = {f.name for f in fields(cfg) if "idle" in f.metadata and f.metadata["idle"](cfg)}
     if isinstance(cfg, ReferenceConfig):  # the numbers of losses that were not chosen

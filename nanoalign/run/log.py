@@ -6,6 +6,7 @@ and to TensorBoard or Weights & Biases when --report_to asks for it and the pack
 
 import contextlib
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign.logps import Scores
+from nanoalign.run import ranks
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config
 from nanoalign.train import Step, Sums
@@ -42,11 +44,11 @@ def keep_lines(path: Path, until: int) -> None:
 
 class Log:
     """For a run that has done `step` of `total` steps; `close` it at its end. A run that goes on
-    does so at Weights & Biases too, under its `run_id`."""
+    does so at Weights & Biases too, under its `run_id`. Ranks beyond the first keep no log."""
 
     def __init__(self, cfg: Config, total: int, step: int, run_id: str):
-        directory, report_to = Path(cfg.output_dir), cfg.report_to
-        self.total, path = total, directory / "metrics.jsonl"
+        directory, report_to = Path(cfg.output_dir), "none" if ranks.RANK else cfg.report_to
+        self.total, path = total, Path(os.devnull) if ranks.RANK else directory / "metrics.jsonl"
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)

@@ -20,16 +20,24 @@ from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
-from nanoalign.run import paged
+from nanoalign.run import paged, ranks
 from nanoalign.run.balance import balanced
-from nanoalign.run.checkpoint import fingerprint, lies_in, prune, resume, save_state, take_over
+from nanoalign.run.checkpoint import (
+    fingerprint,
+    lies_in,
+    prune,
+    resume,
+    save_state,
+    state_tensors,
+    take_over,
+)
 from nanoalign.run.device import computes_in
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log, keep_lines
 from nanoalign.run.policy import save_policy
 from nanoalign.run.session import Run, out_of_memory
-from nanoalign.train import Method, Step, add, evaluate, fitting, make_optimizer, means, plan, train
+from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
 
@@ -43,9 +51,10 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     with contextlib.closing(record.log), stop_signals() as record.signals, record.kept():
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
-        for step in train(cfg, run.policy, run.examples, method, *start):
+        for step in train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total):
             record.advance(step)
-            if record.ended:  # the weights first: whatever becomes of the evaluation, they are safe
+            # The weights first: whatever becomes of the evaluation, they are safe.
+            if record.ended and ranks.RANK == 0:
                 write_whole(record.directory, partial(save_policy, run.policy), replace=True)
             record.evaluate(method)
             # Asked once a step: a signal after the save must not end the run without a checkpoint.
@@ -55,16 +64,18 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
             if stop:
                 hint = "--resume_from_checkpoint goes on from there"
                 record.log.say(f"stopped after step {record.step}; {hint}")
-                raise SystemExit(128 + record.signals[0])
+                raise SystemExit(128 + stop)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in a list; a second one ends the run at once."""
+    """SIGINT and SIGTERM are noted in a list; a second one ends the run at once. Not if torchrun
+    started it: on Ctrl-C that sends another to all its processes; and kills them after 30 seconds.
+    """
     noted: list[int] = []
 
     def note(number, frame):
-        if noted:
+        if noted and ranks.WORLD == 1:
             raise SystemExit(128 + number)
         noted.append(number)
 
@@ -95,15 +106,18 @@ class Record:
         self.signals: list[int] = []  # that came
         self.state["fingerprint"] = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
         self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
+        self.state["fingerprint"]["number of examples a step"] = cfg.per_step
         which, found = cfg.resume_from_checkpoint, None
         if which is not None:
             found = resume(which, self.directory, self.named, self.optimizer, self.state)
         fresh = found is None or not lies_in(found, self.directory)
         if fresh:
             self.state["run_id"] = uuid.uuid4().hex
-        take_over(self.directory, fresh)
-        prune(self.directory, cfg.save_total_limit, self.step)
-        keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
+        ranks.wait()  # all have read the checkpoint
+        if ranks.RANK == 0:
+            take_over(self.directory, fresh)
+            prune(self.directory, cfg.save_total_limit, self.step)
+            keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
         self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.start = time.monotonic() - self.state["time"]
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
@@ -119,9 +133,11 @@ class Record:
         return self.step == self.total
 
     @property
-    def stopped(self) -> bool:
-        """A signal came; one that comes in the last step lets the run end as usual."""
-        return bool(self.signals) and not self.ended
+    def stopped(self) -> int:
+        """The signal that came, to this rank or another, 0 if none did; all ranks ask together. One
+        that comes in the last step lets the run end as usual."""
+        came = sum(ranks.gather(self.signals), [])
+        return came[0] if came and not self.ended else 0
 
     def due(self, every: int | None) -> bool:
         """At the end, and each `every` steps before it."""
@@ -173,41 +189,47 @@ class Record:
 
     def evaluate(self, method: Method) -> None:
         """Measure the held-out examples, if that is due. The time that takes does not count as
-        training. A signal cuts it off, and leaves it to the run that goes on."""
+        training. A signal cuts it off, and leaves it to the run that goes on; but not on several
+        ranks, which need not be at the same batch."""
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
         due = self.due(cfg.eval_steps) and state["evaluated"] < self.step
-        if self.stopped or not (due and self.run.held_out):
+        if not (due and self.run.held_out) or self.stopped:
             return
         longest = row_tokens(cfg.max_row_tokens, lm.device)
-        held_out = fitting(self.run.held_out, cfg.per_device_eval_batch_size, longest)
-        measured = evaluate(lm, takewhile(lambda _: not self.stopped, method(held_out)))
+        batches = method(ranks.rows(self.run.held_out, cfg.per_device_eval_batch_size, longest))
+        if ranks.WORLD == 1:
+            batches = takewhile(lambda _: not self.stopped, batches)
+        measured = evaluate(lm, batches, ranks.total)
         if self.stopped:
             return
         state["evaluated"] = self.step
         self._line({f"eval_{name}": value for name, value in measured.items()})
-        if cfg.generate_during_eval:
+        if cfg.generate_during_eval and ranks.RANK == 0:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + self.seconds() - started, self.since[1]
 
     def save_checkpoint(self) -> None:
         self.state["time"] = self.seconds()
+        tensors = state_tensors(self.named, self.optimizer)  # of all ranks
 
         def write(beside):
             save_policy(self.run.policy, beside)
-            save_state(beside, self.named, self.optimizer, self.state)
+            save_state(beside, tensors, self.state)
 
-        write_whole(self.directory / f"checkpoint-{self.step}", write)
-        prune(self.directory, self.cfg.save_total_limit, self.step)
+        if ranks.RANK == 0:
+            write_whole(self.directory / f"checkpoint-{self.step}", write)
+            prune(self.directory, self.cfg.save_total_limit, self.step)
         self.saved = self.step
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Memory that runs out does so before a step changes a weight (AdamW's own was taken in the
-        first), so what was done until then is saved."""
+        first), so what was done until then is saved. Not on several ranks: it takes all of them to
+        save, and those that had enough are waiting for this one."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
+            if out_of_memory(error) and ranks.WORLD == 1:
                 self.save_what_is_done()
             raise
 

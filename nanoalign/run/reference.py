@@ -16,6 +16,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, packed, row_tokens
+from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import load_base
@@ -44,7 +45,7 @@ def reference_of(
     logps = _logps_of(cfg, policy)
     all_train = policy.reference is None and not cfg.ref_model_name_or_path
     if cfg.precompute_ref_log_probs or all_train:
-        logps = _table(logps, long_rows(_once(all_requests()), cfg, policy.lm))
+        logps = _table(logps, long_rows(_once(all_requests()), cfg, policy.lm), policy.lm.device)
     return logps
 
 
@@ -94,12 +95,13 @@ def _once(examples: list[Example]) -> list[Example]:
     return list({tuple(_keys([example])): example for example in examples}.values())
 
 
-def _table(logps_of: LogpsOf, rows: Batches) -> LogpsOf:
+def _table(logps_of: LogpsOf, rows: Batches, device: torch.device) -> LogpsOf:
     """The same function, from a table: it knows prompts and completions by what they are."""
-    bar = tqdm(rows, "reference log-probs", disable=None, leave=False)
-    logps = torch.cat([logps_of([row])[0] for row in bar])
-    known = dict(zip(_keys(sum(rows, [])), logps.tolist()))
+    mine, known = ranks.share(rows, lambda row: sum(map(len, row))), {}
+    for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
+        known |= zip(_keys(row), logps_of([row])[0].tolist())
+    known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda batches: [
-        torch.tensor([known[k] for k in _keys(batch)], device=logps.device) for batch in batches
+        torch.tensor([known[k] for k in _keys(batch)], device=device) for batch in batches
     ]

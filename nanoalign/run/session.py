@@ -22,7 +22,7 @@ from nanoalign import InputError, world
 from nanoalign.data import Examples, Lazy, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
-from nanoalign.run import checkpoint
+from nanoalign.run import checkpoint, ranks
 from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
@@ -50,7 +50,7 @@ def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> No
 
     `built_in` holds the settings of a run without a model of the user's; {} where there is none.
     """
-    with command(Path(sys.argv[0]).name):
+    with command(Path(sys.argv[0]).name), ranks.job():
         cfg = parse(kind, sys.argv[1:], built_in)
         try:
             run(cfg)
@@ -107,19 +107,15 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     # The built-in world's data: world.py can measure what is learned from it, and a run may write
     # over what an earlier one left in runs/METHOD, and nowhere else.
     built_in, learned = Path(cfg.dataset_name[0]).parent == world.HOME, world.HOME.parent / "sft"
-    check_output_dir(cfg, built_in and cfg.output_dir == str(world.HOME.parent / cfg.method))
+    own = built_in and cfg.output_dir == str(world.HOME.parent / cfg.method)
+    ranks.once(lambda: check_output_dir(cfg, may_overwrite=own))
     end_if_finished(cfg)
     if built_in and model == str(world.BASE):
-        world.build()
+        ranks.once(world.build)
     elif built_in and model == str(learned) and not (learned / "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
-    examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
-    held_out = []
-    if cfg.eval_dataset:
-        held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
-    elif cfg.eval_fraction:
-        examples, held_out = hold_out(cfg, examples)
+    examples, cut, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
     if not built_in:
         for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, cut)):
             print(f"advice: {line}")
@@ -130,7 +126,11 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     if policy.lm.device.type == "cpu":
         print(threads)
     settle_rows(cfg, policy.lm, examples)
-    return Run(policy, examples, held_out, world.measure(policy) if built_in else None)
+    if ranks.WORLD > 1:
+        print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
+    ranks.own_dropout(cfg.seed)
+    before = world.measure(policy) if built_in and ranks.RANK == 0 else None
+    return Run(policy, examples, held_out, before)
 
 
 def use_threads(cfg: Config, built_in: bool) -> str:
@@ -206,6 +206,17 @@ def end_if_finished(cfg: Config) -> None:
     raise SystemExit(0)
 
 
+def read_all(cfg: Config, layouts: Layouts, opened: tuple):
+    """-> examples to train on, how many of their completions were cut, examples to evaluate on."""
+    examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
+    held_out = []
+    if cfg.eval_dataset:
+        held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
+    elif cfg.eval_fraction:
+        examples, held_out = hold_out(cfg, examples)
+    return examples, cut, held_out
+
+
 def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split: str = "train"):
     """-> the examples in `sources`, and how many completions were cut; and a printed line."""
     tokenizer, template, _ = opened
@@ -234,6 +245,8 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
 
 def finish(cfg: Config, run: Run) -> Run:
     """Beside the weights: run.json, the curves, a model card; and what there is to say."""
+    if ranks.RANK:
+        return run
     directory = Path(cfg.output_dir)
     lines = read_run(directory)
     with saving(directory):

@@ -1,0 +1,29 @@
+"""What one of torchrun's processes does in test_ranks.py: one run after another.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/ranks_worker.py RUNS.json
+
+RUNS.json lists [method, flags].
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.modules["matplotlib"] = None  # no curves: they take longer than the tiny runs
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from scripts import call  # noqa: E402
+
+from nanoalign.run import ranks  # noqa: E402
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with ranks.job():
+        for method, given in json.loads(Path(sys.argv[1]).read_text()):
+            call(method, given)
+            ranks.wait()

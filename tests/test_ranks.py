@@ -1,0 +1,175 @@
+"""Two processes against one: the same steps, the same lines, the same weights."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from scripts import ROOT, argv, call, metrics, tensors
+
+PATIENCE = 400  # seconds, for a machine that is busy
+METHODS = ["sft", "dpo", "kto"]
+LORA = {"lora_r": 4}
+FULL = {"use_peft": "false"}
+
+
+def torchrun(home, script, *words, **more):
+    """Two processes on this machine, one thread each. What they say goes to the file home/said,
+    and their errors to home/errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(ROOT / script), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    with open(home / "said", "w") as said, open(home / "errors", "w") as errors:
+        return subprocess.Popen(command, env=env, stdout=said, stderr=errors, **more)
+
+
+@pytest.fixture(scope="module")
+def flags(model_dir, data):
+    """flags(method, directory, **more): steps of 10 of 11 examples, so that each epoch's second
+    step has a single one, and one of two ranks none; evaluations in the middle and at the end."""
+
+    def make(method, directory, **more):
+        return dict(
+            model_name_or_path=model_dir, dataset_name=str(data / f"{method}.jsonl"), device="cpu",
+            output_dir=str(directory), learning_rate=1e-3, max_steps=4, logging_steps=1,
+            per_device_train_batch_size=5, disable_dropout="true", weight_decay=0.1,
+            eval_dataset=str(data / f"{method}.jsonl"), eval_steps=2, warmup_ratio=0.5,
+        ) | more  # fmt: skip
+
+    return make
+
+
+def done(runs, home):
+    """Two ranks do the runs."""
+    (home / "runs.json").write_text(json.dumps(runs))
+    code = torchrun(home, "tests/ranks_worker.py", home / "runs.json").wait(PATIENCE)
+    assert code == 0, (home / "errors").read_text()
+    return home
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory, no_curves):
+    """The directory in which two ranks did all the runs of this file, and one process some."""
+    home, runs = tmp_path_factory.mktemp("ranks"), []
+    for method in METHODS:
+        runs.append((method, flags(method, home / f"{method}-lora", save_steps=2, **LORA)))
+        # 8 and then 3 examples, in rows that are cut; and weights of both kinds
+        cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_row_tokens=40)
+        runs.append((method, flags(method, home / f"{method}-full", **cut, **FULL)))
+    # With dropout: a run, and the same from its checkpoint on.
+    noisy = {"lora_dropout": 0.2, "disable_dropout": "false", "save_steps": 2, **LORA}
+    runs.append(("sft", flags("sft", home / "whole", **noisy)))
+    again = flags("sft", home / "again", resume_from_checkpoint=str(home / "whole/checkpoint-2"))
+    runs.append(("sft", again | noisy))
+    # One process begins, two go on.
+    alone = flags("dpo", home / "alone", gradient_accumulation_steps=2, save_steps=2, **LORA)
+    call("dpo", alone)
+    resumed = flags("dpo", home / "more", resume_from_checkpoint=str(home / "alone/checkpoint-2"))
+    runs.append(("dpo", resumed | LORA))
+    return done(runs, home)
+
+
+def close(directory, other):
+    """The same lines of metrics.jsonl, from where the first of the two began; -> the largest
+    difference of their weights."""
+    lines, others = metrics(directory), metrics(other)
+    assert len(lines) > 2
+    for line, theirs in zip(lines, others[-len(lines) :], strict=True):
+        assert line.keys() == theirs.keys()
+        for name in line:
+            # The rows are cut otherwise, so log-probs differ in their last bit, which at a hundred
+            # nats is 8e-6; rewards and kl are differences of such.
+            error = 1e-5 if re.search("rewards|kl", name) else 1e-6
+            assert line[name] == pytest.approx(theirs[name], rel=1e-6, abs=error), name
+    file = "adapter_model" if (directory / "adapter_model.safetensors").exists() else "model"
+    weights, theirs = (load_file(d / f"{file}.safetensors") for d in (directory, other))
+    assert weights.keys() == theirs.keys()
+    return max((weights[name] - theirs[name]).abs().max().item() for name in weights)
+
+
+@pytest.mark.parametrize("method, kind", product(METHODS, ["lora", "full"]))
+def test_two_ranks_take_the_steps_of_one_process(method, kind, two, flags, tmp_path, no_curves):
+    """Losses, gradient norms, every other metric, the evaluations, and the weights at the end."""
+    size = {"lora": (10, 1), "full": (4, 2)}[kind]
+    more = dict(per_device_train_batch_size=size[0], gradient_accumulation_steps=size[1])
+    more |= LORA if kind == "lora" else FULL | {"max_row_tokens": 40}
+    call(method, flags(method, tmp_path, **more))
+    assert close(two / f"{method}-{kind}", tmp_path) < 1e-6
+
+
+def test_a_run_goes_on_bit_for_bit_with_the_dropout_of_each_rank(two):
+    assert tensors(two / "again") == tensors(two / "whole")
+    assert metrics(two / "again") == metrics(two / "whole")[-3:]  # two steps and an evaluation
+
+
+def test_another_number_of_ranks_goes_on_with_a_checkpoint(two, flags, tmp_path, no_curves):
+    assert close(two / "more", two / "alone") < 1e-6
+    more = dict(per_device_train_batch_size=10, **LORA)
+    which = str(two / "dpo-lora/checkpoint-2")
+    call("dpo", flags("dpo", tmp_path, resume_from_checkpoint=which, **more))
+    assert close(tmp_path, two / "dpo-lora") < 1e-6
+
+
+def at_step_2(home, method, **given):
+    """A run without an end, that has done two steps."""
+    process = torchrun(home, f"train_{method}.py", *argv(given | {"max_steps": 10**6}))
+    until = time.monotonic() + PATIENCE
+    while "\nstep       2/" not in (home / "said").read_text():
+        assert process.poll() is None and time.monotonic() < until, (home / "errors").read_text()
+        time.sleep(0.1)
+    return process
+
+
+def error_line(home):
+    """The only one beside torchrun's own report."""
+    text = (home / "errors").read_text()
+    (line,) = [line for line in text.splitlines() if "error:" in line]
+    return line
+
+
+def test_a_rank_that_is_killed_ends_the_job(flags, tmp_path):
+    process = at_step_2(tmp_path, "dpo", **flags("dpo", tmp_path / "run"))
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert "another process of the job has died" in error_line(tmp_path)
+
+
+def test_sigterm_to_torchrun_saves_a_checkpoint(flags, tmp_path):
+    process = at_step_2(tmp_path, "sft", **flags("sft", tmp_path / "run"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    (checkpoint,) = tmp_path.glob("run/checkpoint-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert f"stopped after step {state['step']};" in (tmp_path / "said").read_text()
+    assert metrics(tmp_path / "run")[-1]["step"] == state["step"] > 1
+
+
+@pytest.mark.parametrize("fault", ["row", "disk"])
+def test_what_ends_a_run_ends_it_with_one_line(fault, flags, data, tmp_path):
+    """A bad row is rank 0's to find, and so is a full disk: no file may outgrow 30,000 bytes."""
+    given, limit = flags("kto", tmp_path / "run", save_steps=2), None
+    if fault == "row":
+        given["dataset_name"] = str(tmp_path / "bad.jsonl")
+        rows = (data / "kto.jsonl").read_text().splitlines()
+        Path(given["dataset_name"]).write_text("\n".join([*rows[:4], '{"prompt": 5}', *rows[4:]]))
+    else:
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+
+    process = torchrun(tmp_path, "train_kto.py", *argv(given), preexec_fn=limit)
+    assert process.wait(PATIENCE) != 0
+    words = {"row": "bad.jsonl, line 5", "disk": "checkpoint-2: not saved: .*File too large"}
+    assert re.search(words[fault], error_line(tmp_path))
+    assert "exitcode  : 2" in (tmp_path / "errors").read_text()
+    assert not list(tmp_path.glob("run/checkpoint-*"))
