@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -20,6 +21,7 @@ from nanoalign.chatml import IM_END, ChatML
 from nanoalign.data import (
     Case,
     Example,
+    Kept,
     Limits,
     epoch_order,
     make_examples,
@@ -378,6 +380,20 @@ def test_one_batch_call_tokenizes_all(read, tokenizer, monkeypatch):
     assert len(examples) == 9 and len(calls) <= 4  # a few probes, then everything at once
     texts = calls[-1]
     assert len(texts) == len(set(texts)) and {"user\nQ0", "user\nQ8", "A", "B"} <= set(texts)
+
+
+@pytest.mark.parametrize("label", [None, False, True])
+def test_an_example_comes_back_as_it_was_kept(label):
+    """Also without a prompt, with 0 as an id, and from a file whose name is no UTF-8."""
+    given = [
+        Example([], [([0, 1, 2**31 - 1], [True, False, True]), ([0], [False])], label, "a.jsonl"),
+        Example([5, 0], [([7], [True])], label, os.fsdecode(b"caf\xe9.jsonl") + ", line 1", 1),
+    ]
+    kept = Kept(Example)
+    for e in given:
+        kept.append(e.prompt, e.completions, e.label, e.where, e.number)
+    assert list(kept) == given and kept[-1] == given[1] and kept[1:] == given[1:]
+    assert len(kept) == 2 and list(reversed(kept)) == given[::-1]
 
 
 def test_length_counts_a_shared_prompt_in_each_sequence():
