@@ -24,8 +24,8 @@ twice), and the last token of a reply, which is not in the row, does not count.
 four examples have other values than one row of eight. (f of a whole step would be known only after
 a forward pass over all of it.) As in transformers, aux belongs to one pass of the model, here to
 one row; a step's aux is the mean over its rows, each weighted by what it counts for the loss:
-trained tokens (SFT), or examples. So --max_row_tokens and the batch size change the value of aux;
-everything else about a step is the same in all splits.
+trained tokens (SFT), or examples. So --max_row_tokens, the batch size and the number of processes
+change the value of aux; everything else about a step is the same in all splits.
 
 Evaluation gives the method's loss alone, so eval_loss can be compared between coefficients.
 """
