@@ -121,13 +121,13 @@ SMOL |= dict(head_dim=64, tie_word_embeddings=True, vocab_size=4096)
     "how, checkpointing, layers",
     [
         ("lora", False, 30),
-        ("lora", True, 6),
-        ("qlora", False, 6),
+        ("lora", True, 4),
+        ("qlora", False, 4),
         ("qlora", True, 30),
         ("full", False, 30),
-        ("full", True, 6),
-        ("autocast", False, 6),
-        ("autocast", True, 6),
+        ("full", True, 4),
+        ("autocast", False, 4),
+        ("autocast", True, 4),
     ],
 )
 def test_what_a_step_holds(how, checkpointing, layers):

@@ -163,13 +163,16 @@ def keys_met(example: int) -> float:
     return 0 if example > attention.SHORT else (example + min(example, attention.BLOCK)) / 2
 
 
-def in_a_layer(s: Sizes, how: How) -> int:
+def in_the_mlp(s: Sizes, how: How) -> int:
     """The gradients inside a layer's MLP: of what down reads, once through W and once through A (or
-    of act(gate) and of up), and of the stream; and beside them whole weights: one that is decoded
-    from 4 bits, the gradient of one, that of a head which waits for the tied embedding's."""
-    size = how.tokens * (2 * s.mlp * how.size + s.hidden * (how.stream + how.size))
-    if s.four_bit:
-        size += s.largest * how.size
+    of act(gate) and of up), and of the stream. On the way forward it holds as much."""
+    return how.tokens * (2 * s.mlp * how.size + s.hidden * (how.stream + how.size))
+
+
+def whole_weights(s: Sizes, how: How) -> int:
+    """What lies beside the gradients in a layer: a weight that is decoded from 4 bits; or that of
+    which the gradient is computed, and a head's gradient, which waits for the tied embedding's."""
+    size = s.largest * how.size if s.four_bit else 0
     if how.train_all:
         size += s.largest * (4 + how.size) + 4 * s.vocabulary * s.hidden * s.tied
     return size
@@ -193,12 +196,12 @@ def row_bytes(s: Sizes, how: How) -> dict[str, int]:
     casts = s.linears if how.train_all else s.adapters  # used in 16 bits, and kept so too
     casts *= how.size if how.size < 4 else 0
     layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts
-    moments = {"at the head": at_the_head(s, how), "in a layer": in_a_layer(s, how)}
-    kept = s.layers * layer
+    inside, kept = in_the_mlp(s, how), s.layers * layer
+    moments = {"at the head": at_the_head(s, how), "in a layer": inside + whole_weights(s, how)}
     if how.checkpointing:
         kept = s.layers * how.tokens * s.hidden * how.stream
         moments["in a layer"] += layer
     if how.checkpointing and how.train_all:
-        moments["in autocast"] = s.layers * casts + in_a_layer(s, how)
+        moments["in autocast"] = s.layers * casts + inside
     moment = max(moments, key=moments.get)
     return {"kept for backward": round(kept), moment: round(moments[moment])}
