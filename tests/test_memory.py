@@ -224,7 +224,9 @@ def test_the_table_by_hand(capsys):
         "--gradient_checkpointing", "--max_row_tokens", "2048",
     )  # fmt: skip
     gib, adapters = 2**30, 32 * 16 * (4 * 4096 + 2 * 5120 + 3 * 18432)
-    table = dict(reversed(line.split(maxsplit=1)) for line in out.splitlines()[3:10])
+    lines = out.splitlines()
+    assert lines[1] == "rows of 2,048 tokens, checkpointed: 7.9 GiB on 16 GB"
+    table = dict(reversed(line.split(maxsplit=1)) for line in lines[2:10])
     linears = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     assert float(table["weights in few bits"]) == round(linears * 4.5 / 8 / gib, 2)
     assert float(table["other frozen weights"]) == round(2 * 2 * 128257 * 4096 / gib, 2)
@@ -233,16 +235,15 @@ def test_the_table_by_hand(capsys):
 
 
 def test_the_advice_makes_it_fit(capsys):
-    """The flags that the table names for a card, given, fit it, and with the number it told."""
-    words = "sft", "--model_name_or_path", SHAPES / "llama-3.2-3b.json"
+    """The flags that a card's line names, given, fit it, with the bytes that it told."""
+    words = "sft", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--max_row_tokens", "1024"
     lines = [line for line in printed(capsys, *words).splitlines() if " GB  " in line]
-    assert len(lines) == 6 and lines[-1].split()[2] == "fits:"
-    advised = [line for line in lines if "fits with" in line]
-    assert advised
-    for line in advised:
-        card, rest = line.split(" GB  fits with ")
-        flags, needed = rest.split(": ")
-        assert f"{card} GB  fits: {needed}" in printed(capsys, *words, *flags.split()).splitlines()
+    assert [line.split(" GB")[0].strip() for line in lines] == "8 16 24 48 80 141".split()
+    (card, rest), *others = [line.split(" GB  with ") for line in lines if " GB  with " in line]
+    flags, run = rest.split(": ", maxsplit=1)
+    assert "--load_in_4bit true" in flags and len(others) == 1
+    assert f"{card} GB  {run}" in printed(capsys, *words, *flags.split()).splitlines()
+    assert " GB  " not in printed(capsys, *words, "--device", "cpu")
 
 
 def test_scaling_md_has_the_tools_table(capsys):

@@ -84,7 +84,8 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
     torch.cuda.empty_cache()
     free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    left = (1 - SPARE) * free - 12 * trained  # gradients, and AdamW's two states
+    paged = cfg.optim == "paged_adamw_32bit"
+    left = (1 - SPARE) * free - (4 if paged else 12) * trained  # gradients, AdamW's two states
     if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
         left -= sum(t.nbytes for t in (*lm.parameters(), *lm.buffers()))
     longest = max(len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples)

@@ -26,12 +26,12 @@ from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skel
 from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
 from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of, standing_bytes
+from nanoalign.run.device import SPARE, settle
 from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
 from nanoalign.run.session import command
 
 CARDS = 8, 16, 24, 48, 80, 141  # GB
-USABLE = 0.95  # of a card; the rest is lost in gaps between tensors
 CONTEXT = 600 * 2**20  # CUDA's own and its libraries': an estimate
 GIB = 2**30
 
@@ -50,15 +50,15 @@ WAYS = {  # flags that make a run smaller, and what their values cost: time, exa
     "load_in_4bit": {True: 8},
     "use_peft": {True: 32},
 }
-SETUPS = {  # the columns of the table
-    "4 bits, checkpointed": "--load_in_4bit --use_bnb_nested_quant --gradient_checkpointing",
-    "4 bits": "--load_in_4bit",
-    "LoRA, checkpointed": "--gradient_checkpointing",
-    "LoRA": "",
+SETUPS = {  # the columns of the table, all with rows of 4,096 tokens
+    "4 bits, checkpointed": "--gradient_checkpointing true --load_in_4bit --use_bnb_nested_quant",
+    "4 bits": "--gradient_checkpointing false --load_in_4bit",
+    "LoRA, checkpointed": "--gradient_checkpointing true",
+    "LoRA": "--gradient_checkpointing false",
     "all weights, checkpointed, paged": (
-        "--use_peft false --gradient_checkpointing --optim paged_adamw_32bit"
+        "--gradient_checkpointing true --use_peft false --optim paged_adamw_32bit"
     ),
-    "all weights": "--use_peft false",
+    "all weights": "--gradient_checkpointing false --use_peft false",
 }
 
 
@@ -121,34 +121,50 @@ def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
     return freeze
 
 
-def count(cfg: Config, shapes: Shapes, card: float) -> dict[str, int]:
-    """A run's bytes by kind, on a card of so many GB: a small one gets smaller chunks of logits."""
-    cuda = cfg.device != "cpu"
+@dataclass
+class Run:
+    """What a run makes of a card."""
+
+    kinds: dict[str, int]  # bytes by kind
+    how: How
+    fits: bool
+
+    @property
+    def line(self) -> str:
+        way = ", checkpointed" if self.how.checkpointing else ""
+        return f"rows of {self.how.tokens:,} tokens{way}: {sum(self.kinds.values()) / GIB:.1f} GiB"
+
+
+def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
+    """On a card of so many GB (of which a small one gets smaller chunks of logits). What the flags
+    leave open, rows and checkpointing, is settled as the run would settle it."""
+    cuda, sizes, standing = cfg.device != "cpu", shapes.sizes, dict(shapes.standing)
+    if cuda:
+        standing["CUDA's context"] = CONTEXT
+        if cfg.optim == "paged_adamw_32bit":  # a part of them comes when the row is gone
+            standing["AdamW's states"] = 0
     how = How(
-        tokens=longest_row(cfg, cuda),
+        tokens=0,
         size=shapes.dtype.itemsize,
         dropout=shapes.dropout if cfg.lora_dropout or cfg.adapter_name_or_path else 0.0,
-        checkpointing=cfg.gradient_checkpointing,
-        compiled=cfg.torch_compile,
+        compiled=bool(cfg.torch_compile),
         train_all=not cfg.use_peft,
-        chunk=rows_of_logits(shapes.sizes.vocabulary, cuda, card),
+        chunk=rows_of_logits(sizes.vocabulary, cuda, card),
         cuda=cuda,
         example=cfg.max_length,
     )
-    kinds = shapes.standing | row_bytes(shapes.sizes, how)
-    if cfg.optim == "paged_adamw_32bit" and cuda:  # a part of them comes when the row is gone
-        kinds["AdamW's states"] = 0
-    if cuda:
-        kinds["CUDA's context"] = CONTEXT
-    return kinds
-
-
-def longest_row(cfg: Config, cuda: bool) -> int:
-    """Tokens of the longest row: as long as rows may be, but no longer than a batch, nor shorter
-    than an example, which is not cut. A pair may be as long as two completions."""
-    example = cfg.max_length * (2 if cfg.method == "dpo" else 1)
-    limit = cfg.max_row_tokens or ROW_TOKENS["gpu" if cuda else "cpu"]
-    return min(max(limit, example), cfg.per_device_train_batch_size * example)
+    example = cfg.max_length * (2 if cfg.method == "dpo" else 1)  # at most: it may be two replies
+    batch = cfg.per_device_train_batch_size * example
+    later = standing["its gradients"] + standing["AdamW's states"]
+    left = (1 - SPARE) * (card * GIB - sum(standing.values()) + later) - later
+    given = cfg.max_row_tokens, cfg.gradient_checkpointing
+    if not cuda:  # there it is all open to the user
+        given = cfg.max_row_tokens or ROW_TOKENS["cpu"], bool(cfg.gradient_checkpointing)
+    tokens, checkpointing = settle(left, sizes, how, example, batch, *given)
+    tokens = min(max(tokens, example), batch)
+    how = replace(how, tokens=tokens, checkpointing=checkpointing)
+    row = row_bytes(sizes, how)
+    return Run(standing | row, how, sum(row.values()) <= left)
 
 
 def rows_of_logits(vocabulary: int, cuda: bool, card: float) -> int:
@@ -176,40 +192,33 @@ def smaller(cfg: Config) -> Iterator[dict]:
 
 
 def report(cfg: Config) -> Iterator[str]:
-    """The table, line by line."""
-
+    """A table of what there is on the smallest card that fits, and a line for each card."""
     known = {}  # models by the flags that make them
 
-    def count_for(cfg, card):
+    def run(cfg, card):
         key = cfg.use_peft, cfg.load_in_4bit, cfg.use_bnb_nested_quant and cfg.load_in_4bit
         if key not in known:
             known[key] = shapes_of(cfg)
-        return count(cfg, known[key], card)
+        return run_on(cfg, known[key], card)
 
-    kinds = count_for(cfg, CARDS[-1])
-    (shapes,), cuda = known.values(), cfg.device != "cpu"
+    runs = {card: run(cfg, card) for card in CARDS}
+    fitting = next((card for card in CARDS if runs[card].fits), CARDS[-1])
+    (shapes,) = known.values()
     train, frozen = shapes.trained / 1e6, (shapes.weights - shapes.trained) / 1e6
     dtype = str(shapes.dtype).removeprefix("torch.")
-    yield f"{shapes.name}: {train:,.1f} million weights train, {frozen:,.1f} are frozen"
-    yield f"rows of {longest_row(cfg, cuda):,} tokens, computed in {dtype}"
-    yield "     GiB"
-    for kind, size in kinds.items():
+    yield f"{shapes.name}: {train:,.1f} million weights train, {frozen:,.1f} are frozen; {dtype}"
+    where = f" on {fitting} GB" if runs[fitting].fits else " (too much for one card)"
+    yield runs[fitting].line + (where if cfg.device != "cpu" else "")
+    for kind, size in runs[fitting].kinds.items():
         if size:
             yield f"{size / GIB:8.2f}  {kind}"
-    yield f"{sum(kinds.values()) / GIB:8.2f}  at its largest"
-    for card in CARDS if cuda else ():
-        needed, there = sum(count_for(cfg, card).values()) / GIB, USABLE * card
-        line = f"{card:>4} GB  "
-        if needed <= there:
-            yield f"{line}fits: {needed:.2f}"
+    for card in CARDS if cfg.device != "cpu" else ():
+        if runs[card].fits:
+            yield f"{card:>4} GB  {runs[card].line}"
             continue
-        for new in smaller(cfg):
-            needed = sum(count_for(replace(cfg, **new), card).values()) / GIB
-            if needed <= there:
-                yield f"{line}fits with {words(new)}: {needed:.2f}"
-                break
-        else:
-            yield f"{line}no"
+        others = ((new, run(replace(cfg, **new), card)) for new in smaller(cfg))
+        new, other = next(((new, other) for new, other in others if other.fits), (None, None))
+        yield f"{card:>4} GB  " + (f"with {words(new)}: {other.line}" if new else "no")
 
 
 def words(new: dict) -> str:
@@ -225,11 +234,13 @@ def table(models: list[str]) -> Iterator[str]:
     for name in models:
         cells = []
         for flags in SETUPS.values():
-            cfg = parse(METHODS["sft"], ["--model_name_or_path", name, *flags.split()], {})
+            given = ["--model_name_or_path", name, "--max_row_tokens", "4096", *flags.split()]
+            cfg = parse(METHODS["sft"], given, {})
             shapes = shapes_of(cfg)
-            peaks = {card: sum(count(cfg, shapes, card).values()) / GIB for card in CARDS}
-            card = next((card for card in CARDS if peaks[card] <= USABLE * card), None)
-            cells.append(f"{peaks[card or CARDS[-1]]:.1f} ({card or '-'})")
+            runs = {card: run_on(cfg, shapes, card) for card in CARDS}
+            card = next((card for card in CARDS if runs[card].fits), None)
+            peak = sum(runs[card or CARDS[-1]].kinds.values()) / GIB
+            cells.append(f"{peak:.1f} ({card or '-'})")
         yield f"| {Path(name).stem} | " + " | ".join(cells) + " |"
 
 
