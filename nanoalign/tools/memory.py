@@ -50,7 +50,8 @@ WAYS = {  # flags that make a run smaller, and what their values cost: time, exa
     "load_in_4bit": {True: 8},
     "use_peft": {True: 32},
 }
-SETUPS = {  # the columns of the table, all with rows of 4,096 tokens
+TABLE = "--max_row_tokens 4096 --torch_compile false"
+SETUPS = {  # its columns
     "4 bits, checkpointed": "--gradient_checkpointing true --load_in_4bit --use_bnb_nested_quant",
     "4 bits": "--gradient_checkpointing false --load_in_4bit",
     "LoRA, checkpointed": "--gradient_checkpointing true",
@@ -234,7 +235,7 @@ def table(models: list[str]) -> Iterator[str]:
     for name in models:
         cells = []
         for flags in SETUPS.values():
-            given = ["--model_name_or_path", name, "--max_row_tokens", "4096", *flags.split()]
+            given = ["--model_name_or_path", name, *TABLE.split(), *flags.split()]
             cfg = parse(METHODS["sft"], given, {})
             shapes = shapes_of(cfg)
             runs = {card: run_on(cfg, shapes, card) for card in CARDS}
