@@ -179,8 +179,7 @@ class FrozenLinear(nn.Module):
         linear.bias = self.bias
         return linear
 
-    # Traced, forward and backward hold the same expression: the compiler would compute it once and
-    # keep the dense weight. (torch.compiler.disable would do too; its import takes a second.)
+    # A compiler that saw forward and backward rebuild the same weight would keep it in between.
     @getattr(torch, "_disable_dynamo", torch.compiler.disable)
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -190,9 +189,8 @@ class FrozenLinear(nn.Module):
         """`.to(dtype)` must not round a scale, 64 weights at once: it meets the scales as bits."""
 
         def on_bits(t):
-            if t.dtype == torch.float32 and any(t is b for b in self.buffers()):
-                return fn(t.view(torch.int32)).view(torch.float32)
-            return fn(t)
+            scale = t.dtype == torch.float32 and any(t is b for b in self.buffers())
+            return fn(t.view(torch.int32)).view(torch.float32) if scale else fn(t)
 
         return super()._apply(on_bits, recurse)
 
@@ -203,6 +201,8 @@ class FrozenLinear(nn.Module):
 
 class NF4Linear(FrozenLinear):
     """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled."""
+
+    product = staticmethod(fast.product_with(tables))  # FrozenProduct, as compiled layers need it
 
     def __init__(self, *size, double_quant=False, blocksize=64):
         super().__init__(*size)
@@ -215,8 +215,9 @@ class NF4Linear(FrozenLinear):
             self.register_buffer(name, buffer)
 
     def dequantize(self) -> Tensor:
-        absmax = self.absmax
-        if self.double_quant:
-            absmax = double_dequantize(absmax, self.absmax2, self.offset)
-        shape, levels = (self.out_features, self.in_features), tables(absmax.device)[0]
-        return fast.dequantize(self.packed, absmax, shape, self.dtype, self.blocksize, levels)
+        scales = [self.absmax, self.absmax2, self.offset] if self.double_quant else [self.absmax]
+        shape, maps = (self.out_features, self.in_features), tables(self.packed.device)
+        return fast.dequantize(self.packed, scales, shape, self.dtype, self.blocksize, *maps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self) if torch.compiler.is_compiling() else super().forward(x)

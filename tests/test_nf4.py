@@ -22,6 +22,7 @@ from nanoalign.nf4 import (
 )
 
 STATE = "l.weight.quant_state.bitsandbytes__nf4"
+TABLES = nf4.LEVELS, nf4.DYNAMIC_MAP
 BOTH = pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 
 
@@ -110,7 +111,8 @@ def test_each_twin_is_its_definition_bit_for_bit(chunk, blocksize, monkeypatch):
             for a, b in zip(whole, parts):
                 assert a.dtype == b.dtype and torch.equal(a, b)
             dense = dequantize(*whole, shape, dtype, blocksize)
-            quick = fast.dequantize(*whole, shape, dtype, blocksize, nf4.LEVELS)
+            packed, absmax = whole
+            quick = fast.dequantize(packed, [absmax], shape, dtype, blocksize, *TABLES)
             assert dense.dtype == quick.dtype == dtype and torch.equal(dense, quick)
 
 
@@ -345,19 +347,52 @@ def test_compiled_model_trains_and_keeps_only_packed_bytes(double, checkpointed)
         assert saved_bytes(lambda: compiled(x)) <= 2 * 80 * 80 * 4.5 / 8 + activations
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_of_compiled_layers_is_the_product_bit_for_bit(double, dtype):
+    """Called, checkpointed, and in one graph, with and without a checkpoint in it."""
+    torch.compiler.reset()
+    layer = NF4Linear.from_linear(a_linear(dtype=dtype), double_quant=double)
+    x = randn(2, 3, 80, dtype=dtype)
+
+    def results(run):
+        leaf, layer.bias.grad = x.clone().requires_grad_(), None
+        y = run(leaf)
+        y.square().sum().backward()
+        return y, leaf.grad, layer.bias.grad
+
+    def operator(x):
+        return layer.product(x, layer)
+
+    def checkpointed(x):
+        return checkpoint(operator, x, use_reentrant=False)
+
+    one_graph = dict(backend="aot_eager", fullgraph=True, dynamic=True)
+    ways = operator, checkpointed, *(torch.compile(f, **one_graph) for f in (layer, checkpointed))
+    for way in ways:
+        assert all(torch.equal(a, b) for a, b in zip(results(way), results(layer)))
+    scales = [layer.absmax, layer.absmax2, layer.offset] if double else [layer.absmax]
+    stored = layer.packed, scales, [48, 80], dtype, 64
+    product = torch.ops.nanoalign.nf4_product
+    torch.library.opcheck(product, (x.requires_grad_(), layer.bias, *stored, False))
+
+
+@BOTH
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_the_fused_expression_is_the_same_decode(compiled):
+def test_the_fused_expression_is_the_same_decode(compiled, double):
     """What a GPU compiles and what a CPU loops over give the bits of the definition."""
     if compiled and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler here")
     decode = torch.compile(fast.decode) if compiled else fast.decode
-    for shape in (32, 64), (48, 64):
+    for shape in (32, 64), (48, 64), (700, 96):
         packed, absmax = quantize(randn(*shape))
+        scales = nf4.double_quantize(absmax) if double else [absmax]
+        absmax = nf4.double_dequantize(*scales) if double else absmax
         packed = packed.view(-1, 32)
         for dtype in (torch.float32, torch.bfloat16):
-            plain = decode(packed, absmax, nf4.LEVELS, dtype)
+            plain = decode(packed, scales, *TABLES, dtype)
             assert torch.equal(plain, fast.decode_cpu(packed, absmax, nf4.LEVELS, dtype))
-            assert torch.equal(plain, dequantize(packed, absmax, plain.shape, dtype))
+            assert torch.equal(plain.flatten(), dequantize(packed, absmax, shape, dtype).flatten())
 
 
 def test_deepcopy_and_state_dict_round_trip():

@@ -1,9 +1,10 @@
-"""nf4.quantize and nf4.dequantize sooner, and in little memory: the same bits.
+"""nf4.quantize, nf4.dequantize and nf4.FrozenProduct sooner, and in little memory: the same bits.
 
 The definitions make temporaries in fp32 that are larger than the weight itself, and each of them
 travels to memory and back. On a CPU, chunks of 2**18 weights keep them in a core's second-level
 cache: a 4096 x 4096 weight is quantized three times as fast. On a GPU, torch.compile fuses all of
-dequantizing into one kernel.
+dequantizing into one kernel. And where a whole layer is compiled, the product with a frozen weight
+is one operator of torch, which the compiler takes as it is.
 """
 
 import functools
@@ -30,33 +31,49 @@ def quantize(weight, blocksize, definition):
     return packed, absmax
 
 
-def dequantize(packed, absmax, shape, dtype, blocksize, levels):
-    """nf4.dequantize, by the quickest way there is on the device."""
+def dequantize(packed, scales, shape, dtype, blocksize, levels, scale_levels):
+    """nf4.dequantize, by the quickest way there is on the device.
+
+    `scales` are what absmax_of takes; the two tables are nf4.LEVELS and nf4.DYNAMIC_MAP.
+    """
     n, packed = math.prod(shape), packed.flatten()
     if n % blocksize:  # complete the last block
-        packed = F.pad(packed, (0, len(absmax) * blocksize // 2 - len(packed)))
-    quickest = decode_cpu if packed.is_cpu else decode
-    if n >= CHUNK and not packed.is_cpu:  # below, there is nothing to gain
-        quickest = fused_decode()
-    weight = quickest(packed.view(-1, blocksize // 2), absmax, levels, dtype)
+        packed = F.pad(packed, (0, len(scales[0]) * blocksize // 2 - len(packed)))
+    packed = packed.view(-1, blocksize // 2)
+    if packed.is_cpu:
+        weight = decode_cpu(packed, absmax_of(scales, scale_levels), levels, dtype)
+    else:
+        quickest = fused_decode() if n >= CHUNK else decode  # below, there is nothing to gain
+        weight = quickest(packed, scales, levels, scale_levels, dtype)
     return weight.flatten()[:n].view(shape)
 
 
-def decode(packed, absmax, levels, dtype):
-    """(blocks, bytes) uint8, (blocks,) fp32 -> (blocks, 2 * bytes), as one expression to fuse."""
+def absmax_of(scales, scale_levels):
+    """[absmax], or [codes, absmax2, offset] as nf4.double_quantize gives them -> absmax, fp32."""
+    if len(scales) == 1:
+        return scales[0]
+    codes, absmax2, offset = scales
+    return scale_levels[codes.int()] * absmax2.repeat_interleave(256)[: len(codes)] + offset
+
+
+def decode(packed, scales, levels, scale_levels, dtype):
+    """(blocks, bytes) uint8, scales of blocks -> (blocks, 2 * bytes), as one expression to fuse."""
     shifts = torch.arange(4, -1, -4, dtype=torch.int32, device=packed.device)  # high nibble first
     codes = (packed.int()[..., None] >> shifts & 15).flatten(1)
-    return (levels[codes] * absmax[:, None]).to(dtype)
+    return (levels[codes] * absmax_of(scales, scale_levels)[:, None]).to(dtype)
 
 
 @functools.cache
 def fused_decode():
     """decode as ONE kernel, where triton is: 4 bits are read, 16 written, nothing in between.
 
-    Only the number of blocks varies from weight to weight, so a model with many shapes compiles
-    twice: for the first, and for any.
+    Only the number of blocks varies from weight to weight, so one compilation serves all shapes of
+    a model. The option keeps product and sum of a doubled scale two operations: as one, which is
+    what a GPU prefers, they would be rounded once and not twice.
     """
-    return torch.compile(decode) if importlib.util.find_spec("triton") else decode
+    if not importlib.util.find_spec("triton"):
+        return decode
+    return torch.compile(decode, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def decode_cpu(packed, absmax, levels, dtype):
@@ -78,3 +95,52 @@ def words_of(levels):
     """All 256 bytes as pairs of levels, high nibble first, each pair one 64-bit word."""
     byte = torch.arange(256)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], -1).view(torch.int64).flatten()
+
+
+def product_with(tables):
+    """nf4.FrozenProduct as ONE operator of torch, for layers that are compiled.
+
+    A compiler that saw into it would find the same weight rebuilt in forward and in backward, do it
+    once, and keep 16 bits a weight in between. It cannot see into an operator, and keeps what that
+    was given: x is not needed, and the codes are in memory anyway. `tables` is nf4.tables.
+    """
+    schema = (
+        "(Tensor x, Tensor? bias, Tensor packed, Tensor[] scales, SymInt[] shape, "
+        "ScalarType dtype, int blocksize, bool transposed) -> Tensor"
+    )
+
+    @torch.library.custom_op("nanoalign::nf4_product", mutates_args=(), schema=schema)
+    def product(x, bias, packed, scales, shape, dtype, blocksize, transposed):
+        stored = packed, scales, shape, dtype, blocksize
+        weight = dequantize(*stored, *tables(packed.device)).to(x.dtype)  # (out, in)
+        if transposed:
+            return x @ weight
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @product.register_fake
+    def _(x, bias, packed, scales, shape, dtype, blocksize, transposed):
+        return x.new_empty(*x.shape[:-1], shape[1 if transposed else 0])
+
+    def keep(ctx, inputs, output):
+        _, bias, packed, scales, *ctx.how, _ = inputs
+        ctx.save_for_backward(packed, *scales)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def backward(ctx, grad):  # (..., out)
+        dx = dbias = None
+        packed, *scales = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            dx = product(grad, None, packed, scales, *ctx.how, True)  # (..., in)
+        if ctx.needs_input_grad[1]:
+            dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return dx, dbias, None, [None] * len(scales), None, None, None, None
+
+    product.register_autograd(backward, setup_context=keep)
+
+    def of_layer(x, layer):
+        doubled = [layer.absmax2, layer.offset] if layer.double_quant else []
+        shape = [layer.out_features, layer.in_features]
+        stored = layer.packed, [layer.absmax, *doubled], shape, layer.dtype, layer.blocksize
+        return product(x, layer.bias, *stored, False)
+
+    return of_layer
