@@ -17,6 +17,7 @@ from nanoalign import InputError, world
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
+from nanoalign.packing import to_device
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.ranks import joined
@@ -68,14 +69,15 @@ def run_kto(cfg: KTOConfig) -> Run:
             z0 = kl_baseline(joined(policy_now(rows)), joined(reference(rows)))
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
-            desirable = torch.tensor([e.label for e in batch], device=ref.device)
+            desirable = to_device([e.label for e in batch], ref.device)
             losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)
             sums = {"loss": (losses.sum(), len(batch))}
             if with_z0:
                 sums["kl"] = z0 * len(batch), len(batch)
             for side, label in (("chosen", True), ("rejected", False)):
                 index = [i for i, e in enumerate(batch) if e.label is label]
-                sums |= reward_sums(side, rewards[index], scores.take(index))
+                own_rewards = rewards[to_device(index, ref.device, torch.int64)]
+                sums |= reward_sums(side, own_rewards, scores.take(index))
             yield sums
 
     fit(cfg, run, kto, order)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nanoalign.fast import head as fast  # token_logps, as below but without the logits
 from nanoalign.lora import TokenRows
-from nanoalign.packing import Example, Row, pack
+from nanoalign.packing import Example, Row, pack, to_device
 
 
 @dataclass
@@ -65,12 +65,13 @@ class Scores:
     @property
     def lengths(self) -> Tensor:
         """(C,) tokens, as a tensor."""
-        return torch.tensor(self.tokens, dtype=torch.float32, device=self.logps.device)
+        return to_device(self.tokens, self.logps.device, torch.float32)
 
     def take(self, index: list[int]) -> "Scores":
         """The scores of some of the completions."""
-        logits = None if self.logits is None else self.logits[index]
-        return Scores(self.logps[index], [self.tokens[i] for i in index], logits)
+        at = to_device(index, self.logps.device, torch.int64)
+        logits = None if self.logits is None else self.logits[at]
+        return Scores(self.logps[at], [self.tokens[i] for i in index], logits)
 
 
 class PackedLM(nn.Module):
@@ -85,6 +86,7 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model, self.scale, self.softcap, self.autocast = model, scale, softcap, autocast
         self.mean_weight = None
+        self.windows = {None, model.config.to_dict().get("sliding_window")}
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,7 @@ class PackedLM(nn.Module):
 
     def forward(self, examples: list[Example], neftune_alpha: float = 0.0) -> Scores:
         """Scores of all completions, in the order in which `examples` list them."""
-        row = pack(examples, self.device)
+        row = pack(examples, self.device, self.windows)
         h = self.hidden(row, neftune_alpha).index_select(0, row.predictors)  # (N, d)
         head, zeros = self.head(), torch.zeros(len(row.trained), device=h.device)
         logps = zeros.index_add(0, row.completion, fast.token_logps(h, head, row.targets))
@@ -119,7 +121,7 @@ class PackedLM(nn.Module):
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
             if neftune_alpha > 0 and self.training:
-                lengths = torch.tensor(row.lengths, device=self.device)[row.geometry.example]
+                lengths = to_device(row.lengths, self.device)[row.geometry.example]
                 bound = neftune_alpha / (lengths * embeds.shape[2]).sqrt()  # (T,)
                 noise = torch.rand_like(embeds, dtype=torch.float32) * 2 - 1
                 embeds = embeds + (noise * bound[:, None]).to(embeds.dtype)

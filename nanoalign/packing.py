@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nanoalign.fast import attention as fast  # attention, as below but without a (T, T) matrix
+from nanoalign.fast.transfer import to_device  # torch.tensor, but a GPU is not waited for
 
 Completion = tuple[list[int], list[bool]]  # ids; which of them train
 
@@ -52,7 +53,7 @@ class Geometry:
     example: Tensor  # (T,) the example a token belongs to
     branch: Tensor  # (T,) the branch within it, -1 for the prompt
     position: Tensor  # (T,) counted from the start of the prompt, through the branch
-    block_masks: dict = field(default_factory=dict)  # flex_attention's, by window: made once a row
+    block_masks: dict = field(default_factory=dict)  # by window, for a GPU's kernel
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """May the token at index `query` of the row see the one at `key`? They broadcast."""
@@ -76,8 +77,8 @@ class Row:
     lengths: list[int]  # tokens of each example, last ones included
 
 
-def pack(batch: list[Example], device: torch.device | str = "cpu") -> Row:
-    """One row of all examples; completions are numbered in the order in which they are given."""
+def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None,)) -> Row:
+    """One row of all examples, completions in the order given, for layers with these windows."""
     input_ids, positions, example_of, branch_of = [], [], [], []
     predictors, targets, completion_of = [], [], []
     examples, trained = [], []
@@ -102,10 +103,11 @@ def pack(batch: list[Example], device: torch.device | str = "cpu") -> Row:
         examples.append((start, len(prompt), branches))
 
     rows = [input_ids, example_of, branch_of, positions]
-    tokens = torch.tensor(rows).to(device, non_blocking=True)  # (4, T): one copy to the device
-    wanted = torch.tensor([predictors, targets, completion_of]).to(device, non_blocking=True)
+    tokens = to_device(rows, device, torch.int32)  # (4, T)
+    wanted = to_device([predictors, targets, completion_of], device, torch.int64)
     lengths = [prompt + sum(n + 1 for n in branches) for _, prompt, branches in examples]
-    return Row(tokens[0], Geometry(examples, *tokens[1:]), *wanted, trained, lengths)
+    geometry = fast.prepared(Geometry(examples, *tokens[1:]), windows)
+    return Row(tokens[0], geometry, *wanted, trained, lengths)
 
 
 ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
@@ -140,9 +142,8 @@ def attention(
 ) -> Tensor:
     """Attention over a packed row, by definition: every query with every key of the row, and minus
     infinity where it may not look. -> (1, H, T, D)."""
-    index, groups = torch.arange(query.shape[2]), query.shape[1] // key.shape[1]
-    index = index.to(query.device)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    index = torch.arange(query.shape[2], device=query.device)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (1, H, T, T)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -150,20 +151,15 @@ def attention(
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
 
 
-# The loops and masks of the fast way depend on the row, so a compiled layer is compiled around it.
-# (_disable_dynamo is torch.compiler.disable, but does not import the compiler before it is needed.)
-@getattr(torch, "_disable_dynamo", torch.compiler.disable)
 def packed_attention(
     module, query, key, value, attention_mask: None, *,
     geometry: Geometry, scaling: float, dropout: float = 0.0,
     sliding_window: int | None = None, softcap: float | None = None,
     position_ids=None, use_cache=None, output_router_logits=None, **unknown,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D).
-
-    A keyword that is not known here may change what a model computes (attention sinks do), so it
-    is an error, unless it is off.
-    """
+    """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D). A keyword
+    that is not known here may change what a model computes (attention sinks do), so it is an error,
+    unless it is off."""
     unknown = [name for name, on in unknown.items() if on is not None and on is not False]
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")

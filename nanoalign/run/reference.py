@@ -15,7 +15,7 @@ from nanoalign import InputError
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
-from nanoalign.packing import Example, in_rows, packed, row_tokens
+from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
@@ -103,5 +103,5 @@ def _table(logps_of: LogpsOf, rows: Batches, device: torch.device) -> LogpsOf:
     known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda batches: [
-        torch.tensor([known[k] for k in _keys(batch)], device=device) for batch in batches
+        to_device([known[k] for k in _keys(batch)], device) for batch in batches
     ]

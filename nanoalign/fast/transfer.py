@@ -1,0 +1,12 @@
+"""Numbers of a program on a device: the twin of torch.tensor(..., device=...)."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(numbers, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """The same tensor, but a GPU fetches it in its own time, from pinned memory. From ordinary
+    memory it would be copied at once: the program would wait until the GPU had done all that it was
+    given before, and then the GPU for the program."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
