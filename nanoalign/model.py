@@ -14,6 +14,7 @@ from torch import nn
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, encode
+from nanoalign.fast.compiled import uncompiled  # generation in its small steps is not worth it
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
@@ -117,7 +118,7 @@ def sample(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     stops = policy.template.stop_ids
-    with generation(policy) as model:
+    with generation(policy) as model, uncompiled(model):
         out = model.generate(
             rows,
             attention_mask=mask.to(rows.device),

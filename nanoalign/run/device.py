@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign.data import Examples
 from nanoalign.logps import PackedLM
 from nanoalign.logps import fast as head
+from nanoalign.packing import fast as attention
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of
 from nanoalign.run.flags import Config
@@ -36,6 +38,32 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         if cfg.tf32 and computes_in(lm) == torch.float32:
             print("float32 products keep 10 bits of a factor (TF32); --tf32 false keeps all 23")
+
+
+def compile_layers(cfg: Config, lm: PackedLM) -> None:
+    """Let torch.compile make a few kernels of each decoder layer: --torch_compile, and by default
+    wherever a layer becomes one graph.
+
+    A layer is some 65 kernels, and all that are no products (norms, rotations, activations, sums)
+    do nothing but carry the hidden states to memory and back. In one graph they become a handful,
+    and backward computes anew what is cheap instead of keeping it: a sixth less is saved.
+    On a CPU attention breaks the graph, its loops depending on the row, and checkpointing around a
+    broken graph compiles nothing. A mixture's experts depend on the data, and break it too.
+    """
+    one_graph = attention.has_flex(lm.device)
+    layers = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if cfg.torch_compile and cfg.gradient_checkpointing and not one_graph:
+        print("--torch_compile has nothing to do beside --gradient_checkpointing on this device")
+        return
+    if cfg.torch_compile is None:
+        if not one_graph or any(name.endswith(".experts") for name, _ in lm.model.named_modules()):
+            return
+        print("compiles the layers: a minute or two at first; --torch_compile false does without")
+    elif not cfg.torch_compile:
+        return
+    for layer in layers:
+        # policy and reference are compiled apart: only with eager's rounding do they start equal
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
 def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:

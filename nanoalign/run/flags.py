@@ -143,7 +143,9 @@ class Config:
     gradient_checkpointing: bool | None = flag(
         None, "less memory, slower: activations are recomputed; none: by a GPU's free memory",
         nargs="?", const=True, free=True)
-    torch_compile: bool = flag(False, "compile the layers: a slow first step, then faster ones")
+    torch_compile: bool | None = flag(
+        None, "compile the layers: slow first steps, then faster ones; none: on a GPU that can",
+        nargs="?", const=True, free=True)
     disable_dropout: bool = flag(True, "no dropout anywhere")
     seed: int = flag(42, "of weights, order and dropout", NOT_NEGATIVE)
     # watching

@@ -25,7 +25,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
-from nanoalign.run.device import checkpoint_layers, use_tf32
+from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
 
 TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
@@ -125,6 +125,7 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
     use_tf32(cfg, lm)
+    compile_layers(cfg, lm)
     return Policy(lm, tokenizer, template, lora)
 
 
@@ -178,7 +179,7 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
 
 
 def configure(model: nn.Module, cfg: Config) -> None:
-    """Dropout, checkpointing and compilation, as the flags have them."""
+    """Dropout and checkpointing, as the flags have them."""
     if cfg.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -187,10 +188,6 @@ def configure(model: nn.Module, cfg: Config) -> None:
                 module.attention_dropout = 0.0
     if cfg.gradient_checkpointing:
         checkpoint_layers(model)
-    if cfg.torch_compile:
-        # policy and reference are compiled apart: only with eager's rounding do they start equal
-        for layer in model.get_decoder().layers:
-            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
 def stop_at(model: nn.Module, ids: list[int]) -> None:
