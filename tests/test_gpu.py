@@ -220,11 +220,16 @@ def a_run(method, out, directory, data, device, **more) -> list[dict]:
     return metrics(out)
 
 
-def assert_alike(lines, expected, bound=2e-3):
+def assert_alike(lines, expected):
+    """To 0.1 % in the first step. A step of Adam goes by a gradient's sign, and where that is all
+    but zero the rounding decides: to 1 % after it."""
     assert len(lines) == len(expected) > 0
     for line, other in zip(lines, expected):
         assert line.keys() == other.keys()
+        bound = 1e-3 if line["step"] == 1 else 1e-2
         for name in other:
+            if name == "rewards/accuracies" and line["step"] == 1:
+                continue  # policy and reference are equal there but for their rounding
             assert line[name] == pytest.approx(other[name], rel=bound, abs=bound), name
 
 
