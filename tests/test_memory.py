@@ -234,6 +234,17 @@ def test_the_table_by_hand(capsys):
     assert float(table["kept for backward"]) == round(32 * 2048 * 4096 * 2 / gib, 2)
 
 
+def test_ranks_by_hand(capsys):
+    """The same model, cut between two cards: of it all each has half, and gathers two layers and
+    embedding and head; the adapter stays whole."""
+    words = "dpo", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--ranks", 2
+    table = dict(reversed(x.split(maxsplit=1)) for x in printed(capsys, *words).splitlines()[2:10])
+    layer, rest = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2), 2 * 128256 * 4096 + 4096
+    assert float(table["other frozen weights"]) == round((32 * layer + rest) / 2**30, 2)
+    assert float(table["gathered weights"]) == round(2 * (2 * layer + rest) / 2**30, 2)
+    assert float(table["what trains"]) == 0.16
+
+
 def test_the_advice_makes_it_fit(capsys):
     """The flags that a card's line names, given, fit it, with the bytes that it told."""
     words = "sft", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--max_row_tokens", "1024"
@@ -242,6 +253,7 @@ def test_the_advice_makes_it_fit(capsys):
     (card, rest), *others = [line.split(" GB  with ") for line in lines if " GB  with " in line]
     flags, run = rest.split(": ", maxsplit=1)
     assert "--load_in_4bit true" in flags and len(others) == 1
+    run = run.split(";")[0]
     assert f"{card} GB  {run}" in printed(capsys, *words, *flags.split()).splitlines()
     assert " GB  " not in printed(capsys, *words, "--device", "cpu")
 

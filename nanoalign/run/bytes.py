@@ -17,6 +17,7 @@ activation is written out in several operations, as in Phi's MLP, autograd keeps
 are the gaps in the allocator's memory: leave it some percent.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -61,6 +62,7 @@ class How:
     compiled: bool = False  # the layers
     train_all: bool = False  # fp32 weights; where `size` is 2, autocast computes
     chunk: int = 1024  # rows of logits at a time: fast/head.py's chunk_rows
+    sharded: bool = False  # --fsdp
     cuda: bool = True
     example: int = 512  # tokens of an example: without CUDA attention is computed for each
 
@@ -131,6 +133,25 @@ def standing_bytes(model: nn.Module) -> dict[str, int]:
     return kinds | {"its gradients": 4 * trained, "AdamW's states": 8 * trained}
 
 
+def sharded_bytes(model: nn.Module, ranks: int) -> dict[str, int]:
+    """The same with --fsdp, on each of several ranks. It has its part of the frozen weights, or of
+    all there is where all weights train. Gathered are two layers, of which one computes and the
+    next arrives, and as long as a row takes embedding and head: as they are stored, or if they
+    train in 16 bits, embedding and head in 32; and then the gradients of a layer and of those."""
+    kinds, all_train = standing_bytes(model), all(p.requires_grad for p in model.parameters())
+    for kind in kinds if all_train else ("weights in few bits", "other frozen weights"):
+        kinds[kind] = math.ceil(kinds[kind] / ranks)
+    layers, cut = model.get_decoder().layers, {}
+    for name, module in (("model", model), ("layers", layers), ("layer", layers[-1])):
+        tensors = (*module.parameters(), *module.buffers())
+        cut[name] = sum(t.nbytes for t in tensors if all_train or not t.requires_grad)
+    layer, rest = cut["layer"], cut["model"] - cut["layers"]
+    gathered = 2 * layer + rest
+    if all_train:  # `layer` and `rest` are in fp32
+        gathered = layer + 1.5 * layer + 2 * rest
+    return kinds | {"gathered weights": round(gathered)}
+
+
 def kept_in_a_layer(s: Sizes, how: How) -> dict[str, float]:
     """What autograd keeps of one decoder layer from forward to backward, in bytes a token."""
     size, reads = how.size, [read for read in s.readers if read[0] != ATTENTION]
@@ -193,8 +214,9 @@ def at_the_head(s: Sizes, how: How) -> int:
 
 def row_bytes(s: Sizes, how: How) -> dict[str, int]:
     """What a row adds to what is always there when it is at its largest: bytes by kind."""
-    casts = s.linears if how.train_all else s.adapters  # used in 16 bits, and kept so too
-    casts *= how.size if how.size < 4 else 0
+    # used in 16 bits, and kept so too; but sharded weights are in 16 bits when they are gathered
+    casts = s.linears if how.train_all else s.adapters
+    casts *= how.size if how.size < 4 and not (how.train_all and how.sharded) else 0
     layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts
     inside, kept = in_the_mlp(s, how), s.layers * layer
     moments = {"at the head": at_the_head(s, how), "in a layer": inside + whole_weights(s, how)}

@@ -25,9 +25,9 @@ from nanoalign.formats.peft import add_adapter
 from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skeleton
 from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
-from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of, standing_bytes
+from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
 from nanoalign.run.device import SPARE, settle
-from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
+from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
 from nanoalign.run.session import command
 
@@ -35,10 +35,12 @@ CARDS = 8, 16, 24, 48, 80, 141  # GB
 CONTEXT = 600 * 2**20  # CUDA's own and its libraries': an estimate
 GIB = 2**30
 
-METHODS = {  # each script's flags; of its data this tool needs none
-    kind.__name__.removesuffix("Config").lower(): make_dataclass(
-        kind.__name__, [("dataset_name", list[str], flag(["any"], "is not read"))], bases=(kind,)
-    )
+OWN = [  # flags, beside those of the scripts; of their data this tool needs none
+    ("dataset_name", list[str], flag(["any"], "is not read")),
+    ("ranks", int, flag(1, "processes of torchrun, between which --fsdp cuts the model", POSITIVE)),
+]
+METHODS = {
+    kind.__name__.removesuffix("Config").lower(): make_dataclass(kind.__name__, OWN, bases=(kind,))
     for kind in (SFTConfig, DPOConfig, KTOConfig)
 }
 WAYS = {  # flags that make a run smaller, and what their values cost: time, exactness, freedom
@@ -96,7 +98,7 @@ def shapes_of(cfg: Config) -> Shapes:
             add_adapter(model, lora)
             dropout = 0.0 if cfg.disable_dropout else lora.lora_dropout
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    standing = standing_bytes(model)
+    standing = standing_bytes(model) if cfg.ranks == 1 else sharded_bytes(model, cfg.ranks)
     if other := vars(cfg).get("ref_model_name_or_path"):
         how = {"ref_model_name_or_path": None, "adapter_name_or_path": None}
         frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
@@ -142,7 +144,9 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
     cuda, sizes, standing = cfg.device != "cpu", shapes.sizes, dict(shapes.standing)
     if cuda:
         standing["CUDA's context"] = CONTEXT
-        if cfg.optim == "paged_adamw_32bit":  # a part of them comes when the row is gone
+        if (
+            cfg.optim == "paged_adamw_32bit" and cfg.ranks == 1
+        ):  # a part of them comes when the row is gone
             standing["AdamW's states"] = 0
     how = How(
         tokens=0,
@@ -151,6 +155,7 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
         compiled=bool(cfg.torch_compile),
         train_all=not cfg.use_peft,
         chunk=rows_of_logits(sizes.vocabulary, cuda, card),
+        sharded=cfg.ranks > 1,
         cuda=cuda,
         example=cfg.max_length,
     )
@@ -197,21 +202,22 @@ def report(cfg: Config) -> Iterator[str]:
     known = {}  # models by the flags that make them
 
     def run(cfg, card):
-        key = cfg.use_peft, cfg.load_in_4bit, cfg.use_bnb_nested_quant and cfg.load_in_4bit
+        double_quant = cfg.use_bnb_nested_quant and cfg.load_in_4bit
+        key = cfg.use_peft, cfg.load_in_4bit, double_quant, cfg.ranks
         if key not in known:
             known[key] = shapes_of(cfg)
         return run_on(cfg, known[key], card)
 
     runs = {card: run(cfg, card) for card in CARDS}
     fitting = next((card for card in CARDS if runs[card].fits), CARDS[-1])
-    (shapes,) = known.values()
+    (shapes,) = known.values()  # of the flags as they are
     train, frozen = shapes.trained / 1e6, (shapes.weights - shapes.trained) / 1e6
     dtype = str(shapes.dtype).removeprefix("torch.")
     yield f"{shapes.name}: {train:,.1f} million weights train, {frozen:,.1f} are frozen; {dtype}"
     where = f" on {fitting} GB" if runs[fitting].fits else " (too much for one card)"
     yield runs[fitting].line + (where if cfg.device != "cpu" else "")
     for kind, size in runs[fitting].kinds.items():
-        if size:
+        if size >= 0.005 * GIB:
             yield f"{size / GIB:8.2f}  {kind}"
     for card in CARDS if cfg.device != "cpu" else ():
         if runs[card].fits:
@@ -219,7 +225,11 @@ def report(cfg: Config) -> Iterator[str]:
             continue
         others = ((new, run(replace(cfg, **new), card)) for new in smaller(cfg))
         new, other = next(((new, other) for new, other in others if other.fits), (None, None))
-        yield f"{card:>4} GB  " + (f"with {words(new)}: {other.line}" if new else "no")
+        way = f"with {words(new)}: {other.line}" if new else "no"
+        parts = (n for n in (2, 4, 8, 16, 32, 64) if run(replace(cfg, ranks=n), card).fits)
+        if cfg.ranks == 1 and (ranks := next(parts, None)):
+            way += f"; or --fsdp on {ranks} cards"
+        yield f"{card:>4} GB  {way}"
 
 
 def words(new: dict) -> str:
