@@ -67,13 +67,13 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
 
 
 def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
-    """How a run computes a row of so many tokens."""
+    """How a run computes a row of so many tokens. Its layers are counted as if not compiled: of a
+    compiled one the compiler decides what it keeps, a sixth less as a rule."""
     return How(
         tokens,
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
         checkpointing=bool(cfg.gradient_checkpointing),
-        compiled=any(m._compiled_call_impl for m in lm.modules()),  # it has no public name
         train_all=not cfg.use_peft,
         chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
         cuda=lm.device.type == "cuda",
