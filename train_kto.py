@@ -69,7 +69,7 @@ def run_kto(cfg: KTOConfig) -> Run:
             z0 = kl_baseline(joined(policy_now(rows)), joined(reference(rows)))
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
-            desirable = to_device([e.label for e in batch], ref.device)
+            desirable = to_device([e.label for e in batch], ref.device).bool()
             losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)
             sums = {"loss": (losses.sum(), len(batch))}
             if with_z0:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanoalign import world
+from nanoalign import InputError, world
 from nanoalign.formats.layouts import DPO
 from nanoalign.model import sample
 from nanoalign.packing import Example
@@ -45,6 +45,8 @@ def reward(example: Example, reply: list[int]) -> float:
 
 
 def run_grpo(cfg: GRPOConfig) -> Run:
+    if cfg.fsdp:
+        raise InputError("--fsdp: a model in parts can't generate, and GRPO samples from it")
     run, size = start(cfg, DPO), cfg.num_generations
 
     def grpo(batches):

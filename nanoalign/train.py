@@ -146,9 +146,9 @@ def optimizer_step(
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    # one copy from the device a step: everything that was measured, before anything is changed
+    # one wait for the device a step: for all that was measured, before anything is changed
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
-    norm, *values = torch.stack([norm, *values]).tolist()
+    norm, values = norm.item(), torch.stack(values).tolist()
     sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
     finite = math.isfinite(norm) and math.isfinite(sums["loss"][0])
     if finite:

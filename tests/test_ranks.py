@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from scripts import ROOT, argv, call, metrics, tensors
 
@@ -19,6 +20,12 @@ PATIENCE = 400  # seconds, for a machine that is busy
 METHODS = ["sft", "dpo", "kto"]
 LORA = {"lora_r": 4}
 FULL = {"use_peft": "false"}
+SHARDED = {  # with --fsdp
+    "fsdp": {"save_steps": 2, "learning_rate": 2e-4, **FULL},
+    "lora-fsdp": {"gradient_checkpointing": "true", **LORA},
+    "adapter": {},  # that goes on: its reference is a copy of what trains
+    "nf4": {"load_in_4bit": "true", "use_bnb_nested_quant": "true", **LORA},
+}
 
 
 def torchrun(home, script, *words, **more):
@@ -173,3 +180,64 @@ def test_what_ends_a_run_ends_it_with_one_line(fault, flags, data, tmp_path):
     assert re.search(words[fault], error_line(tmp_path))
     assert "exitcode  : 2" in (tmp_path / "errors").read_text()
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+# ------------------------------------------------------------------------------------------ --fsdp
+
+
+@pytest.fixture(scope="module")
+def parts(flags, tmp_path_factory, no_curves):
+    """The directory of the runs of two ranks that have the model together."""
+    home, runs = tmp_path_factory.mktemp("parts"), []
+    call("dpo", flags("dpo", home / "alone", per_device_train_batch_size=10, **LORA))
+    for kind, more in SHARDED.items():
+        for method in METHODS:
+            given = flags(method, home / f"{method}-{kind}", fsdp="true", **more)
+            if kind == "adapter":
+                given |= {"adapter_name_or_path": str(home / "alone"), "learning_rate": 5e-4}
+            runs.append((method, given))
+    full = flags("dpo", home / "whole-again", fsdp="true", **SHARDED["fsdp"])
+    runs.append(("dpo", full | {"resume_from_checkpoint": str(home / "dpo-fsdp/checkpoint-2")}))
+    half = flags("sft", home / "half", fsdp="true", dtype="bfloat16", **FULL)
+    runs.append(("sft", half))
+    runs.append(("parts", flags("sft", home / "none", fsdp="true", load_in_4bit="true", lora_r=1)))
+    return done(runs, home)
+
+
+@pytest.mark.parametrize("method, kind", product(METHODS, SHARDED))
+def test_a_sharded_model_takes_the_steps_of_a_whole_one(method, kind, parts, flags, tmp_path):
+    """Also with a rank that has no example of a step; and the reference of an adapter that goes on
+    is the policy at the start: the rewards are those of one process."""
+    more = SHARDED[kind] | {"per_device_train_batch_size": 10}
+    if kind == "adapter":
+        more |= {"adapter_name_or_path": str(parts / "alone"), "learning_rate": 5e-4}
+    call(method, flags(method, tmp_path, **more))
+    assert close(parts / f"{method}-{kind}", tmp_path) < 1e-6
+    if method != "sft":
+        assert abs(metrics(tmp_path)[-1]["eval_rewards/margins"]) > 1e-3
+
+
+def test_a_checkpoint_of_parts_is_whole(parts, flags, tmp_path):
+    """Parts go on from it, and one process does."""
+    assert tensors(parts / "whole-again") == tensors(parts / "dpo-fsdp")
+    which = str(parts / "dpo-fsdp/checkpoint-2")
+    more = SHARDED["fsdp"] | {"per_device_train_batch_size": 10, "resume_from_checkpoint": which}
+    call("dpo", flags("dpo", tmp_path, **more))
+    assert close(tmp_path, parts / "dpo-fsdp") < 1e-6
+
+
+def test_parts_compute_in_bfloat16(parts, flags, tmp_path):
+    """And train in float32. Only the norms' weights are rounded where autocast would not."""
+    more = dict(per_device_train_batch_size=10, dtype="bfloat16", **FULL)
+    call("sft", flags("sft", tmp_path, **more))
+    for line, theirs in zip(metrics(parts / "half"), metrics(tmp_path), strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert line.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=0.02)
+    saved = load_file(parts / "half/model.safetensors").values()
+    assert {t.dtype for t in saved} == {torch.float32}
+
+
+def test_each_rank_has_its_part(parts):
+    """Of 4-bit codes too; each has all of the adapter, whose bytes are a few here."""
+    (share,) = re.findall(r"^has (.*)$", (parts / "said").read_text(), flags=re.M)
+    assert float(share) < 0.53

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nanoalign import InputError
 from nanoalign.data import Examples
 from nanoalign.formats.weights import NOTE
-from nanoalign.run import paged, ranks
+from nanoalign.run import paged, ranks, shards
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config
 
@@ -62,7 +62,7 @@ def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
     """What makes a run this run: its flags, data (data_fingerprint) and weights, before step 1."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        line = f"{name} {tuple(tensor.shape)} {sum_of_bits(tensor)}\n"
+        line = f"{name} {tuple(tensor.shape)} {shards.over_parts(sum_of_bits, tensor)}\n"
         weights[tensor.requires_grad].update(line.encode())
     return {
         "flags": flags,
@@ -98,7 +98,7 @@ def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    return {name: t.cpu().contiguous() for name, t in tensors.items()}
+    return {name: shards.whole(t).cpu().contiguous() for name, t in tensors.items()}
 
 
 def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None:
@@ -123,14 +123,15 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
     saved = load_file(directory / "state.safetensors")
     generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
     for name, parameter in named.items():
-        parameter.data.copy_(saved.pop(f"weight.{name}"))
+        parameter.detach().copy_(shards.part_of(saved.pop(f"weight.{name}"), parameter))
     optimizer.state.clear()
     for name, tensor in saved.items():
         key, _, owner = name.partition(".")
         if owner not in named:
             raise ValueError(f"{name} belongs to nothing that trains")
         hosted = isinstance(optimizer, paged.AdamW)  # its states stay in the host's memory
-        optimizer.state[named[owner]][key] = tensor if hosted else tensor.to(named[owner].device)
+        state_of = optimizer.state[named[owner]]
+        state_of[key] = tensor if hosted else shards.part_of(tensor, named[owner])
     for device, module in _generators().items():
         name = _of_rank(f"rng.{device}")
         if name == "rng.cpu" or name in generators:  # there may be more ranks than there were

@@ -143,6 +143,9 @@ class Config:
     gradient_checkpointing: bool | None = flag(
         None, "less memory, slower: activations are recomputed; none: by a GPU's free memory",
         nargs="?", const=True, free=True)
+    fsdp: bool = flag(
+        False, "cut the model between torchrun's processes, layer by layer",
+        idle=lambda c: not ranks.LAUNCHED, free=True)
     torch_compile: bool | None = flag(
         None, "compile the layers: slow first steps, then faster ones; none: on a GPU that can",
         nargs="?", const=True, free=True)
@@ -271,12 +274,16 @@ def check(cfg: Config, given: set[str]) -> None:
         raise InputError(f"--seed {cfg.seed}: must be less than 2**63")
 
     pairs = ("bf16", "fp16"), ("warmup_ratio", "warmup_steps"), ("eval_dataset", "eval_fraction")
+    # Generation would not find the weights gathered, nor has a compiled layer room for doing it.
+    pairs += ("fsdp", "generate_during_eval"), ("fsdp", "torch_compile")
     wrong = [pair for pair in pairs if all(getattr(cfg, name) for name in pair)]
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(cfg, name):
             if cfg.dtype not in ("auto", dtype):
                 wrong.append((name, f"dtype {cfg.dtype}"))
             cfg.dtype = dtype
+    if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # which knows no parts of a weight
+        wrong.append(("fsdp", "optim paged_adamw_32bit"))
     if not cfg.use_peft:
         needs_lora = given & {"use_rslora", "adapter_name_or_path"}
         needs_lora |= {name for name in given if name.startswith("lora_")}
@@ -299,3 +306,4 @@ def check(cfg: Config, given: set[str]) -> None:
             raise InputError(f"--loss_type {cfg.loss_type}: its number {name} is no flag yet")
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
+    cfg.fsdp = cfg.fsdp and ranks.LAUNCHED  # one process has nobody to share with

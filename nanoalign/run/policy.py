@@ -25,6 +25,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
+from nanoalign.run import shards
 from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
 
@@ -95,7 +96,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     return weights.load_lm(
         name,
         dtype=cfg.dtype,
-        device=cfg.device,
+        device="cpu" if cfg.fsdp else cfg.device,  # whole; `shard` moves it in parts
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
@@ -124,8 +125,11 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
+    if cfg.fsdp:
+        shards.shard(lm, weights.pick_device(cfg.device))
     use_tf32(cfg, lm)
-    compile_layers(cfg, lm)
+    if not cfg.fsdp:  # a layer's one graph has no room for the hooks that gather it
+        compile_layers(cfg, lm)
     return Policy(lm, tokenizer, template, lora)
 
 
@@ -202,8 +206,9 @@ def stop_at(model: nn.Module, ids: list[int]) -> None:
         generation.eos_token_id = sorted({*old, *ids} - {None})
 
 
-def save_policy(policy: Policy, directory: str | Path) -> None:
-    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them."""
+def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None) -> None:
+    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them. The
+    model has the weights `whole`, if it does not hold them itself (shards.whole_weights)."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
@@ -212,6 +217,6 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
     else:
         stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
-        policy.model.save_pretrained(directory)
+        policy.model.save_pretrained(directory, state_dict=whole)
         policy.model.set_attn_implementation(packed())
     policy.tokenizer.save_pretrained(directory)

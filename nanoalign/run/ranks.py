@@ -7,7 +7,8 @@ do the same arithmetic their weights stay equal. So N ranks with batches of B ta
 process with batches of N * B. (The big libraries average within each rank and then the averages,
 which gives a token more weight on the rank that has fewer of them.)
 
-Rank 0 alone writes and speaks. Without torchrun every function here gives back what it was given.
+Rank 0 alone writes and speaks. With --fsdp no rank has the whole model: shards.py. Without torchrun
+every function here gives back what it was given.
 """
 
 import contextlib
@@ -19,8 +20,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nanoalign import InputError
+from nanoalign.logps import PackedLM
 from nanoalign.packing import Example
 from nanoalign.run.paged import parts
 from nanoalign.train import Batches, Sums, add, fitting
@@ -28,6 +31,7 @@ from nanoalign.train import Batches, Sums, add, fitting
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LAUNCHED = "RANK" in os.environ  # by torchrun
 MESSAGE = 2**26  # numbers: gradients travel in messages of up to so many, LoRA's in a single one
+SHARDED: list[PackedLM] = []  # the models of which each rank has a part (shards.py)
 PATIENCE = timedelta(hours=1)  # while rank 0 reads the data, say; torchrun sees a death at once
 
 
@@ -113,7 +117,14 @@ def share(things: list, length: Callable = len) -> list:
 
 def rows(examples: list[Example], size: int, tokens: int) -> Batches:
     """train.fitting, of this rank's share of the examples."""
-    return fitting(share(examples), size, tokens)
+    return level(fitting(share(examples), size, tokens))
+
+
+def level(batches: Batches) -> Batches:
+    """As many batches on each rank, if the model is sharded: a layer is gathered by all ranks
+    together, so all must pass through it equally often. Those that are added are empty."""
+    most = max(gather(len(batches))) if SHARDED else 0
+    return batches + [[]] * (most - len(batches))
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
@@ -133,10 +144,14 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
     if WORLD == 1:
         return sums
     own = {name: (float(value), count) for name, (value, count) in sums.items()}
-    everybody, whole = gather((own, [p.grad is not None for p in parameters])), {}
+    for p in parameters:
+        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has added up, and divided
+            p.grad *= WORLD
+    replicas = [p for p in parameters if not isinstance(p, DTensor)]
+    everybody, whole = gather((own, [p.grad is not None for p in replicas])), {}
     for theirs, _ in everybody:
         add(whole, theirs)
-    given = [p for p, *has in zip(parameters, *(there for _, there in everybody)) if any(has)]
+    given = [p for p, *has in zip(replicas, *(there for _, there in everybody)) if any(has)]
     for message in parts(given, MESSAGE):
         add_gradients(message)
     return whole

@@ -20,7 +20,7 @@ from nanoalign import InputError
 from nanoalign.data import epoch_order
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example, row_tokens
-from nanoalign.run import paged, ranks
+from nanoalign.run import paged, ranks, shards
 from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import (
     fingerprint,
@@ -53,9 +53,8 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
         for step in train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total):
             record.advance(step)
-            # The weights first: whatever becomes of the evaluation, they are safe.
-            if record.ended and ranks.RANK == 0:
-                write_whole(record.directory, partial(save_policy, run.policy), replace=True)
+            if record.ended:  # the weights first: whatever becomes of the evaluation, they are safe
+                record.save()
             record.evaluate(method)
             # Asked once a step: a signal after the save must not end the run without a checkpoint.
             stop = record.stopped
@@ -93,6 +92,7 @@ class Record:
     def __init__(self, cfg: Config, run: Run):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
         self.per_epoch, self.total = plan(cfg, len(run.examples))
+        shards.settle(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         if cfg.optim == "paged_adamw_32bit":
             self.optimizer = paged.AdamW(self.optimizer.param_groups)
@@ -208,12 +208,20 @@ class Record:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + self.seconds() - started, self.since[1]
 
+    def save(self) -> None:
+        """The adapter or model, where the run's directory is."""
+        whole = shards.whole_weights(self.run.policy.lm)
+        if ranks.RANK == 0:
+            write = partial(save_policy, self.run.policy, whole=whole)
+            write_whole(self.directory, write, replace=True)
+
     def save_checkpoint(self) -> None:
         self.state["time"] = self.seconds()
         tensors = state_tensors(self.named, self.optimizer)  # of all ranks
+        whole = shards.whole_weights(self.run.policy.lm)
 
         def write(beside):
-            save_policy(self.run.policy, beside)
+            save_policy(self.run.policy, beside, whole)
             save_state(beside, tensors, self.state)
 
         if ranks.RANK == 0:

@@ -16,7 +16,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
-from nanoalign.run import ranks
+from nanoalign.run import ranks, shards
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import load_base
@@ -53,7 +53,7 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
     """Any number of examples in rows for a pass without gradient: twice as long as those of
     backward, which keeps all that a layer computes. That makes larger products, and each weight is
     read (from 4 bits: decoded) for more tokens."""
-    return in_rows(examples, 2 * row_tokens(cfg.max_row_tokens, lm.device))
+    return ranks.level(in_rows(examples, 2 * row_tokens(cfg.max_row_tokens, lm.device)))
 
 
 def without_gradient(lm: PackedLM) -> LogpsOf:
@@ -72,6 +72,8 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
             print(f"advice: {line}")
         lm, at_start = load_base(cfg, name), nullcontext
         lm.model.set_attn_implementation(packed())
+        if cfg.fsdp:
+            shards.shard(lm, policy.lm.device)
         if len(lm.head().weight) < len(policy.tokenizer):
             raise InputError(f"{name}: has fewer tokens than the policy")
     if at_start is nullcontext:
@@ -97,7 +99,7 @@ def _once(examples: list[Example]) -> list[Example]:
 
 def _table(logps_of: LogpsOf, rows: Batches, device: torch.device) -> LogpsOf:
     """The same function, from a table: it knows prompts and completions by what they are."""
-    mine, known = ranks.share(rows, lambda row: sum(map(len, row))), {}
+    mine, known = ranks.level(ranks.share(rows, lambda row: sum(map(len, row)))), {}
     for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
         known |= zip(_keys(row), logps_of([row])[0].tolist())
     known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}

@@ -129,7 +129,8 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
     ranks.own_dropout(cfg.seed)
-    before = world.measure(policy) if built_in and ranks.RANK == 0 else None
+    measured = built_in and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
+    before = world.measure(policy) if measured else None
     return Run(policy, examples, held_out, before)
 
 
