@@ -74,8 +74,9 @@ def commit() -> str:
     def git(*words):
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode == 1
-    return (git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown") + " changed" * changed
+    name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = name and git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode
+    return f"{name or 'unknown'}{', changed' if changed else ''}"
 
 
 def draw(on_figure, path: Path) -> bool:
