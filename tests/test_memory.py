@@ -221,7 +221,7 @@ def test_the_table_by_hand(capsys):
     """
     out = printed(
         capsys, "dpo", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--load_in_4bit",
-        "--gradient_checkpointing", "--max_row_tokens", "2048", "--torch_compile", "false",
+        "--gradient_checkpointing", "--max_row_tokens", "2048",
     )  # fmt: skip
     gib, adapters = 2**30, 32 * 16 * (4 * 4096 + 2 * 5120 + 3 * 18432)
     lines = out.splitlines()

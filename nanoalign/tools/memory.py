@@ -76,7 +76,6 @@ class Shapes:
     standing: dict[str, int]  # bytes by kind
     dtype: torch.dtype  # to compute in
     dropout: float  # before each A
-    one_graph: bool  # can its layers be compiled on a GPU? Those of a mixture are not
 
 
 def shapes_of(cfg: Config) -> Shapes:
@@ -105,9 +104,7 @@ def shapes_of(cfg: Config) -> Shapes:
         frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
-    one_graph = not any(path.endswith(".experts") for path, _ in model.named_modules())
-    own = sizes_of(model), standing, dtype, dropout, one_graph
-    return Shapes(name, all_weights(model), trained, *own)
+    return Shapes(name, all_weights(model), trained, sizes_of(model), standing, dtype, dropout)
 
 
 def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
@@ -155,7 +152,7 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
         tokens=0,
         size=shapes.dtype.itemsize,
         dropout=shapes.dropout if cfg.lora_dropout or cfg.adapter_name_or_path else 0.0,
-        compiled=shapes.one_graph and cuda if cfg.torch_compile is None else cfg.torch_compile,
+        compiled=bool(cfg.torch_compile),
         train_all=not cfg.use_peft,
         chunk=rows_of_logits(sizes.vocabulary, cuda, card),
         sharded=cfg.ranks > 1,
