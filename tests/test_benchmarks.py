@@ -26,6 +26,7 @@ import gpu
 import growth
 import ideas
 import load_4bit
+import ranks as two_ranks
 import threads
 
 ALL = pytest.mark.parametrize("method", METHODS)
@@ -314,3 +315,22 @@ def test_a_measurement_in_a_process_of_its_own(monkeypatch):
     failed = gpu.spawn(case, limit=300)
     assert failed["error"] == "OutOfMemoryError: full"
     assert "| TINY LoRA SFT | OutOfMemoryError: full |" in gpu.table([failed], None)
+
+
+# --------------------------------------------------------------------------------------- ranks.py
+
+
+def test_two_ranks(tmp_path, model, capsys, monkeypatch):
+    data = write_data(tmp_path)
+    flags = ["--model_name_or_path", model, "--dataset_name", str(data / "sft.jsonl")]
+    rate, waiting, wire = two_ranks.run(
+        [*flags, "--max_steps", "4", "--logging_steps", "1"], 2, str(tmp_path / "out")
+    )
+    assert rate > 0 and 0 < waiting < 1 and 0 < wire < 1
+
+    asked = []
+    shown = [(100.0, 0.0, 0.0), (150.0, 0.25, 0.125)]
+    monkeypatch.setattr(two_ranks, "run", lambda *case: asked.append(case) or shown[case[1] - 1])
+    two_ranks.main(["--model", "M", "--data", "D"])
+    assert "| LoRA | 100 tok/s | 150 tok/s | 25.0% | 12.5% |" in capsys.readouterr().out
+    assert [case[1] for case in asked] == [1, 2, 1, 2]
