@@ -63,13 +63,16 @@ def variants() -> dict:
     fused = torch.compile(nf4.decode, dynamic=True)
 
     def costly(change):
-        return logps, "pack", lambda batch, device: pack(change(batch), device)
+        return logps, "pack", lambda batch, *how: pack(change(batch), *how)
 
     def chunks_of(rows):
         return head, "token_logps", partial(token_logps, chunk=rows)
 
     def dequantized_by(decode):
-        return nf4, "decode_cpu", decode
+        def of_absmax(packed, absmax, levels, dtype):
+            return decode(packed, [absmax], levels, None, dtype)
+
+        return nf4, "decode_cpu", of_absmax
 
     def plain_dropout(self, x):
         return F.dropout(x, self.p, self.training)
