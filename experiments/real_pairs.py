@@ -142,6 +142,12 @@ def run(small: bool) -> Report:
         f"shorter one in {shorter.float().mean():.3f}; before training it is the likelier one in "
         f"{likelier:.3f}",
         f"KTO minus DPO, on the same pairs: {mean:+.3f}, standard error {error:.3f}",
+        "to prefer the shorter reply needs no training; beyond that rule are "
+        + " and ".join(
+            f"{name} {mean:+.3f} (standard error {error:.3f})"
+            for name in ("DPO", "KTO")
+            for mean, error in [share(right[name] - shorter.float())]
+        ),
         "one run of each, with one seed: the errors are those of the choice of held-out pairs, and "
         "not of the training",
     ]
