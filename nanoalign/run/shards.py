@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanoalign import InputError
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.nf4 import FrozenLinear
 from nanoalign.packing import Example
@@ -43,8 +44,14 @@ def shard(lm: PackedLM, device: torch.device) -> None:
         parameter.data = parameter.data.to(device)
     compute = lm.autocast if whole else None
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    for layer in lm.model.get_decoder().layers:
-        fully_shard(layer, mp_policy=policy if compute else MixedPrecisionPolicy(), **how)
+    try:
+        for layer in lm.model.get_decoder().layers:
+            fully_shard(layer, mp_policy=policy if compute else MixedPrecisionPolicy(), **how)
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        reason = "cuts no weights in few bits; a newer one does (2.13 was tried)"
+        raise InputError(f"--fsdp: torch {torch.__version__} {reason}") from None
     fully_shard(lm, **how)  # the rest, embedding, last norm and head: gathered as long as a step
     lm.register_forward_pre_hook(_filled)
     lm.register_forward_hook(_emptied)
