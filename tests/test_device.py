@@ -10,11 +10,13 @@ from transformers import LlamaConfig
 from nanoalign.formats.weights import auto_dtype, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
+from nanoalign.losses import DPO_LOSSES
 from nanoalign.packing import Example
 from nanoalign.run.bytes import How, sizes_of
 from nanoalign.run.device import settle, settle_rows, use_tf32
 from nanoalign.run.flags import DPOConfig
 from nanoalign.run.policy import load_policy
+from nanoalign.run.reference import reference_of
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -108,3 +110,14 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     cfg.max_row_tokens = 77
     settle_rows(cfg, lm, examples)
     assert cfg.max_row_tokens == 77 and capsys.readouterr().out == ""
+
+
+def test_a_reference_of_its_own_is_compiled_as_the_policy_is(model_dir, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module))
+    how = dict(model_name_or_path=model_dir, ref_model_name_or_path=model_dir, device="cpu")
+    cfg = DPOConfig(dataset_name=["any"], torch_compile=True, **how)
+    policy = load_policy(cfg)
+    layers = list(policy.model.get_decoder().layers)
+    reference_of(cfg, policy, DPO_LOSSES["sigmoid"], list)
+    assert compiled[: len(layers)] == layers and len(compiled) == 2 * len(layers)

@@ -40,40 +40,46 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
             print("float32 products keep 10 bits of a factor (TF32); --tf32 false keeps all 23")
 
 
+def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
+    """Are the decoder layers compiled? By default wherever a layer becomes one graph.
+
+    `one_graph` says whether attention lets it: on a CPU it does not, its loops depending on the
+    row, and checkpointing around a broken graph compiles nothing. A mixture's experts depend on the
+    data and break it too; and in a graph is no room for the hooks that gather a sharded layer.
+    """
+    if cfg.torch_compile is None:
+        mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
+        return one_graph and not mixture and not cfg.fsdp
+    return cfg.torch_compile and (one_graph or not cfg.gradient_checkpointing)
+
+
 def compile_layers(cfg: Config, lm: PackedLM) -> None:
-    """Let torch.compile make a few kernels of each decoder layer: --torch_compile, and by default
-    wherever a layer becomes one graph.
+    """Let torch.compile make a few kernels of each decoder layer.
 
     A layer is some 65 kernels, and all that are no products (norms, rotations, activations, sums)
     do nothing but carry the hidden states to memory and back. In one graph they become a handful,
-    and backward computes anew what is cheap instead of keeping it: a sixth less is saved.
-    On a CPU attention breaks the graph, its loops depending on the row, and checkpointing around a
-    broken graph compiles nothing. A mixture's experts depend on the data, and break it too.
+    and backward computes anew what is cheap instead of keeping it: a quarter less is kept.
     """
-    one_graph = attention.has_flex(lm.device)
-    layers = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if cfg.torch_compile and cfg.gradient_checkpointing and not one_graph:
-        print("--torch_compile has nothing to do beside --gradient_checkpointing on this device")
+    if not compiles(cfg, lm.model, attention.has_flex(lm.device)):
+        if cfg.torch_compile:
+            print("--torch_compile has nothing to do beside --gradient_checkpointing on a CPU")
         return
     if cfg.torch_compile is None:
-        if not one_graph or any(name.endswith(".experts") for name, _ in lm.model.named_modules()):
-            return
         print("compiles the layers: a minute or two at first; --torch_compile false does without")
-    elif not cfg.torch_compile:
-        return
-    for layer in layers:
-        # policy and reference are compiled apart: only with eager's rounding do they start equal
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+    for layer in lm.model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            # each model apart: only with eager's rounding do policy and reference start equal
+            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
 def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
-    """How a run computes a row of so many tokens. Its layers are counted as if not compiled: of a
-    compiled one the compiler decides what it keeps, a sixth less as a rule."""
+    """How a run computes a row of so many tokens."""
     return How(
         tokens,
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
         checkpointing=bool(cfg.gradient_checkpointing),
+        compiled=compiles(cfg, lm.model, attention.has_flex(lm.device)),
         train_all=not cfg.use_peft,
         chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
         cuda=lm.device.type == "cuda",

@@ -104,6 +104,13 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     )
 
 
+def place(cfg: Config, lm: PackedLM) -> None:
+    """Cut a loaded model between the ranks, or compile its layers."""
+    if cfg.fsdp:
+        shards.shard(lm, weights.pick_device(cfg.device))
+    compile_layers(cfg, lm)
+
+
 def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
     """The model that the flags describe, on its device, with everything frozen but what trains.
 
@@ -125,11 +132,8 @@ def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
-    if cfg.fsdp:
-        shards.shard(lm, weights.pick_device(cfg.device))
+    place(cfg, lm)
     use_tf32(cfg, lm)
-    if not cfg.fsdp:  # a layer's one graph has no room for the hooks that gather it
-        compile_layers(cfg, lm)
     return Policy(lm, tokenizer, template, lora)
 
 

@@ -16,10 +16,10 @@ from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
-from nanoalign.run import ranks, shards
+from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
-from nanoalign.run.policy import load_base
+from nanoalign.run.policy import load_base, place
 from nanoalign.train import Batches
 
 LogpsOf = Callable[[Batches], list[Tensor]]  # (C,) log-probs of the completions of each batch
@@ -72,8 +72,7 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
             print(f"advice: {line}")
         lm, at_start = load_base(cfg, name), nullcontext
         lm.model.set_attn_implementation(packed())
-        if cfg.fsdp:
-            shards.shard(lm, policy.lm.device)
+        place(cfg, lm)
         if len(lm.head().weight) < len(policy.tokenizer):
             raise InputError(f"{name}: has fewer tokens than the policy")
     if at_start is nullcontext:
