@@ -58,6 +58,23 @@ def tiny(kind, **more):
     return kind(**(size | more))
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """The bytes that autograd keeps, but for those of `others`."""
+
+    def __init__(self, others):
+        self.storages = {tensor.untyped_storage()._cdata: None for tensor in others}
+        super().__init__(self.note, lambda tensor: tensor)
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages.setdefault(storage._cdata, storage)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values() if storage is not None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -26,7 +26,7 @@ from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skel
 from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
 from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
-from nanoalign.run.device import SPARE, settle
+from nanoalign.run.device import SPARE, compiles, settle
 from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
 from nanoalign.run.session import command
@@ -74,6 +74,7 @@ class Shapes:
     trained: int
     sizes: Sizes
     standing: dict[str, int]  # bytes by kind
+    compiled: bool  # its layers
     dtype: torch.dtype  # to compute in
     dropout: float  # before each A
 
@@ -104,7 +105,11 @@ def shapes_of(cfg: Config) -> Shapes:
         frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
-    return Shapes(name, all_weights(model), trained, sizes_of(model), standing, dtype, dropout)
+    one_graph = cfg.device != "cpu" and cfg.ranks == 1  # on cards of the last six years
+    compiled = compiles(cfg, model, one_graph)
+    return Shapes(
+        name, all_weights(model), trained, sizes_of(model), standing, compiled, dtype, dropout
+    )
 
 
 def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
@@ -144,15 +149,13 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
     cuda, sizes, standing = cfg.device != "cpu", shapes.sizes, dict(shapes.standing)
     if cuda:
         standing["CUDA's context"] = CONTEXT
-        if (
-            cfg.optim == "paged_adamw_32bit" and cfg.ranks == 1
-        ):  # a part of them comes when the row is gone
-            standing["AdamW's states"] = 0
+        if cfg.optim == "paged_adamw_32bit" and cfg.ranks == 1:
+            standing["AdamW's states"] = 0  # a part of them comes when the row is gone
     how = How(
         tokens=0,
         size=shapes.dtype.itemsize,
         dropout=shapes.dropout if cfg.lora_dropout or cfg.adapter_name_or_path else 0.0,
-        compiled=bool(cfg.torch_compile),
+        compiled=shapes.compiled,
         train_all=not cfg.use_peft,
         chunk=rows_of_logits(sizes.vocabulary, cuda, card),
         sharded=cfg.ranks > 1,
