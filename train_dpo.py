@@ -9,11 +9,12 @@ The policy is compared with a reference: itself, as it was at the start.
 from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.losses import dpo_loss, numbers
+from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import Run, finish, main, start
+from nanoalign.run.session import Run, finish, start
 
 
 def run_dpo(cfg: DPOConfig) -> Run:

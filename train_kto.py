@@ -18,12 +18,13 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.packing import to_device
+from nanoalign.run.command import main
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.ranks import joined
 from nanoalign.run.record import fit
 from nanoalign.run.reference import long_rows, reference_of, without_gradient
-from nanoalign.run.session import Run, finish, main, start
+from nanoalign.run.session import Run, finish, start
 from nanoalign.train import plan
 
 

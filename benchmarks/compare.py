@@ -238,6 +238,7 @@ def run_ours(args) -> None:
     """The scripts as they are, on examples that are encoded already."""
     import nanoalign.run.session
     from nanoalign.data import Example
+    from nanoalign.run.command import quiet
     from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
     from train_dpo import run_dpo
     from train_kto import run_kto
@@ -258,7 +259,7 @@ def run_ours(args) -> None:
         return examples, Counter(rows=len(rows), examples=len(rows))
 
     clock, nanoalign.run.session.read_examples = clocked_steps(args.device), read
-    nanoalign.run.session.quiet()
+    quiet()
     cfg = kind(
         model_name_or_path=args.model, adapter_name_or_path=args.directory + "/adapter",
         dataset_name=[args.directory + "/ours.jsonl"], shuffle_dataset=False,

@@ -60,6 +60,7 @@ from nanoalign.packing import attention, pack, row_tokens  # noqa: E402
 from nanoalign.run import policy as run_policy  # noqa: E402
 from nanoalign.run import session  # noqa: E402
 from nanoalign.run.bytes import row_bytes, sizes_of, standing_bytes  # noqa: E402
+from nanoalign.run.command import quiet  # noqa: E402
 from nanoalign.run.device import how_of  # noqa: E402
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
 from nanoalign.train import fitting  # noqa: E402
@@ -546,7 +547,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    session.quiet()
+    quiet()
     if args.case:
         print("\n" + json.dumps(measure(Case(**json.loads(args.case)))))
         return []

@@ -232,7 +232,7 @@ def main() -> None:
         return head_memory(int(args.head[0]), bool(args.head[1]))
     if args.data:
         return data_memory(int(args.data[0]), int(args.data[1]), args.data[2])
-    from nanoalign.run.session import quiet
+    from nanoalign.run.command import quiet
 
     quiet()
     with tempfile.TemporaryDirectory() as name:

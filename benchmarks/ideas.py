@@ -102,6 +102,7 @@ def variants() -> dict:
 
 def worker(args) -> None:
     import nanoalign.run.session
+    from nanoalign.run.command import quiet
     from nanoalign.run.flags import DPOConfig
     from train_dpo import run_dpo
 
@@ -119,7 +120,7 @@ def worker(args) -> None:
 
     nanoalign.run.session.load_policy = load_and_patch
     clock = clocked_steps("cpu")
-    nanoalign.run.session.quiet()
+    quiet()
     with tempfile.TemporaryDirectory() as directory:
         run_dpo(DPOConfig(
             model_name_or_path=args.model, dataset_name=[args.data], output_dir=directory,

@@ -20,9 +20,10 @@ from nanoalign import InputError, world
 from nanoalign.formats.layouts import DPO
 from nanoalign.model import sample
 from nanoalign.packing import Example
+from nanoalign.run.command import main
 from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
-from nanoalign.run.session import Run, finish, main, start
+from nanoalign.run.session import Run, finish, start
 
 BUILT_IN = dict(
     model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],

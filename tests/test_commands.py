@@ -27,11 +27,12 @@ from nanoalign.formats.templates import NativeTemplate
 from nanoalign.formats.weights import NOTE
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
+from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, git_commit, main, start, use_threads
+from nanoalign.run.session import check_output_dir, git_commit, start, use_threads
 from nanoalign.tools import merge
 
 pytestmark = [
@@ -469,7 +470,8 @@ from dataclasses import dataclass
 from nanoalign.formats.layouts import SFT
 from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
-from nanoalign.run.session import finish, main, start
+from nanoalign.run.command import main
+from nanoalign.run.session import finish, start
 
 
 @dataclass

@@ -31,12 +31,13 @@ from nanoalign.run.checkpoint import (
     state_tensors,
     take_over,
 )
+from nanoalign.run.command import out_of_memory
 from nanoalign.run.device import computes_in
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log, keep_lines
 from nanoalign.run.policy import save_policy
-from nanoalign.run.session import Run, out_of_memory
+from nanoalign.run.session import Run
 from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16

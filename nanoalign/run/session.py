@@ -1,19 +1,14 @@
 """What the scripts share at their two ends: from flags to data, and from policy to disk."""
 
 import contextlib
-import io
 import json
 import os
 import random
 import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 
@@ -28,7 +23,7 @@ from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.device import settle_rows
 from nanoalign.run.files import saving, write_text
-from nanoalign.run.flags import Config, parse
+from nanoalign.run.flags import Config
 from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 
 
@@ -43,62 +38,6 @@ class Run:
     def data_sha256(self) -> str:
         """Of the ids, masks and labels that it trains on."""
         return checkpoint.data_fingerprint(self.examples)
-
-
-def main(kind: type[Config], run: Callable[[Config], Run], built_in: dict) -> None:
-    """A script as a command: parse its flags, which are a `kind`, and run.
-
-    `built_in` holds the settings of a run without a model of the user's; {} where there is none.
-    """
-    with command(Path(sys.argv[0]).name), ranks.job():
-        cfg = parse(kind, sys.argv[1:], built_in)
-        try:
-            run(cfg)
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise InputError(need_less(cfg)) from None
-            raise
-
-
-def out_of_memory(error: Exception) -> bool:
-    """torch has an error of its own for it on CUDA; elsewhere the text tells."""
-    words = "out of memory", "can't allocate memory", "not enough memory"
-    own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return own or any(text in str(error) for text in words)
-
-
-def need_less(cfg: Config) -> str:
-    """The flags with which a run that ran out of memory would need less of it."""
-    less = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing"]
-    less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
-    if cfg.use_peft and not cfg.load_in_4bit:
-        less.append("--load_in_4bit")
-    return f"out of memory; less is needed with {' or '.join(less)}; checkpoints stand"
-
-
-@contextlib.contextmanager
-def command(name: str) -> Iterator[None]:
-    """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
-    outside the loop, which has its own way to stop, with code 130. The libraries are quiet."""
-    quiet()
-    try:
-        yield
-    except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(130)
-
-
-def quiet() -> None:
-    """The libraries' chatter: loading bars, notes on configs, retries of the hub, warnings."""
-    warnings.simplefilter("ignore")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is not
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name or reply that it can't show
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
 
 
 def start(cfg: Config, layouts: Layouts) -> Run:

@@ -20,10 +20,10 @@ from transformers import TextStreamer
 from nanoalign import InputError
 from nanoalign.formats.peft import without_adapter
 from nanoalign.model import Policy, generate
+from nanoalign.run.command import command
 from nanoalign.run.flags import Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
-from nanoalign.run.session import command
 
 FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
 

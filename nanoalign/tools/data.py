@@ -16,10 +16,11 @@ from nanoalign import InputError
 from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case
 from nanoalign.formats.rows import rows_of
 from nanoalign.run.advice import suggested_weights
+from nanoalign.run.command import command
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_tokenizer
-from nanoalign.run.session import command, read
+from nanoalign.run.session import read
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 FLAGS = "max_length max_prompt_length truncation_mode chat_template input_as_system".split()

@@ -26,10 +26,10 @@ from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skel
 from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
 from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
+from nanoalign.run.command import command
 from nanoalign.run.device import SPARE, compiles, settle
 from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
-from nanoalign.run.session import command
 
 CARDS = 8, 16, 24, 48, 80, 141  # GB
 CONTEXT = 600 * 2**20  # CUDA's own and its libraries': an estimate

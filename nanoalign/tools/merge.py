@@ -29,9 +29,9 @@ from nanoalign.formats.peft import add_adapter, load_adapter
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
+from nanoalign.run.command import command
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import TRAINED_WITH, base_of, make_room, stop_at
-from nanoalign.run.session import command
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 FLAGS = ("dtype", "bnb_4bit_quant_type", "use_bnb_nested_quant", "device", "trust_remote_code")

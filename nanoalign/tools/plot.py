@@ -6,9 +6,9 @@ Reads each run's metrics.jsonl and draws what is there (run/curves.py).
 from pathlib import Path
 
 from nanoalign import InputError
+from nanoalign.run.command import command
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.flags import Parser
-from nanoalign.run.session import command
 
 
 @command("plot")
