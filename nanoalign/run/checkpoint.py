@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.data import Examples
-from nanoalign.formats.weights import NOTE
+from nanoalign.formats.note import NOTE
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.files import remove, saving
 from nanoalign.run.flags import Config

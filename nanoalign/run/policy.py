@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
-from nanoalign.formats import weights
+from nanoalign.formats import note, weights
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import (
     LoRAConfig,
@@ -100,7 +100,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
-        **weights.format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
+        **note.format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
     )
 
 
@@ -168,7 +168,7 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
     if adapter:
         load_adapter(model, adapter)
         print(f"goes on from the adapter {adapter}")
-        if weights.read_note(adapter) and not weights.frozen_weights(model):
+        if note.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = weights.all_weights(model)
@@ -217,7 +217,7 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
         save_adapter(policy.model, policy.lora, directory)
-        weights.write_note(policy.model, directory)
+        note.write_note(policy.model, directory)
     else:
         stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
