@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign.logps import Scores
+from nanoalign.model import Policy, sample
+from nanoalign.packing import Example
 from nanoalign.run import ranks
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config
@@ -125,6 +127,21 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
             if head + name in metrics:
                 parts.append(head.replace("_", " ") + form.format(metrics[head + name]))
     return "  ".join(parts)
+
+
+def replies(policy: Policy, examples: list[Example]) -> str:
+    """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
+    prompts = [example.prompt for example in examples]
+    columns = {"prompt": [prompt[-64:] for prompt in prompts]}
+    columns["policy"] = sample(policy, prompts, max_new_tokens=64)
+    if policy.reference is not None:
+        with policy.reference():
+            columns["start"] = sample(policy, prompts, max_new_tokens=64)
+    lines = []
+    for row in zip(*columns.values()):
+        texts = policy.tokenizer.batch_decode(row, skip_special_tokens=True)
+        lines += [f"  {name:<10} {text!r:.100}" for name, text in zip(columns, texts)]
+    return "\n".join(lines)
 
 
 def printable(text: str) -> str:

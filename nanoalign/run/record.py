@@ -18,8 +18,7 @@ import torch
 
 from nanoalign import InputError
 from nanoalign.data import epoch_order
-from nanoalign.model import Policy, sample
-from nanoalign.packing import Example, row_tokens
+from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import (
@@ -35,7 +34,7 @@ from nanoalign.run.command import out_of_memory
 from nanoalign.run.device import computes_in
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import Config
-from nanoalign.run.log import Log, keep_lines
+from nanoalign.run.log import Log, keep_lines, replies
 from nanoalign.run.policy import save_policy
 from nanoalign.run.session import Run
 from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
@@ -258,18 +257,3 @@ def rescale(state: dict, overflow: bool) -> None:
         state["scale"] /= 2
     elif state["since_overflow"] % 2000 == 0:
         state["scale"] *= 2
-
-
-def replies(policy: Policy, examples: list[Example]) -> str:
-    """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
-    prompts = [example.prompt for example in examples]
-    columns = {"prompt": [prompt[-64:] for prompt in prompts]}
-    columns["policy"] = sample(policy, prompts, max_new_tokens=64)
-    if policy.reference is not None:
-        with policy.reference():
-            columns["start"] = sample(policy, prompts, max_new_tokens=64)
-    lines = []
-    for row in zip(*columns.values()):
-        texts = policy.tokenizer.batch_decode(row, skip_special_tokens=True)
-        lines += [f"  {name:<10} {text!r:.100}" for name, text in zip(columns, texts)]
-    return "\n".join(lines)
