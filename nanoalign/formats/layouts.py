@@ -11,30 +11,28 @@ wrong raises InputError, with file and line in front.
 """
 
 import gc
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 from nanoalign import InputError
-from nanoalign.chatml import ROLES, Message
 from nanoalign.data import Case, Examples, Limits, make_examples
+from nanoalign.formats.columns import kind_of, label_of, listed, text_of, turns_of
 from nanoalign.formats.rows import rows_of
 
-MESSAGE_KEYS = ("role", "content"), ("from", "value")
 Layouts = dict[tuple[str, ...], Callable[..., Case]]  # of a method: columns -> what reads them
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
     """A column with the prompt, and one with each reply to it, which may repeat the prompt."""
-    prompt = _turns(row, asked, "user")
-    completions, n = [_turns(row, reply, "assistant") for reply in replies], len(prompt)
+    prompt = turns_of(row, asked, "user")
+    completions, n = [turns_of(row, reply, "assistant") for reply in replies], len(prompt)
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
 
 def every_reply(row: dict, column: str) -> Case:
     """A whole conversation, of which every reply trains: the prompt ends before the first, or, if
     the first ones have OpenAI's weight 0, before the first that has not."""
-    messages = _turns(row, column)
+    messages = turns_of(row, column)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     trained = [i for i in replies if "weight" not in messages[i]]
     first = min(trained or replies, default=len(messages))
@@ -43,7 +41,7 @@ def every_reply(row: dict, column: str) -> Case:
 
 def last_reply(row: dict, *columns: str) -> Case:
     """Whole conversations, of which the last reply is judged. What they share is the prompt."""
-    conversations = [_turns(row, column) for column in columns]
+    conversations = [turns_of(row, column) for column in columns]
     first, second = conversations[0], conversations[-1]
     last = min(len(first), len(second)) - 1
     n = next((i for i in range(last) if first[i] != second[i]), last)
@@ -52,8 +50,8 @@ def last_reply(row: dict, *columns: str) -> Case:
 
 def alpaca(row: dict, asked: str, *replies: str) -> Case:
     """Alpaca's instruction; its input, where there is one, follows after a newline."""
-    if extra := _text(row, "input"):
-        *before, last = _turns(row, asked, "user")
+    if extra := text_of(row, "input"):
+        *before, last = turns_of(row, asked, "user")
         if last["role"] != "user":
             raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
         content = f"{last['content']}\n{extra}" if last["content"] else extra
@@ -65,7 +63,7 @@ def alpaca_pair(row: dict, asked: str, replies: str) -> Case:
     """The same with a list of two replies, the good one first."""
     pair = row[replies]
     if not isinstance(pair, list) or len(pair) != 2:
-        found = f"a list of {len(pair)}" if isinstance(pair, list) else _name(pair)
+        found = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
         raise InputError(f"{replies}: {found}; expected a list of two replies, [good, bad]")
     good, bad = f"good {replies}", f"bad {replies}"
     return alpaca({**row, good: pair[0], bad: pair[1]}, asked, good, bad)
@@ -158,7 +156,7 @@ def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
         if set(columns) <= row.keys():
             return columns
     known = "; ".join(", ".join(columns) for columns in layouts)
-    raise InputError(f"columns {_list(row)} make no known layout; expected one of: {known}")
+    raise InputError(f"columns {listed(row)} make no known layout; expected one of: {known}")
 
 
 def read_case(row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False) -> Case:
@@ -166,8 +164,8 @@ def read_case(row: dict, columns: tuple, layouts: Layouts, input_as_system: bool
     for column in columns:
         if column not in row:
             raise InputError(f"no column {column}; expected one, as in the file's first row")
-    system = _text(row, "system")
-    if input_as_system and (extra := _text(row, "input")):
+    system = text_of(row, "system")
+    if input_as_system and (extra := text_of(row, "input")):
         if system:
             raise InputError("system and input are both there; expected one (--input_as_system)")
         system, row = extra, {**row, "input": ""}
@@ -198,70 +196,3 @@ def _check_turns(prompt: list[str], completion: list[str]) -> None:
     if completion[:1] != ["assistant"]:
         found = f"begins with the {completion[0]}" if completion else "has no turn"
         raise InputError(f"a completion {found} after the prompt; expected the assistant")
-
-
-def label_of(value, csv: bool) -> bool:
-    """true or false; in CSV, where all is text, in any case, or 1 and 0."""
-    words = {"true": True, "1": True, "false": False, "0": False}
-    label = words.get(value.strip().lower()) if csv else value
-    if not isinstance(label, bool):
-        form = ", or 1 or 0" if csv else ", without quotes"
-        raise InputError(f"label is {_shown(value)}; expected true or false{form}")
-    return label
-
-
-def _text(row: dict, column: str) -> str:
-    """A column that may be missing or null; both are the empty string."""
-    value = row.get(column)
-    if not isinstance(value, str | None):
-        raise InputError(f"{column}: {_name(value)}; expected a string")
-    return value or ""
-
-
-def _turns(row: dict, column: str, role: str | None = None) -> list[Message]:
-    """A column's messages: it holds a list of them or, where `role` is known, one turn's text."""
-    value = row[column]
-    if isinstance(value, str) and role:
-        return [{"role": role, "content": value}]
-    if isinstance(value, dict) and role == "assistant":  # ShareGPT's replies: without a list
-        value = [value]
-    if not isinstance(value, list):
-        expected = "a string or a list of messages" if role else "a list of messages"
-        raise InputError(f"{column}: {_name(value)}; expected {expected}")
-    if not value:
-        raise InputError(f"{column}: an empty list; expected at least one message")
-    return [_message(message, f"{column}, message {i}") for i, message in enumerate(value, 1)]
-
-
-def _message(message, where: str) -> Message:
-    """Role and content; and the weight of a reply that is not to be learned, which is 0."""
-    keyed = isinstance(message, dict)
-    keys = next((k for k in MESSAGE_KEYS if keyed and message.keys() >= set(k)), None)
-    if keys is None:
-        found = f"keys {_list(message)}" if keyed else _name(message)
-        raise InputError(f'{where}: {found}; expected {{"role": ..., "content": ...}}')
-    role, content = (message[key] for key in keys)
-    if keys[0] == "from" and isinstance(role, str):
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-    if role not in ROLES:
-        raise InputError(f"{where}: {keys[0]} is {_shown(role)}; expected {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise InputError(f"{where}: {keys[1]} is {_name(content)}; expected a string")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise InputError(f"{where}: weight is {_shown(weight)}; expected 0 or 1")
-    context = {"weight": 0} if role == "assistant" and weight == 0 else {}
-    return {"role": role, "content": content, **context}
-
-
-def _name(value) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", str: "a string"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _shown(value) -> str:
-    return "null" if value is None else reprlib.repr(value)[:40]  # however deep or long it is
-
-
-def _list(names) -> str:
-    return ", ".join([name[:50] for name in names][:12]) or "none"
