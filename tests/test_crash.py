@@ -24,10 +24,11 @@ import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
-from nanoalign.run import paged
+from nanoalign.run import paged, session
 from nanoalign.run.checkpoint import fingerprint
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.run.log import Log
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -256,6 +257,29 @@ def test_a_signal_in_the_last_step_ends_the_run_as_usual(flags, whole, tmp_path,
     call("sft", flags("sft", tmp_path))
     assert tensors(tmp_path) == whole("sft")[1] and (tmp_path / "run.json").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("owner, name, code", [(Log, "close", 0), (session, "draw", -15)])
+def test_a_signal_after_the_last_step_leaves_a_finished_run(
+    owner, name, code, flags, whole, tmp_path, capsys
+):
+    """While the log is closed, which may wait for a server, or while the curves are drawn: the run
+    is not trained again."""
+    given, real = flags("sft", tmp_path), getattr(owner, name)
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    def action():
+        setattr(owner, name, signalled)
+        call("sft", given)
+
+    assert wait(child(action)) == code
+    with pytest.raises(SystemExit) as stop:
+        call("sft", given | LAST)
+    assert not stop.value.code and "this run is finished" in capsys.readouterr().out
+    assert tensors(tmp_path) == whole("sft")[1]
 
 
 def test_the_command_is_stopped_killed_and_goes_on(flags, whole, tmp_path):

@@ -48,7 +48,7 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     A signal lets the step finish, saves a checkpoint and ends the run.
     """
     method, record = balanced(method, run.policy.model, cfg.router_aux_loss_coef), Record(cfg, run)
-    with contextlib.closing(record.log), stop_signals() as record.signals, record.kept():
+    with stop_signals() as record.signals, contextlib.closing(record.log), record.kept():
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
         for step in train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total):
@@ -74,7 +74,7 @@ def stop_signals() -> Iterator[list[int]]:
     noted: list[int] = []
 
     def note(number, frame):
-        if noted and ranks.WORLD == 1:
+        if noted and not ranks.LAUNCHED:
             raise SystemExit(128 + number)
         noted.append(number)
 

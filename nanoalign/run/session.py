@@ -184,19 +184,14 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
 
 
 def finish(cfg: Config, run: Run) -> Run:
-    """Beside the weights: run.json, the curves, a model card; and what there is to say."""
+    """Beside the weights: run.json, the curves, a model card; and what there is to say.
+
+    run.json comes first: it marks the run as finished. What follows may take seconds, and a run that
+    a signal ends there need not be trained again when it is resumed.
+    """
     if ranks.RANK:
         return run
     directory = Path(cfg.output_dir)
-    lines = read_run(directory)
-    with saving(directory):
-        try:
-            draw({directory.name: lines}, directory / "curves.png")
-        except ImportError:
-            print("no curves.png: pip install 'nanoalign[plot]' for that")
-        if lines:
-            stops = run.policy.template.stop_ids
-            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
     record = {
         "method": cfg.method,
         "flags": vars(cfg),
@@ -206,6 +201,15 @@ def finish(cfg: Config, run: Run) -> Run:
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
+    lines = read_run(directory)
+    with saving(directory):
+        try:
+            draw({directory.name: lines}, directory / "curves.png")
+        except ImportError:
+            print("no curves.png: pip install 'nanoalign[plot]' for that")
+        if lines:
+            stops = run.policy.template.stop_ids
+            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
     if line := afterthought(lines):
         print(line)
     if run.before:
