@@ -472,6 +472,9 @@ def test_from_a_given_checkpoint(flags, whole, tmp_path, monkeypatch, capsys):
         call("sft", given | {"resume_from_checkpoint": first / "checkpoint-5"})
     with pytest.raises(InputError, match="not empty"):  # a slip of the pen starts nothing anew
         call("sft", given | {"resume_from_checkpoint": tmp_path / "frist"})
+    assert (first / "run.json").exists()
+    stopped(monkeypatch, 4, "sft", given)  # it goes on from its second step, and so is not finished
+    assert not (first / "run.json").exists()
 
 
 def test_a_finished_run(flags, tmp_path, capsys):

@@ -208,16 +208,18 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
 def take_over(directory: Path, fresh: bool) -> None:
     """Make `directory` the run's own.
 
-    What a crash left unfinished goes and, at a `fresh` start, what an earlier run left and this one
-    may not write over. Its checkpoints would be taken for this run's by --resume_from_checkpoint,
-    its note on a 4-bit base by merge, and its events by TensorBoard.
+    What a crash left unfinished goes, and run.json, which says that a run is finished. At a `fresh`
+    start so does what an earlier run left and this one may not write over: its checkpoints would be
+    taken for this run's by --resume_from_checkpoint, its note on a 4-bit base by merge, and its
+    events by TensorBoard.
     """
     with saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
             shutil.rmtree(path, ignore_errors=True)
+        (directory / "run.json").unlink(missing_ok=True)
         if fresh:
-            names = "run.json", "adapter_config.json", "adapter_model.safetensors", NOTE
+            names = "adapter_config.json", "adapter_model.safetensors", NOTE
             events = directory.glob("events.out.tfevents.*")
             for path in [*(directory / name for name in names), *events]:
                 path.unlink(missing_ok=True)
