@@ -85,7 +85,8 @@ def differences(ours: dict, theirs: dict) -> str:
 
 
 def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the trained parameters, by name, and of all ranks' generators.
+    """What a checkpoint keeps of the trained parameters, by name, and of all ranks' generators: on
+    rank 0, which writes it. All ranks call it; on the others it is empty.
 
     Tensors are called rng.DEVICE (of rank 1, 2, ... rng.DEVICE.RANK), weight.PARAMETER and, for
     whatever the optimizer keeps of a parameter, KEY.PARAMETER (AdamW: exp_avg, exp_avg_sq and step;
@@ -98,7 +99,8 @@ def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    return {name: shards.whole(t).cpu().contiguous() for name, t in tensors.items()}
+    gathered = {name: shards.to_rank_0(t) for name, t in tensors.items()}
+    return {name: t.contiguous() for name, t in gathered.items() if t is not None}
 
 
 def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None:

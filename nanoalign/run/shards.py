@@ -29,20 +29,20 @@ def shard(lm: PackedLM, device: torch.device) -> None:
     Where all weights train they stay fp32, as do their AdamW states, of which each rank has its
     part too; a layer computes with gathered copies in `lm.autocast`, and its gradients are summed
     in fp32. With LoRA only what is frozen is cut, NF4 codes and scales as well. What trains is
-    small: each rank has all of it and trains it as without FSDP, and the reference of
-    `policy.start` is, as ever, a copy or a switch.
+    small: each rank has all of it and trains it as without FSDP, and `policy.reference` is, as ever,
+    a switch or a copy.
     """
     trained = {p for p in lm.parameters() if p.requires_grad}
-    whole = len(trained) == len(list(lm.parameters()))
+    all_train = len(trained) == len(list(lm.parameters()))
     for module in [m for m in lm.modules() if isinstance(m, FrozenLinear)]:
         for name, buffer in [(n, b) for n, b in module.named_buffers() if b.dim()]:
             delattr(module, name)  # only parameters are cut
             module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     how = {"mesh": init_device_mesh(device.type, (ranks.WORLD,))}
-    how["ignored_params"] = set() if whole else trained
+    how["ignored_params"] = set() if all_train else trained
     for parameter in how["ignored_params"]:
         parameter.data = parameter.data.to(device)
-    compute = lm.autocast if whole else None
+    compute = lm.autocast if all_train else None
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     try:
         for layer in lm.model.get_decoder().layers:
@@ -75,13 +75,16 @@ def settle(lm: PackedLM) -> None:
         lm.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank may have a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def to_rank_0(tensor: Tensor) -> Tensor | None:
+    """The whole of a tensor, of which each rank may have a part, on the CPU of rank 0. All ranks
+    call it; the others get None, because a copy for each would fill the host's memory."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return None if ranks.RANK else whole.cpu()
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, as it has one of the parameter that it belongs to."""
+    """A whole weight, or an optimizer's state of its shape, cut as the parameter is; what has
+    another shape (AdamW's step) stays whole."""
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         tensor = tensor.to(parameter.device)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -103,7 +106,6 @@ def whole_weights(lm: PackedLM) -> dict[str, Tensor] | None:
     found, weights = {}, {}
     for name, tensor in lm.model.state_dict(keep_vars=True).items():
         if id(tensor) not in found:  # tied weights stay one tensor
-            gathered = whole(tensor.detach())
-            found[id(tensor)] = None if ranks.RANK else gathered.cpu()
+            found[id(tensor)] = to_rank_0(tensor.detach())
         weights[name] = found[id(tensor)]
     return weights
