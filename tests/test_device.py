@@ -12,6 +12,8 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.losses import DPO_LOSSES
 from nanoalign.packing import Example
+from nanoalign.run import device as run_device
+from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
 from nanoalign.run.device import settle, settle_rows, use_tf32
 from nanoalign.run.flags import DPOConfig
@@ -110,6 +112,33 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     cfg.max_row_tokens = 77
     settle_rows(cfg, lm, examples)
     assert cfg.max_row_tokens == 77 and capsys.readouterr().out == ""
+
+
+def test_what_else_will_need_memory(model_dir, monkeypatch):
+    """Of what is free a tenth is spared. With --fsdp a rank has its part of gradients and AdamW's
+    states, and gathers a layer in bfloat16 beside one in float32, and embedding and head with their
+    gradients. A reference of its own is as large as the policy."""
+    found, model = [], {"model_name_or_path": model_dir, "dataset_name": ["any"], "device": "cpu"}
+    monkeypatch.setattr(run_device, "settle", lambda left, *_: found.append(left) or (2048, False))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
+    card = Namespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "gather", lambda thing: [thing, thing])
+    lm = load_policy(DPOConfig(**model, use_peft=False)).lm
+    monkeypatch.setattr(PackedLM, "device", CUDA)
+    for more in {}, {"fsdp": True}, {"optim": "paged_adamw_32bit"}, {"ref_model_name_or_path": "M"}:
+        settle_rows(DPOConfig(**model, use_peft=False, **more), lm, [Example([1], [([2], [True])])])
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in (
+        ("all", lm), ("layer", lm.model.model.layers[-1]), ("layers", lm.model.model.layers),
+    )}  # fmt: skip
+    rest, left, buffers = count["all"] - count["layers"], 0.9 * 2**30, 2 * 4 * 4  # two of 4 numbers
+    gathered = 4 * (2.5 * count["layer"] + 2 * rest) + 2 * buffers
+    assert found[0] == left - 12 * count["all"]
+    assert found[1] == pytest.approx(left - 6 * count["all"] - gathered, abs=4)
+    assert found[2] == left - 4 * count["all"]
+    assert found[3] == pytest.approx(found[0] - 0.9 * (4 * count["all"] + buffers))
 
 
 def test_a_reference_of_its_own_is_compiled_as_the_policy_is(model_dir, monkeypatch):

@@ -228,6 +228,15 @@ def test_ranks_by_hand(capsys):
     assert float(table["what trains"]) == 0.16
 
 
+def test_a_reference_of_its_own_stays_in_16_bits(capsys):
+    """Where all weights train too: it is as large as the file, 2 bytes a weight."""
+    model = SHAPES / "llama-3.2-1b.json"
+    words = "--model_name_or_path", model, "--ref_model_name_or_path", model
+    out = printed(capsys, "dpo", *words, "--use_peft", "false")
+    (line,) = [line for line in out.splitlines() if "the reference's weights" in line]
+    assert float(line.split()[0]) == round(2 * 1_235_814_400 / 2**30, 2)
+
+
 def test_the_advice_makes_it_fit(capsys):
     """The flags that a card's line names, given, fit it, with the bytes that it told."""
     words = "sft", "--model_name_or_path", SHAPES / "llama-3.1-8b.json", "--max_row_tokens", "1024"

@@ -17,11 +17,13 @@ from nanoalign.logps import PackedLM
 from nanoalign.logps import fast as head
 from nanoalign.packing import fast as attention
 from nanoalign.run import ranks
-from nanoalign.run.bytes import How, Sizes, row_bytes, sizes_of
+from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
 from nanoalign.run.flags import Config
 
 ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
 SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
+# Kinds of standing_bytes that come only after rows were settled, when training begins.
+COMING = "its gradients", "AdamW's states", "gathered weights"
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:
@@ -82,8 +84,14 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         compiled=compiles(cfg, lm.model, attention.has_flex(lm.device)),
         train_all=not cfg.use_peft,
         chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
+        sharded=cfg.fsdp,
         cuda=lm.device.type == "cuda",
     )
+
+
+def room(free: float, standing: dict[str, int]) -> float:
+    """Bytes that a row may take, of those that the loaded weights leave free."""
+    return (1 - SPARE) * free - sum(standing.get(kind, 0) for kind in COMING)
 
 
 def settle(
@@ -117,15 +125,16 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
         return
     torch.cuda.empty_cache()
     free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    paged = cfg.optim == "paged_adamw_32bit"
-    left = (1 - SPARE) * free - (4 if paged else 12) * trained  # gradients, AdamW's two states
-    if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
-        left -= sum(t.nbytes for t in (*lm.parameters(), *lm.buffers()))
+    standing = sharded_bytes(lm.model, ranks.WORLD) if cfg.fsdp else standing_bytes(lm.model)
+    weights = sum(size for kind, size in standing.items() if kind not in COMING)
+    other = weights if vars(cfg).get("ref_model_name_or_path") else 0  # as large, as a rule
+    if cfg.optim == "paged_adamw_32bit":
+        standing["AdamW's states"] = 0
     longest = max(len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples)
     most = longest * cfg.per_device_train_batch_size
     given = cfg.max_row_tokens, cfg.gradient_checkpointing
-    tokens, checkpointing = settle(left, sizes_of(lm.model), how_of(cfg, lm), longest, most, *given)
+    left, sizes = room(free - other, standing), sizes_of(lm.model)
+    tokens, checkpointing = settle(left, sizes, how_of(cfg, lm), longest, most, *given)
     cfg.max_row_tokens, cfg.gradient_checkpointing = tokens, checkpointing
     way = "with" if checkpointing else "without"
     chosen = f"rows of {tokens} tokens, {way} gradient checkpointing"

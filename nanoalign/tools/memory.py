@@ -27,7 +27,7 @@ from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
 from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
 from nanoalign.run.command import command
-from nanoalign.run.device import SPARE, compiles, settle
+from nanoalign.run.device import COMING, compiles, room, settle
 from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
 
@@ -101,7 +101,7 @@ def shapes_of(cfg: Config) -> Shapes:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     standing = standing_bytes(model) if cfg.ranks == 1 else sharded_bytes(model, cfg.ranks)
     if other := vars(cfg).get("ref_model_name_or_path"):
-        how = {"ref_model_name_or_path": None, "adapter_name_or_path": None}
+        how = {"ref_model_name_or_path": None, "adapter_name_or_path": None, "use_peft": True}
         frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
@@ -164,8 +164,8 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
     )
     example = cfg.max_length * (2 if cfg.method == "dpo" else 1)  # at most: it may be two replies
     batch = cfg.per_device_train_batch_size * example
-    later = standing["its gradients"] + standing["AdamW's states"]
-    left = (1 - SPARE) * (card * GIB - sum(standing.values()) + later) - later
+    loaded = sum(size for kind, size in standing.items() if kind not in COMING)
+    left = room(card * GIB - loaded, standing)
     given = cfg.max_row_tokens, cfg.gradient_checkpointing
     if not cuda:  # there it is all open to the user
         given = cfg.max_row_tokens or ROW_TOKENS["cpu"], bool(cfg.gradient_checkpointing)
