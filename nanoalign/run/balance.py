@@ -101,8 +101,10 @@ def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
                 if seen:
                     aux = load_balancing_loss(seen, config["num_experts_per_tok"])
                     loss, count = sums["loss"]
-                    more = {"loss": (loss + coef * aux * count, count)}
-                    sums = {**sums, **more, "aux_loss": (aux.detach() * count, count)}
+                    sums |= {
+                        "loss": (loss + coef * aux * count, count),
+                        "aux_loss": (aux.detach() * count, count),
+                    }
                     seen.clear()
                 yield sums
 

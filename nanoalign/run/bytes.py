@@ -190,7 +190,7 @@ def in_the_mlp(s: Sizes, how: How) -> int:
     return how.tokens * (2 * s.mlp * how.size + s.hidden * (how.stream + how.size))
 
 
-def whole_weights(s: Sizes, how: How) -> int:
+def beside_a_product(s: Sizes, how: How) -> int:
     """What lies beside the gradients in a layer: a weight that is decoded from 4 bits; or that of
     which the gradient is computed, and a head's gradient, which waits for the tied embedding's."""
     size = s.largest * how.size if s.four_bit else 0
@@ -219,7 +219,7 @@ def row_bytes(s: Sizes, how: How) -> dict[str, int]:
     casts *= how.size if how.size < 4 and not (how.train_all and how.sharded) else 0
     layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts
     inside, kept = in_the_mlp(s, how), s.layers * layer
-    moments = {"at the head": at_the_head(s, how), "in a layer": inside + whole_weights(s, how)}
+    moments = {"at the head": at_the_head(s, how), "in a layer": inside + beside_a_product(s, how)}
     if how.checkpointing:
         kept = s.layers * how.tokens * s.hidden * how.stream
         moments["in a layer"] += layer

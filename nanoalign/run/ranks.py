@@ -50,8 +50,8 @@ def job() -> Iterator[None]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    own = {"store": store, "rank": rank, "world_size": world, "timeout": PATIENCE}
-    dist.init_process_group(backend, **own)
+    meeting = {"store": store, "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=PATIENCE, **meeting)
     try:
         with contextlib.ExitStack() as stack:
             if rank:
@@ -80,7 +80,7 @@ def check_device(name: str) -> None:
 
 
 def gather(thing) -> list:
-    """What each rank has given, in their order; on every rank."""
+    """What each rank has given, in their order, on every rank: an all_gather."""
     things = [thing] * WORLD
     if WORLD > 1:
         dist.all_gather_object(things, thing)
@@ -143,17 +143,18 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
     """
     if WORLD == 1:
         return sums
-    own = {name: (float(value), count) for name, (value, count) in sums.items()}
+    sums = {name: (float(value), count) for name, (value, count) in sums.items()}
     for p in parameters:
-        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has added up, and divided
+        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has made it the ranks' mean
             p.grad *= WORLD
     replicas = [p for p in parameters if not isinstance(p, DTensor)]
-    everybody, whole = gather((own, [p.grad is not None for p in replicas])), {}
-    for theirs, _ in everybody:
-        add(whole, theirs)
-    given = [p for p, *has in zip(replicas, *(there for _, there in everybody)) if any(has)]
-    for message in parts(given, MESSAGE):
+    all_sums, all_have = zip(*gather((sums, [p.grad is not None for p in replicas])))
+    somewhere = [p for p, have in zip(replicas, zip(*all_have)) if any(have)]
+    for message in parts(somewhere, MESSAGE):
         add_gradients(message)
+    whole: Sums = {}
+    for theirs in all_sums:
+        add(whole, theirs)
     return whole
 
 
@@ -169,5 +170,5 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def wait() -> None:
-    """Until all ranks are here: what they have read, rank 0 may now write over."""
+    """A barrier: until all ranks are here. What they have read, rank 0 may then write over."""
     gather(None)

@@ -29,8 +29,8 @@ def shard(lm: PackedLM, device: torch.device) -> None:
     Where all weights train they stay fp32, as do their AdamW states, of which each rank has its
     part too; a layer computes with gathered copies in `lm.autocast`, and its gradients are summed
     in fp32. With LoRA only what is frozen is cut, NF4 codes and scales as well. What trains is
-    small: each rank has all of it and trains it as without FSDP, and `policy.reference` is, as ever,
-    a switch or a copy.
+    small: each rank has all of it and trains it as without FSDP, and `policy.reference` stays what
+    it is without: a switch, or a copy.
     """
     trained = {p for p in lm.parameters() if p.requires_grad}
     all_train = len(trained) == len(list(lm.parameters()))
