@@ -4,6 +4,8 @@ It is the policy as it was at the start, in the same weights, so it costs no mem
 model; or, when all weights train and no copy of "then" is left, a table made before step 1.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -41,11 +43,13 @@ def reference_of(
     """
     if not compares(loss):
         device = policy.lm.device
-        return lambda batches: [torch.zeros(len(_keys(b)), device=device) for b in batches]
+        return lambda batches: [
+            torch.zeros(sum(len(e.completions) for e in batch), device=device) for batch in batches
+        ]
     logps = _logps_of(cfg, policy)
     all_train = policy.reference is None and not cfg.ref_model_name_or_path
     if cfg.precompute_ref_log_probs or all_train:
-        logps = _table(logps, long_rows(_once(all_requests()), cfg, policy.lm), policy.lm.device)
+        logps = _table(logps, all_requests(), cfg, policy.lm)
     return logps
 
 
@@ -86,23 +90,24 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     return reference
 
 
-def _keys(examples: list[Example]) -> list[tuple]:
-    """Prompt, completion and mask of each completion: what a log-prob is a function of."""
-    prompts = [(tuple(e.prompt), e) for e in examples]
-    return [(p, tuple(ids), tuple(mask)) for p, e in prompts for ids, mask in e.completions]
+def _keys(examples: list[Example]) -> list[str]:
+    """A digest of each completion, with its prompt and mask: what a log-prob is a function of. With
+    the ids themselves a table would be larger than the data."""
+    parts = [(e.prompt, ids, mask) for e in examples for ids, mask in e.completions]
+    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
 
 
-def _once(examples: list[Example]) -> list[Example]:
-    return list({tuple(_keys([example])): example for example in examples}.values())
-
-
-def _table(logps_of: LogpsOf, rows: Batches, device: torch.device) -> LogpsOf:
+def _table(
+    logps_of: LogpsOf, examples: list[Example], cfg: ReferenceConfig, lm: PackedLM
+) -> LogpsOf:
     """The same function, from a table: it knows prompts and completions by what they are."""
+    once = {tuple(_keys([example])): example for example in examples}
+    rows = long_rows([*once.values()], cfg, lm)
     mine, known = ranks.level(ranks.share(rows, lambda row: sum(map(len, row)))), {}
     for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
         known |= zip(_keys(row), logps_of([row])[0].tolist())
     known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda batches: [
-        to_device([known[k] for k in _keys(batch)], device) for batch in batches
+        to_device([known[k] for k in _keys(batch)], lm.device) for batch in batches
     ]
