@@ -91,6 +91,7 @@ class Record:
 
     def __init__(self, cfg: Config, run: Run):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
+        ranks.own_dropout(cfg.seed)  # not before: what a script adds must start equal on all ranks
         self.per_epoch, self.total = plan(cfg, len(run.examples))
         shards.settle(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)

@@ -67,7 +67,6 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     settle_rows(cfg, policy.lm, examples)
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
-    ranks.own_dropout(cfg.seed)
     measured = built_in and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
     before = world.measure(policy) if measured else None
     return Run(policy, examples, held_out, before)
@@ -186,8 +185,8 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
 def finish(cfg: Config, run: Run) -> Run:
     """Beside the weights: run.json, the curves, a model card; and what there is to say.
 
-    run.json comes first: it marks the run as finished. What follows may take seconds, and a run that
-    a signal ends there need not be trained again when it is resumed.
+    run.json comes first: it marks the run as finished. What follows may take seconds, and if a
+    signal ends the run there, it need not be trained again when it is resumed.
     """
     if ranks.RANK:
         return run
