@@ -24,6 +24,17 @@ TEXT = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, where pytest-xdist is there: a file in one of them,
+    because README's commands, say, go on from one another."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ and not config.option.usepdb
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and alone and config.pluginmanager.hasplugin("xdist"):
+        if config.option.numprocesses is None:
+            config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def make_tokenizer(special=("<|im_start|>", "<|im_end|>", "<|endoftext|>")):
     """A byte-level BPE of about 300 tokens."""
     bpe = Tokenizer(models.BPE())
