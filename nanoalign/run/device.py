@@ -22,8 +22,7 @@ from nanoalign.run.flags import Config
 
 ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
 SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
-# Kinds of standing_bytes that come only after rows were settled, when training begins.
-COMING = "its gradients", "AdamW's states", "gathered weights"
+COMING = "its gradients", "AdamW's states"  # of standing_bytes: from the first step on
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:
@@ -90,8 +89,8 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
 
 
 def room(free: float, standing: dict[str, int]) -> float:
-    """Bytes that a row may take, of those that the loaded weights leave free."""
-    return (1 - SPARE) * free - sum(standing.get(kind, 0) for kind in COMING)
+    """Bytes that a row may take, of those that all weights leave free."""
+    return (1 - SPARE) * free - sum(standing[kind] for kind in COMING)
 
 
 def settle(
@@ -126,14 +125,15 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
     torch.cuda.empty_cache()
     free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
     standing = sharded_bytes(lm.model, ranks.WORLD) if cfg.fsdp else standing_bytes(lm.model)
-    weights = sum(size for kind, size in standing.items() if kind not in COMING)
-    other = weights if vars(cfg).get("ref_model_name_or_path") else 0  # as large, as a rule
+    taken = standing.get("gathered weights", 0)  # for the row itself
+    if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
+        taken += sum(size for kind, size in standing.items() if kind not in COMING)
     if cfg.optim == "paged_adamw_32bit":
         standing["AdamW's states"] = 0
     longest = max(len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples)
     most = longest * cfg.per_device_train_batch_size
     given = cfg.max_row_tokens, cfg.gradient_checkpointing
-    left, sizes = room(free - other, standing), sizes_of(lm.model)
+    left, sizes = room(free - taken, standing), sizes_of(lm.model)
     tokens, checkpointing = settle(left, sizes, how_of(cfg, lm), longest, most, *given)
     cfg.max_row_tokens, cfg.gradient_checkpointing = tokens, checkpointing
     way = "with" if checkpointing else "without"
