@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import fields
 
 import pytest
@@ -899,6 +900,10 @@ def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, mon
         cfg = config(model_dir, "--ref_model_name_or_path", str(directory), kind=DPOConfig)
         with pytest.raises(InputError, match="runs only with --trust_remote_code$"):
             reference_of(cfg, load_policy(cfg), sigmoid, list)
+    policy = load_policy(cfg)
+    policy.tokenizer = Namespace(get_vocab=lambda: {"a": 0, "b": 300})  # which skips ids
+    with pytest.raises(InputError, match="has fewer tokens than the policy"):
+        reference_of(cfg, policy, sigmoid, list)
         cfg.trust_remote_code = True
         reference_of(cfg, load_policy(cfg), sigmoid, list)
 

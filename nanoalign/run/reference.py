@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanoalign import InputError
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
-from nanoalign.model import Policy
+from nanoalign.model import Policy, vocabulary
 from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
@@ -77,7 +77,7 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
         lm, at_start = load_base(cfg, name), nullcontext
         lm.model.set_attn_implementation(packed())
         place(cfg, lm)
-        if len(lm.head().weight) < len(policy.tokenizer):
+        if len(lm.head().weight) < vocabulary(policy.tokenizer):
             raise InputError(f"{name}: has fewer tokens than the policy")
     if at_start is nullcontext:
         lm.eval()  # where it is the policy, it is asked before training begins, and only then
