@@ -105,7 +105,7 @@ def shapes_of(cfg: Config) -> Shapes:
         frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
-    one_graph = cfg.device != "cpu" and cfg.ranks == 1  # on cards of the last six years
+    one_graph = cfg.device != "cpu" and cfg.ranks == 1  # on NVIDIA's cards from 2020 on
     compiled = compiles(cfg, model, one_graph)
     return Shapes(
         name, all_weights(model), trained, sizes_of(model), standing, compiled, dtype, dropout
@@ -130,8 +130,8 @@ def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
 
 
 @dataclass
-class Run:
-    """What a run makes of a card."""
+class Footprint:
+    """What a run holds on a card."""
 
     kinds: dict[str, int]  # bytes by kind
     how: How
@@ -143,8 +143,8 @@ class Run:
         return f"rows of {self.how.tokens:,} tokens{way}: {sum(self.kinds.values()) / GIB:.1f} GiB"
 
 
-def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
-    """On a card of so many GB (of which a small one gets smaller chunks of logits). What the flags
+def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
+    """Of a run on a card of so many GB; a small one gets smaller chunks of logits. What the flags
     leave open, rows and checkpointing, is settled as the run would settle it."""
     cuda, sizes, standing = cfg.device != "cpu", shapes.sizes, dict(shapes.standing)
     if cuda:
@@ -173,7 +173,7 @@ def run_on(cfg: Config, shapes: Shapes, card: float) -> Run:
     tokens = min(max(tokens, example), batch)
     how = replace(how, tokens=tokens, checkpointing=checkpointing)
     row = row_bytes(sizes, how)
-    return Run(standing | row, how, sum(row.values()) <= left)
+    return Footprint(standing | row, how, sum(row.values()) <= left)
 
 
 def rows_of_logits(vocabulary: int, cuda: bool, card: float) -> int:
@@ -209,7 +209,7 @@ def report(cfg: Config) -> Iterator[str]:
         key = cfg.use_peft, cfg.load_in_4bit, double_quant, cfg.ranks
         if key not in known:
             known[key] = shapes_of(cfg)
-        return run_on(cfg, known[key], card)
+        return footprint(cfg, known[key], card)
 
     runs = {card: run(cfg, card) for card in CARDS}
     fitting = next((card for card in CARDS if runs[card].fits), CARDS[-1])
@@ -251,7 +251,7 @@ def table(models: list[str]) -> Iterator[str]:
             given = ["--model_name_or_path", name, *TABLE.split(), *flags.split()]
             cfg = parse(METHODS["sft"], given, {})
             shapes = shapes_of(cfg)
-            runs = {card: run_on(cfg, shapes, card) for card in CARDS}
+            runs = {card: footprint(cfg, shapes, card) for card in CARDS}
             card = next((card for card in CARDS if runs[card].fits), None)
             peak = sum(runs[card or CARDS[-1]].kinds.values()) / GIB
             cells.append(f"{peak:.1f} ({card or '-'})")
