@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import test_quantized
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
 from nanoalign import lora, losses, world
 from nanoalign.formats import layouts
+from nanoalign.model import make_policy
+from nanoalign.packing import Example, pack
 from nanoalign.run import flags as run_flags
-from nanoalign.run.flags import parse
+from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.train import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -176,3 +180,26 @@ def test_the_format_example_is_the_tested_one():
 def test_the_layout_example_is_one_line_of_a_table():
     (line,) = [block for block in PYTHON if '"ask"' in block]
     assert eval("{" + line + "}", vars(layouts)) == {("ask", "good", "bad"): layouts.answered}
+
+
+def test_the_head_example_finds_the_ends_of_replies(model_dir):
+    """The states before each reply's last token, as transformers has them of whole sequences; and a
+    head of the policy's is among what trains."""
+    (code,) = [block for block in PYTHON if "head(" in block]
+    model, tokenizer = (
+        kind.from_pretrained(model_dir) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    policy, head = make_policy(model, tokenizer, r=2), torch.nn.Linear(32, 1)
+    pairs = [([5, 6, 7], [8, 9, 10, 11], [12, 13]), ([14], [15, 16], [17, 18, 19])]
+    batch = [Example(p, [(ids, [True] * len(ids)) for ids in both]) for p, *both in pairs]
+    policy.lm.reward = head
+    scope = {"policy": policy, "head": head, "batch": batch, "pack": pack, "torch": torch}
+    exec(code, scope)
+    plain, expected = AutoModelForCausalLM.from_pretrained(model_dir), []
+    for prompt, *both in pairs:
+        for ids in both:
+            row = torch.tensor([prompt + ids[:-1]])
+            expected.append(head(plain.get_decoder()(row).last_hidden_state[0, -1]))
+    assert torch.allclose(scope["rewards"], torch.cat(expected), atol=1e-5)
+    groups = make_optimizer(SFTConfig(), policy.lm).param_groups
+    assert any(p is head.weight for group in groups for p in group["params"])
