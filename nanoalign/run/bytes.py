@@ -134,10 +134,11 @@ def standing_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def sharded_bytes(model: nn.Module, ranks: int) -> dict[str, int]:
-    """The same with --fsdp, on each of several ranks. It has its part of the frozen weights, or of
-    all there is where all weights train. Gathered are two layers, of which one computes and the
-    next arrives, and as long as a row takes embedding and head: as they are stored, or if they
-    train in 16 bits, embedding and head in 32; and then the gradients of a layer and of those."""
+    """The same with --fsdp, on each of several ranks: its part of the frozen weights or, where all
+    weights train, of all there is. While a row is computed two layers lie there gathered, one
+    that computes and the next, and embedding and head: if they are frozen, as they are stored. If
+    all train, layers are gathered in 16 bits, embedding and head in 32; the gradients of a layer
+    are there in 16 bits and once more in 32, to be summed, those of embedding and head in 32."""
     kinds, all_train = standing_bytes(model), all(p.requires_grad for p in model.parameters())
     for kind in kinds if all_train else ("weights in few bits", "other frozen weights"):
         kinds[kind] = math.ceil(kinds[kind] / ranks)
@@ -147,8 +148,8 @@ def sharded_bytes(model: nn.Module, ranks: int) -> dict[str, int]:
         cut[name] = sum(t.nbytes for t in tensors if all_train or not t.requires_grad)
     layer, rest = cut["layer"], cut["model"] - cut["layers"]
     gathered = 2 * layer + rest
-    if all_train:  # `layer` and `rest` are in fp32
-        gathered = layer + 1.5 * layer + 2 * rest
+    if all_train:  # `layer` and `rest` are bytes in fp32
+        gathered = (1 + 1.5) * layer + 2 * rest
     return kinds | {"gathered weights": round(gathered)}
 
 
@@ -191,8 +192,9 @@ def in_the_mlp(s: Sizes, how: How) -> int:
 
 
 def beside_a_product(s: Sizes, how: How) -> int:
-    """What lies beside the gradients in a layer: a weight that is decoded from 4 bits; or that of
-    which the gradient is computed, and a head's gradient, which waits for the tied embedding's."""
+    """What a product needs beside the gradients that `in_the_mlp` counts: a weight decoded from 4
+    bits; or, where all weights train, its weight's gradient, as it is computed and in fp32, and
+    that of a head, which waits for the gradient of the embedding that it is tied to."""
     size = s.largest * how.size if s.four_bit else 0
     if how.train_all:
         size += s.largest * (4 + how.size) + 4 * s.vocabulary * s.hidden * s.tied
@@ -214,7 +216,7 @@ def at_the_head(s: Sizes, how: How) -> int:
 
 def row_bytes(s: Sizes, how: How) -> dict[str, int]:
     """What a row adds to what is always there when it is at its largest: bytes by kind."""
-    # used in 16 bits, and kept so too; but sharded weights are in 16 bits when they are gathered
+    # Of fp32 weights a copy in 16 bits is used, and kept. Sharded ones are gathered in 16 bits.
     casts = s.linears if how.train_all else s.adapters
     casts *= how.size if how.size < 4 and not (how.train_all and how.sharded) else 0
     layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts

@@ -3,7 +3,8 @@
 How long a row should be, and whether to keep what layers compute or compute it a second time in
 backward, depends on how much memory a card has left beside the model. With long rows products are
 large and 4-bit weights are decoded seldom; a second forward pass costs a quarter of the speed. So
-of what the flags leave open, the quickest is taken that the count of bytes.py has room for.
+where the flags leave these two open, the quickest choice is taken that fits by the count of
+bytes.py.
 """
 
 from dataclasses import replace
@@ -44,9 +45,10 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
 def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
     """Are the decoder layers compiled? By default wherever a layer becomes one graph.
 
-    `one_graph` says whether attention lets it: on a CPU it does not, its loops depending on the
-    row, and checkpointing around a broken graph compiles nothing. A mixture's experts depend on the
-    data and break it too; and in a graph is no room for the hooks that gather a sharded layer.
+    `one_graph`: can attention be part of the graph? On a CPU it can't, because its loops depend on
+    the row; and where checkpointing meets a broken graph, nothing is compiled. A mixture's experts
+    break the graph too, since the data decide which of them compute, and so do the hooks that
+    gather a sharded layer.
     """
     if cfg.torch_compile is None:
         mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
@@ -69,7 +71,8 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
         print("compiles the layers: a minute or two at first; --torch_compile false does without")
     for layer in lm.model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            # each model apart: only with eager's rounding do policy and reference start equal
+            # A reference of its own is compiled apart, and starts equal to the policy only if
+            # both round as they would without the compiler.
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 

@@ -98,16 +98,23 @@ class Record:
         if cfg.optim == "paged_adamw_32bit":
             self.optimizer = paged.AdamW(self.optimizer.param_groups)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
-        # what a checkpoint keeps of a run, beside weights and generators
-        self.state = {"step": 0, "num_tokens": 0, "skipped": 0, "window": {}, "time": 0.0}
         self.float16 = computes_in(run.policy.lm) == torch.float16
-        self.state |= {"scale": INITIAL_SCALE if self.float16 else 1.0, "since_overflow": 0}
-        self.state["evaluated"] = 0  # after this step, the last time
-        self.state["run_id"] = ""  # its name at Weights & Biases
         self.signals: list[int] = []  # that came
-        self.state["fingerprint"] = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
-        self.state["fingerprint"]["optimizer"] = type(self.optimizer).__name__
-        self.state["fingerprint"]["number of examples a step"] = cfg.per_step
+        this_run = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
+        this_run["optimizer"] = type(self.optimizer).__name__
+        this_run["number of examples a step"] = cfg.per_step
+        self.state = {  # what a checkpoint keeps of a run, beside weights and generators
+            "step": 0,
+            "num_tokens": 0,
+            "skipped": 0,  # steps whose loss or gradient was not finite
+            "window": {},  # sums since the last line of metrics
+            "time": 0.0,
+            "scale": INITIAL_SCALE if self.float16 else 1.0,
+            "since_overflow": 0,
+            "evaluated": 0,  # after this step, the last time
+            "run_id": "",  # its name at Weights & Biases
+            "fingerprint": this_run,
+        }
         which, found = cfg.resume_from_checkpoint, None
         if which is not None:
             found = resume(which, self.directory, self.named, self.optimizer, self.state)

@@ -20,7 +20,7 @@ from nanoalign.nf4 import FrozenLinear
 from nanoalign.packing import Example
 from nanoalign.run import ranks
 
-FILLER = [Example([0], [([0], [True])])]
+FILLER = [Example([0], [([0], [True])])]  # one token
 
 
 def shard(lm: PackedLM, device: torch.device) -> None:
@@ -52,25 +52,26 @@ def shard(lm: PackedLM, device: torch.device) -> None:
             raise
         reason = "cuts no weights in few bits; a newer one does (2.13 was tried)"
         raise InputError(f"--fsdp: torch {torch.__version__} {reason}") from None
-    fully_shard(lm, **how)  # the rest, embedding, last norm and head: gathered as long as a step
+    fully_shard(lm, **how)  # the rest (embedding, last norm, head) is gathered for the whole row
     lm.register_forward_pre_hook(_filled)
     lm.register_forward_hook(_emptied)
     ranks.SHARDED.append(lm)
 
 
 def _filled(lm: PackedLM, given: tuple) -> tuple:
-    """An empty batch passes through the layers as one token ..."""
+    """An empty batch passes through the layers as FILLER: all ranks gather a layer together."""
     examples, *more = given
     return examples or FILLER, *more
 
 
 def _emptied(lm: PackedLM, given: tuple, scores: Scores) -> Scores:
-    """... and has no scores."""
+    """What was filled in has no scores."""
     return scores.take([]) if given[0] is FILLER else scores
 
 
 def settle(lm: PackedLM) -> None:
-    """Give up what a pass without gradient has left gathered: `lm.parameters()` are the parts."""
+    """Let go of what a pass without gradient has left gathered, so that `lm.parameters()` are this
+    rank's parts again."""
     if lm in ranks.SHARDED:
         lm.reshard()
 
