@@ -15,7 +15,6 @@ import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from scripts import METHODS, ROOT, argv, command, files, metrics, write_rows
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
@@ -394,9 +393,11 @@ def test_to_resume_is_no_leave_to_overwrite(script):
 
 def test_nothing_of_an_earlier_run_is_taken_for_the_new_ones(script):
     """Not the note on the base of a 4-bit adapter, by which merge would go, nor the curves."""
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    events = pytest.importorskip(reader)
 
     def points():
-        board = EventAccumulator(str(script.folder / "out")).Reload()
+        board = events.EventAccumulator(str(script.folder / "out")).Reload()
         return [event.step for event in board.Scalars("loss")]
 
     board = {"report_to": "tensorboard", "save_steps": 1, "max_steps": 4}
