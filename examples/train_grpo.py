@@ -34,7 +34,7 @@ BUILT_IN = dict(
 
 @dataclass
 class GRPOConfig(Config):
-    num_generations: int = flag(8, "replies in a group", POSITIVE)
+    num_generations: int = flag(8, "replies in a group", ("be more than 1", lambda n: n > 1))
     max_completion_length: int = flag(24, "tokens of a sampled reply", POSITIVE)
     temperature: float = flag(1.0, "of sampling", POSITIVE)
 

@@ -2,9 +2,11 @@
 
 import runpy
 
+import pytest
 import torch
 from scripts import ROOT, metrics, write_rows
 
+from nanoalign import InputError
 from nanoalign.logps import PackedLM
 from nanoalign.run.flags import parse
 
@@ -34,3 +36,5 @@ def test_grpo_improves_its_reward(model_dir, tmp_path, monkeypatch):
     _, *rows = rows  # the first is the probe's
     assert len(rows) == 40 and rows[0] == [(n, 4) for n, _ in rows[0]]  # a prompt once a group
     assert torch.isfinite(torch.tensor(found)).all()
+    with pytest.raises(InputError, match="--num_generations 1: must be more than 1"):
+        parse(script["GRPOConfig"], [*words[:-1], "1"], {})  # a group of one has no spread
