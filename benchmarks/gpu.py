@@ -171,8 +171,8 @@ def random_examples(case: Case) -> list[Example]:
     return examples
 
 
-def flops_of_step(case: Case, examples: list[Example]) -> float:
-    """What the examples need, counted on a model without memory."""
+def flops_needed(case: Case, examples: list[Example]) -> float:
+    """FLOPs of a pass over the examples, counted on a model without memory."""
     counted = skeleton(config_of(case.shape), torch.bfloat16)
     add_lora(counted, r=16, scaling=1.0)
     if case.method == "kto":
@@ -188,7 +188,8 @@ def digits(x: float) -> float:
 
 
 class Stopwatch:
-    """When steps ended, on a device that has done all it was asked for, and the peak since then."""
+    """When steps ended, by a device that had done all it was given; and the peak of memory since it
+    was made."""
 
     def __init__(self, case: Case):
         self.case, self.moments = case, [time.monotonic()]
@@ -208,7 +209,7 @@ class Stopwatch:
     def result(self, examples: list[Example], losses: list[float]) -> dict:
         case, moments = self.case, self.moments
         timed, seconds = examples[case.batch * case.warm :], moments[-1] - moments[case.warm]
-        flops = flops_of_step(case, timed)
+        flops = flops_needed(case, timed)
         if case.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:

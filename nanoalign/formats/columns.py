@@ -18,7 +18,7 @@ def label_of(value, csv: bool) -> bool:
     label = words.get(value.strip().lower()) if csv else value
     if not isinstance(label, bool):
         form = ", or 1 or 0" if csv else ", without quotes"
-        raise InputError(f"label is {shown(value)}; expected true or false{form}")
+        raise InputError(f"label is {_shown(value)}; expected true or false{form}")
     return label
 
 
@@ -56,12 +56,12 @@ def _message(message, where: str) -> Message:
     if keys[0] == "from" and isinstance(role, str):
         role = {"human": "user", "gpt": "assistant"}.get(role, role)
     if role not in ROLES:
-        raise InputError(f"{where}: {keys[0]} is {shown(role)}; expected {', '.join(ROLES)}")
+        raise InputError(f"{where}: {keys[0]} is {_shown(role)}; expected {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise InputError(f"{where}: {keys[1]} is {kind_of(content)}; expected a string")
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise InputError(f"{where}: weight is {shown(weight)}; expected 0 or 1")
+        raise InputError(f"{where}: weight is {_shown(weight)}; expected 0 or 1")
     context = {"weight": 0} if role == "assistant" and weight == 0 else {}
     return {"role": role, "content": content, **context}
 
@@ -71,7 +71,7 @@ def kind_of(value) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def shown(value) -> str:
+def _shown(value) -> str:
     return "null" if value is None else reprlib.repr(value)[:40]  # however deep or long it is
 
 
