@@ -21,7 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from nanoalign import nf4
 from nanoalign.chatml import ChatML
@@ -132,7 +132,7 @@ def test_flex_and_its_gradients_are_the_definition(window, softcap, traced):
 
 def test_where_flex_is_and_what_it_is_told_of_a_small_card(monkeypatch):
     """Cards of before 2020, and those without triton, take the dense way; on one with 99 KiB of
-    shared memory a block has less of it."""
+    shared memory a block has less of it, and less still in fp32."""
     card = torch.device("cuda", 0)
     for capability, triton, there in [((7, 5), 1, False), ((8, 0), 0, False), ((8, 0), 1, True)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -143,10 +143,17 @@ def test_where_flex_is_and_what_it_is_told_of_a_small_card(monkeypatch):
         card_has = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card_has)
         assert fast.little_shared_memory.__wrapped__(card) is little
-    ordinary = fast.kernel_options(torch.zeros(1, 1, 1, 256), False)
-    llama, gemma = (fast.kernel_options(torch.zeros(1, 1, 1, d), True) for d in (128, 256))
+
+    def options(width, dtype, little=True):
+        return fast.kernel_options(torch.zeros(1, 1, 1, width, dtype=dtype), little)
+
+    ordinary = options(256, torch.float32, little=False)
+    llama, gemma = (options(width, torch.bfloat16) for width in (128, 256))
     assert "fwd_num_stages" not in ordinary and llama == ordinary | {"fwd_num_stages": 2}
     assert gemma["bwd_BLOCK_M1"] == gemma["bwd_BLOCK_N2"] == 32 and gemma["bwd_num_stages"] == 2
+    for width, keys in (64, 32), (128, 32), (256, 16):  # these blocks fit: compiled for such cards
+        exact = {"fwd_num_stages": 2, "fwd_BLOCK_M": 32, "fwd_BLOCK_N": keys}
+        assert options(width, torch.float32) == ordinary | exact
 
 
 # ------------------------------------------------------------------------------------- one graph
@@ -178,6 +185,7 @@ def traced(monkeypatch):
 
 KINDS = {
     "llama": tiny(LlamaConfig),
+    "gemma2": tiny(Gemma2Config, sliding_window=20, num_hidden_layers=1),  # and scores have a cap
 }
 
 
@@ -215,6 +223,7 @@ def compiled(lm, checkpointing=False, torch_compile=None):
     [
         ("llama", False, False, 60, 4),
         ("llama", True, True, 6, 4),
+        ("gemma2", False, False, 1, 1),
     ],
 )
 def test_a_layer_is_one_graph_for_all_rows(

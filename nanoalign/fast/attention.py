@@ -256,14 +256,18 @@ def flex(query, key, value, geometry, scaling, window, softcap) -> Tensor:
 def kernel_options(query, little_shared_memory: bool) -> dict:
     """With little shared memory flex_attention's own block sizes do not fit, or only just: a head
     of 128 numbers by 2 KiB, one of 256 by 50 KiB not. Two stages of loading instead of three, and
-    smaller blocks in backward, do."""
+    smaller blocks in backward, do; in fp32, where a number is twice as long, smaller blocks of
+    queries and keys too. (In backward torch's own are as small as they can be there.)"""
     options = {
         "FORCE_USE_FLEX_ATTENTION": True,  # its decoding kernel fails on some rows
         "ROWS_GUARANTEED_SAFE": True,  # every token sees itself
     }
     if little_shared_memory:
+        large = query.shape[3] > 128
         options["fwd_num_stages"] = 2
-        if query.shape[3] > 128:
+        if query.dtype == torch.float32:
+            options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16 if large else 32}
+        elif large:
             options["bwd_num_stages"] = 2
             options |= {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}
     return options
