@@ -159,15 +159,21 @@ def test_where_flex_is_and_what_it_is_told_of_a_small_card(monkeypatch):
 # ------------------------------------------------------------------------------------- one graph
 
 
+def as_traced(graph, inputs):
+    """Run a graph's operations one by one. aot_eager traces backward too, which takes longer."""
+    return graph.forward
+
+
 @pytest.fixture
-def traced(monkeypatch):
+def traced(monkeypatch, request):
     """As on a GPU, but torch.compile only traces; -> the graphs, as numbers of their operations.
     A layer that is not one graph is an error."""
     graphs, compile = [], torch.compile
+    run = getattr(request, "param", aot_eager)
 
     def backend(graph, inputs):
         graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
-        return aot_eager(graph, inputs)
+        return run(graph, inputs)
 
     def trace(function, **how):
         return compile(function, dynamic=True, fullgraph=True, backend=backend)
@@ -244,6 +250,7 @@ def test_a_layer_is_one_graph_for_all_rows(
     assert 0 < len(traced) <= most, traced
 
 
+@pytest.mark.parametrize("traced", [as_traced], indirect=True, ids=[""])
 def test_reference_and_generation(traced, tokenizer):
     """The reference is the same layers without LoRA: graphs of their own. A text is generated
     without a graph, and the layers are compiled ones again when it is done."""
