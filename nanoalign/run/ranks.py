@@ -14,6 +14,7 @@ every function here gives back what it was given.
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -59,6 +60,9 @@ def job() -> Iterator[None]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
+        # gloo's threads need Python's lock to let go of the last message; and the group, while it
+        # is destroyed, holds that lock and waits for them. So they have their turn first.
+        time.sleep(0.2)
         dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(RuntimeError):  # the keeper of the store may be gone
