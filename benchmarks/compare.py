@@ -320,15 +320,18 @@ def run_theirs(args) -> None:
     report(args, clock, [line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
-def report(args, clock: Clock, losses: list[float]) -> None:
+def peak_memory(device: str) -> int:
+    """Bytes: on CUDA the most that was allocated, else the largest resident size so far."""
     import torch
 
-    seconds = clock.seconds()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if platform.system() == "Darwin" else 1024
-    )
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024  # KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def report(args, clock: Clock, losses: list[float]) -> None:
+    seconds, peak = clock.seconds(), peak_memory(args.device)
     out = {"seconds": seconds, "peak": peak, "first": losses[0], "last": losses[-1]}
     Path(args.directory, f"{args.worker}.json").write_text(json.dumps(out))
 

@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-from compare import METHODS, step_flops  # noqa: E402
+from compare import METHODS, peak_memory, step_flops  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
@@ -210,15 +209,10 @@ class Stopwatch:
         case, moments = self.case, self.moments
         timed, seconds = examples[case.batch * case.warm :], moments[-1] - moments[case.warm]
         flops = flops_needed(case, timed)
-        if case.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if platform.system() == "Darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {
             "tokens_per_second": digits(sum(map(len, timed)) / seconds),
             "tflops": digits(flops / seconds / 1e12),
-            "peak_gib": round(peak / 2**30, 2),
+            "peak_gib": round(peak_memory(case.device) / 2**30, 2),
             "first_step_s": round(moments[1] - moments[0], 2),
             "slowest_step_s": round(
                 max(b - a for a, b in zip(moments[case.warm :], moments[case.warm + 1 :])), 3

@@ -9,7 +9,6 @@ lines in turn, and the median is taken line by line.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import clocked_steps  # noqa: E402
+from compare import clocked_steps, peak_memory  # noqa: E402
 
 # each takes an idea away: examples -> examples that cost what it saves
 
@@ -128,8 +127,7 @@ def worker(args) -> None:
             per_device_train_batch_size=args.batch, max_steps=args.steps + 1, save_steps=0,
             shuffle_dataset=False, **flags,
         ))  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("\n" + json.dumps({"seconds": clock.seconds(), "peak": peak}))
+    print("\n" + json.dumps({"seconds": clock.seconds(), "peak": peak_memory("cpu")}))
 
 
 def main() -> None:

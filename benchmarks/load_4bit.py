@@ -10,7 +10,6 @@ them in 4 bits. Its peak resident memory, less what it takes to import everythin
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from compare import peak_memory
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -28,9 +28,8 @@ MB = 2**20
 
 
 def peak() -> float:
-    """The largest resident size of this process so far, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
+    """In MB."""
+    return peak_memory("cpu") / MB
 
 
 def write(directory: Path, layers: int, hidden: int, shard_mb: int) -> None:
