@@ -26,7 +26,9 @@ def speed(flags: list[str], threads: int, wait: str, out: str, limit: float) -> 
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": wait}
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=env, timeout=limit, check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in open(Path(out, "metrics.jsonl"), encoding="utf-8")]
+    metrics = Path(out, "metrics.jsonl")
+    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     if len(lines) < 2:
         return float("nan")
     first, last = lines[0], lines[-1]

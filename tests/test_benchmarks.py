@@ -248,7 +248,8 @@ def test_threads(tmp_path, model, capsys, monkeypatch):
     data = write_data(tmp_path)
     flags = ["--model_name_or_path", model, "--dataset_name", str(data / "sft.jsonl")]
     flags += ["--max_steps", "2", "--logging_steps", "1"]
-    assert threads.speed(flags, 1, "PASSIVE", str(tmp_path / "out"), limit=100) > 0
+    assert threads.speed(flags, 1, "PASSIVE", str(tmp_path / "out"), limit=400) > 0
+    assert math.isnan(threads.speed(flags, 1, "PASSIVE", str(tmp_path / "late"), limit=0.01))
 
     asked = []
     monkeypatch.setattr(threads, "speed", lambda *case: asked.append(case) or 1234.5)

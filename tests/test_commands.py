@@ -901,10 +901,6 @@ def test_remote_code_runs_only_when_it_is_trusted(what, model_dir, tmp_path, mon
         cfg = config(model_dir, "--ref_model_name_or_path", str(directory), kind=DPOConfig)
         with pytest.raises(InputError, match="runs only with --trust_remote_code$"):
             reference_of(cfg, load_policy(cfg), sigmoid, list)
-    policy = load_policy(cfg)
-    policy.tokenizer = Namespace(get_vocab=lambda: {"a": 0, "b": 300})  # which skips ids
-    with pytest.raises(InputError, match="has fewer tokens than the policy"):
-        reference_of(cfg, policy, sigmoid, list)
         cfg.trust_remote_code = True
         reference_of(cfg, load_policy(cfg), sigmoid, list)
 
@@ -1182,3 +1178,8 @@ def test_the_checks_look_at_both_kinds_of_reference(model_dir, tmp_path):
     cfg = config(model_dir, "--ref_model_name_or_path", str(tmp_path), kind=KTOConfig)
     with pytest.raises(InputError, match="has fewer tokens than the policy"):
         reference_of(cfg, load_policy(cfg), sigmoid, list)
+    cfg = config(model_dir, "--ref_model_name_or_path", model_dir, kind=KTOConfig)
+    policy = load_policy(cfg)
+    policy.tokenizer = Namespace(get_vocab=lambda: {"a": 0, "b": 320})  # which skips ids
+    with pytest.raises(InputError, match="has fewer tokens than the policy"):
+        reference_of(cfg, policy, sigmoid, list)

@@ -12,6 +12,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.losses import DPO_LOSSES
 from nanoalign.packing import Example
+from nanoalign.packing import fast as attention
 from nanoalign.run import device as run_device
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
@@ -102,6 +103,7 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     card = Namespace(total_memory=2**34)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(attention, "has_flex", lambda _: False)
     capsys.readouterr()
     settle_rows(cfg, lm, examples)
     rows = 8192 if free == 2**30 else 2048
@@ -124,6 +126,7 @@ def test_what_else_will_need_memory(model_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
     card = Namespace(total_memory=2**34)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(attention, "has_flex", lambda _: False)
     monkeypatch.setattr(ranks, "WORLD", 2)
     monkeypatch.setattr(ranks, "gather", lambda thing: [thing, thing])
     lm = load_policy(DPOConfig(**model, use_peft=False)).lm

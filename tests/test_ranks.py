@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 from scripts import ROOT, argv, call, metrics, tensors
 
+from nanoalign.run import ranks
+
 PATIENCE = 400  # seconds, for a machine that is busy
 METHODS = ["sft", "dpo", "kto"]
 LORA = {"lora_r": 4}
 FULL = {"use_peft": "false"}
-CUTS_CODES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # 2.7 can't (shards.py)
 SHARDED = {  # with --fsdp
     "fsdp": {"save_steps": 2, "learning_rate": 2e-4, **FULL},
     "lora-fsdp": {"gradient_checkpointing": "true", **LORA},
     "adapter": {},  # that goes on: its reference is a copy of what trains
+    "nf4": {"load_in_4bit": "true", "use_bnb_nested_quant": "true", **LORA},
 }
-if CUTS_CODES:
-    SHARDED["nf4"] = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", **LORA}
 
 
 def torchrun(home, script, *words, **more):
@@ -190,6 +190,8 @@ def test_what_ends_a_run_ends_it_with_one_line(fault, flags, data, tmp_path):
 @pytest.fixture(scope="module")
 def parts(flags, tmp_path_factory, no_curves):
     """The directory of the runs of two ranks that have the model together."""
+    if not ranks.CAN_SHARD:
+        pytest.skip("--fsdp needs a newer torch")
     home, runs = tmp_path_factory.mktemp("parts"), []
     call("dpo", flags("dpo", home / "alone", per_device_train_batch_size=10, **LORA))
     for kind, more in SHARDED.items():
@@ -202,9 +204,7 @@ def parts(flags, tmp_path_factory, no_curves):
     runs.append(("dpo", full | {"resume_from_checkpoint": str(home / "dpo-fsdp/checkpoint-2")}))
     half = flags("sft", home / "half", fsdp="true", dtype="bfloat16", **FULL)
     runs.append(("sft", half))
-    if CUTS_CODES:
-        few_bits = flags("sft", home / "none", fsdp="true", load_in_4bit="true", lora_r=1)
-        runs.append(("parts", few_bits))
+    runs.append(("parts", flags("sft", home / "none", fsdp="true", load_in_4bit="true", lora_r=1)))
     return done(runs, home)
 
 
@@ -241,7 +241,6 @@ def test_parts_compute_in_bfloat16(parts, flags, tmp_path):
     assert {t.dtype for t in saved} == {torch.float32}
 
 
-@pytest.mark.skipif(not CUTS_CODES, reason="this torch cuts no codes")
 def test_each_rank_has_its_part(parts):
     """Of 4-bit codes too; each has all of the adapter, whose bytes are a few here."""
     (share,) = re.findall(r"^has (.*)$", (parts / "said").read_text(), flags=re.M)

@@ -307,3 +307,5 @@ def check(cfg: Config, given: set[str]) -> None:
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
     cfg.fsdp = cfg.fsdp and ranks.LAUNCHED  # one process has nobody to share with
+    if cfg.fsdp and not ranks.CAN_SHARD:
+        raise InputError("--fsdp: needs torch 2.13 or a newer one")

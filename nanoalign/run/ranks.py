@@ -31,6 +31,8 @@ from nanoalign.train import Batches, Sums, add, fitting
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LAUNCHED = "RANK" in os.environ  # by torchrun
+# torch 2.7 cuts no 4-bit weights, and tells a part's gradient norm for the whole's; 2.13 was tried.
+CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 MESSAGE = 2**26  # numbers: gradients travel in messages of up to so many, LoRA's in a single one
 SHARDED: list[PackedLM] = []  # the models of which each rank has a part (shards.py)
 PATIENCE = timedelta(hours=1)  # while rank 0 reads the data, say; torchrun sees a death at once

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanoalign import InputError
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.nf4 import FrozenLinear
 from nanoalign.packing import Example
@@ -44,14 +43,8 @@ def shard(lm: PackedLM, device: torch.device) -> None:
         parameter.data = parameter.data.to(device)
     compute = lm.autocast if all_train else None
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    try:
-        for layer in lm.model.get_decoder().layers:
-            fully_shard(layer, mp_policy=policy if compute else MixedPrecisionPolicy(), **how)
-    except RuntimeError as error:
-        if "floating point" not in str(error):
-            raise
-        reason = "cuts no weights in few bits; a newer one does (2.13 was tried)"
-        raise InputError(f"--fsdp: torch {torch.__version__} {reason}") from None
+    for layer in lm.model.get_decoder().layers:
+        fully_shard(layer, mp_policy=policy if compute else MixedPrecisionPolicy(), **how)
     fully_shard(lm, **how)  # the rest (embedding, last norm, head) is gathered for the whole row
     lm.register_forward_pre_hook(_filled)
     lm.register_forward_hook(_emptied)
