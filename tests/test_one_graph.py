@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from nanoalign import nf4
 from nanoalign.chatml import ChatML
 from nanoalign.fast import attention as fast
+from nanoalign.fast import flex as gpu
 from nanoalign.formats.weights import freeze_linears
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear, add_lora
@@ -136,16 +137,16 @@ def test_where_flex_is_and_what_it_is_told_of_a_small_card(monkeypatch):
     card = torch.device("cuda", 0)
     for capability, triton, there in [((7, 5), 1, False), ((8, 0), 0, False), ((8, 0), 1, True)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(fast.importlib.util, "find_spec", lambda name: triton or None)
-        assert fast.has_flex.__wrapped__(card) is there
-    assert not fast.has_flex(CPU) and not fast.little_shared_memory(CPU)
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: triton or None)
+        assert gpu.has_flex.__wrapped__(card) is there
+    assert not fast.has_flex(CPU) and not gpu.little_shared_memory(CPU)
     for kib, little in (99, True), (163, False), (227, False):
         card_has = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card_has)
-        assert fast.little_shared_memory.__wrapped__(card) is little
+        assert gpu.little_shared_memory.__wrapped__(card) is little
 
     def options(width, dtype, little=True):
-        return fast.kernel_options(torch.zeros(1, 1, 1, width, dtype=dtype), little)
+        return gpu.kernel_options(torch.zeros(1, 1, 1, width, dtype=dtype), little)
 
     ordinary = options(256, torch.float32, little=False)
     llama, gemma = (options(width, torch.bfloat16) for width in (128, 256))
@@ -182,7 +183,7 @@ def traced(monkeypatch, request):
     monkeypatch.setattr(torch, "compile", trace)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(fast, "has_flex", lambda device: True)
-    monkeypatch.setattr(fast, "compiled_flex", fast.compiled_flex.__wrapped__)
+    monkeypatch.setattr(gpu, "compiled_flex", gpu.compiled_flex.__wrapped__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield graphs

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from nanoalign.fast import attention as fast
+from nanoalign.fast import flex as gpu
 from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear, add_lora
@@ -118,7 +119,7 @@ def test_every_way_is_the_definition(window, softcap, monkeypatch):
     and traced as for a GPU, but run without making a kernel."""
     traced = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(fast, "compiled_flex", fast.compiled_flex.__wrapped__)
+    monkeypatch.setattr(gpu, "compiled_flex", gpu.compiled_flex.__wrapped__)
     geometry = pack(random_sequences()).geometry
     tokens = len(geometry.position)
     g = torch.Generator().manual_seed(1)
