@@ -65,7 +65,8 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
     """
     if not compiles(cfg, lm.model, attention.has_flex(lm.device)):
         if cfg.torch_compile:
-            print("--torch_compile has nothing to do beside --gradient_checkpointing on a CPU")
+            idle = "--torch_compile has nothing to do beside --gradient_checkpointing"
+            print(f"{idle} on this device")
         return
     if cfg.torch_compile is None:
         print("compiles the layers: a minute or two at first; --torch_compile false does without")
