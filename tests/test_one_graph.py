@@ -21,7 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from nanoalign import nf4
 from nanoalign.chatml import ChatML
@@ -192,7 +192,10 @@ def traced(monkeypatch, request):
 
 KINDS = {
     "llama": tiny(LlamaConfig),
-    "gemma2": tiny(Gemma2Config, sliding_window=20, num_hidden_layers=1),  # and scores have a cap
+    "mistral": tiny(MistralConfig, sliding_window=40),
+    "gemma2": tiny(
+        Gemma2Config, sliding_window=40, query_pre_attn_scalar=8, attn_logit_softcapping=20.0
+    ),
 }
 
 
@@ -230,14 +233,16 @@ def compiled(lm, checkpointing=False, torch_compile=None):
     [
         ("llama", False, False, 60, 4),
         ("llama", True, True, 6, 4),
-        ("gemma2", False, False, 1, 1),
+        ("mistral", True, False, 6, 4),
+        ("gemma2", False, True, 6, 8),
     ],
 )
 def test_a_layer_is_one_graph_for_all_rows(
     kind, four_bits, checkpointing, rows, most, traced, monkeypatch
 ):
     """The same numbers, and after a few compilations no others, whatever is in a row: one where
-    no gradient comes in and one where it does, each for rows of one block and of more."""
+    no gradient comes in and one where it does, each for rows of one block and of more. Gemma 2's
+    layers are of two kinds."""
     r, lm = random.Random(2), a_model(kind, four_bits=four_bits)
     batches = [random_row(r, 3, 40) for _ in range(rows)]
     with monkeypatch.context() as plainly:
