@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from nanoalign import InputError
 from nanoalign.formats.weights import auto_dtype, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
@@ -17,7 +18,7 @@ from nanoalign.run import device as run_device
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
 from nanoalign.run.device import settle, settle_rows, use_tf32
-from nanoalign.run.flags import DPOConfig
+from nanoalign.run.flags import DPOConfig, parse
 from nanoalign.run.policy import load_policy
 from nanoalign.run.reference import reference_of
 
@@ -89,6 +90,15 @@ def test_what_is_given_and_what_examples_are(llama_8b):
     assert settle(17 * 2**30, llama_8b, How(0), longest=20_000, most=10**6) == (8192, True)
 
 
+def pretend_a_card(monkeypatch, free):
+    """With so many bytes free, and without flex_attention."""
+    card = Namespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(attention, "has_flex", lambda _: False)
+
+
 @pytest.mark.parametrize("free, checkpointing", [(2**30, False), (2**16, True)])
 def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, capsys):
     cfg = DPOConfig(model_name_or_path=model_dir, dataset_name=["any"], device="cpu")
@@ -99,11 +109,7 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
         cfg.max_row_tokens is None and cfg.gradient_checkpointing is None
     )  # a CPU settles nothing
     monkeypatch.setattr(PackedLM, "device", CUDA)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
-    card = Namespace(total_memory=2**34)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(attention, "has_flex", lambda _: False)
+    pretend_a_card(monkeypatch, free)
     capsys.readouterr()
     settle_rows(cfg, lm, examples)
     rows = 8192 if free == 2**30 else 2048
@@ -122,11 +128,7 @@ def test_what_else_will_need_memory(model_dir, monkeypatch):
     gradients. A reference of its own is as large as the policy."""
     found, model = [], {"model_name_or_path": model_dir, "dataset_name": ["any"], "device": "cpu"}
     monkeypatch.setattr(run_device, "settle", lambda left, *_: found.append(left) or (2048, False))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
-    card = Namespace(total_memory=2**34)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(attention, "has_flex", lambda _: False)
+    pretend_a_card(monkeypatch, 2**30)
     monkeypatch.setattr(ranks, "WORLD", 2)
     monkeypatch.setattr(ranks, "gather", lambda thing: [thing, thing])
     lm = load_policy(DPOConfig(**model, use_peft=False)).lm
@@ -153,3 +155,13 @@ def test_a_reference_of_its_own_is_compiled_as_the_policy_is(model_dir, monkeypa
     layers = list(policy.model.get_decoder().layers)
     reference_of(cfg, policy, DPO_LOSSES["sigmoid"], list)
     assert compiled[: len(layers)] == layers and len(compiled) == 2 * len(layers)
+
+
+def test_fsdp_asks_for_a_torch_that_was_tried(model_dir, monkeypatch):
+    words = ["--model_name_or_path", model_dir, "--dataset_name", "any", "--fsdp", "true"]
+    monkeypatch.setattr(ranks, "LAUNCHED", True)
+    monkeypatch.setattr(ranks, "CAN_SHARD", True)
+    assert parse(DPOConfig, words, {}).fsdp
+    monkeypatch.setattr(ranks, "CAN_SHARD", False)
+    with pytest.raises(InputError, match="^--fsdp: needs torch 2.13 or a newer one$"):
+        parse(DPOConfig, words, {})
