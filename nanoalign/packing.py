@@ -164,7 +164,7 @@ def packed_attention(
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, dropout)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models take no view
 
 
 @cache

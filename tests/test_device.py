@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from conftest import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanoalign import InputError
+from nanoalign.fast.flex import plan
 from nanoalign.formats.weights import auto_dtype, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.losses import DPO_LOSSES
-from nanoalign.packing import Example
+from nanoalign.packing import Example, pack
+from nanoalign.packing import attention as by_definition
 from nanoalign.packing import fast as attention
 from nanoalign.run import device as run_device
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
-from nanoalign.run.device import settle, settle_rows, use_tf32
+from nanoalign.run.device import fuses_attention, settle, settle_rows, use_tf32
 from nanoalign.run.flags import DPOConfig, parse
 from nanoalign.run.policy import load_policy
 from nanoalign.run.reference import reference_of
@@ -40,6 +43,37 @@ def test_dtype_auto(stored, capability, device, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert auto_dtype("M", Namespace(dtype=stored), device) == expected
     assert ("float16 is used" in capsys.readouterr().out) == (expected == torch.float16)
+
+
+def test_heads_too_small_for_a_gpu_s_kernel_take_the_dense_way(monkeypatch):
+    """With masks for flex_attention beside the row, and layers that are not compiled around it."""
+    g = torch.Generator().manual_seed(0)
+    geometry = pack([Example([1] * 5, [([2] * 4, [True] * 4)] * 2)]).geometry
+    plan(geometry, None)
+    monkeypatch.setattr(attention, "flex", lambda query, *_: query.new_zeros(()))
+    for head, takes_flex in (8, False), (15, False), (16, True):
+        q, k, v = (torch.randn(1, 2, 11, head, generator=g) for _ in range(3))
+        out = attention.attention(q, k, v, geometry, 1.0)
+        assert (out.dim() == 0) is takes_flex
+        assert takes_flex or torch.allclose(out, by_definition(q, k, v, geometry, 1.0), atol=1e-5)
+    monkeypatch.setattr(attention, "has_flex", lambda device, head: head >= 16)
+    for head, takes_flex in (8, False), (16, True):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(tiny(LlamaConfig, head_dim=head))
+        assert fuses_attention(PackedLM(model)) is takes_flex
+
+
+def test_masks_are_kept_by_bytes(monkeypatch):
+    """Those used last, and none that is larger than all that may be kept."""
+    made = []
+    keep = attention.kept(lambda n: made.append(n) or torch.zeros(n, dtype=torch.bool))
+    monkeypatch.setattr(attention, "KEPT", 100)
+    for n in (40, 30, 40, 20, 50):  # for 50, 30 goes first and then 40
+        assert len(keep(n)) == n
+    assert made == [40, 30, 20, 50]
+    for n in (50, 20, 101, 20):
+        keep(n)
+    assert made == [40, 30, 20, 50, 101, 20]  # 101 drives all out, itself too
 
 
 def test_tf32(monkeypatch, capsys):
@@ -96,7 +130,7 @@ def pretend_a_card(monkeypatch, free):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(attention, "has_flex", lambda _: False)
+    monkeypatch.setattr(attention, "has_flex", lambda *_: False)
 
 
 @pytest.mark.parametrize("free, checkpointing", [(2**30, False), (2**16, True)])

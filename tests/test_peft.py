@@ -199,6 +199,12 @@ def test_dropout_by_definition(p, dtype):
     assert torch.equal(Dropout(p)(x), x * kept)
 
 
+@pytest.mark.parametrize("p", [0, 1])
+def test_dropout_of_nothing_and_of_all_is_torch_s(p):
+    x = torch.randn(3, 50)
+    assert torch.equal(Dropout(p)(x), torch.nn.Dropout(p)(x))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9999999])
 def test_dropout_on_a_cpu_drops_a_share_p_and_keeps_the_mean(p):
     """Every fourth element shares a 64-bit word's lane: each lane drops p, within five sigma."""

@@ -7,13 +7,13 @@ dense calls: an example's prompt and first branch are one causal sequence, and e
 attends to the prompt and to itself.
 """
 
-from functools import lru_cache
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoalign.fast.flex import flex, has_flex, plan
+from nanoalign.fast.flex import LEAST_HEAD, flex, has_flex, plan
 
 
 def attention(
@@ -21,9 +21,10 @@ def attention(
 ) -> Tensor:
     """As packing.attention, and with dropout of the weights (flex_attention has none).
 
-    It is flex_attention where `prepared` has given the row its block masks.
+    It is flex_attention where `prepared` has given the row its block masks, and a head is not too
+    small for it.
     """
-    if geometry.block_masks:
+    if geometry.block_masks and min(query.shape[3], value.shape[3]) >= LEAST_HEAD:
         if dropout > 0:
             raise NotImplementedError("flex_attention has no dropout")
         return flex(query, key, value, geometry, scaling, window, softcap)
@@ -106,14 +107,37 @@ def dense(q, k, v, scaling, window, softcap, dropout) -> Tensor:
     return (weights @ v[0]).view(1, heads, queries, -1)
 
 
-@lru_cache(maxsize=64)
+KEPT = 32 * 2**20  # bytes
+
+
+def kept(make):
+    """The masks that `make` made last, for the next layer and row: as many as fit into KEPT bytes.
+    A number of masks would be no limit: 64 of 4,096 x 4,096 are a gigabyte."""
+    masks, size = {}, 0
+
+    @wraps(make)
+    def kept_or_made(*key):
+        nonlocal size
+        mask = masks.pop(key, None)
+        if mask is None:
+            mask = make(*key)
+            size += mask.nbytes
+        masks[key] = mask  # last in the order of use
+        while size > KEPT:
+            size -= masks.pop(next(iter(masks))).nbytes
+        return mask
+
+    return kept_or_made
+
+
+@kept
 def band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """(queries, keys) bool: causal from the lower right corner, at most `window` wide."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
-@lru_cache(maxsize=64)
+@kept
 def band_bias(queries, keys, window, groups, dtype, device) -> Tensor:
     """(1, groups * queries, keys): 0 where the band is, -inf elsewhere, for each group."""
     mask = band(queries, keys, window, device).repeat(groups, 1)

@@ -14,7 +14,7 @@ class Dropout(nn.Dropout):
     """nn.Dropout; on a CPU p is rounded to 1 / 65536, and the scale of what stays fits that p."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or not x.is_cpu:
+        if not self.training or self.p in (0, 1) or not x.is_cpu:
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view_as(x)  # uniform on [-2^15, 2^15)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 TILE = 128  # flex_attention decides for so many queries and keys at once whether to look at them
+LEAST_HEAD = 16  # numbers: triton's products have no smaller side
 
 
 @cache
-def has_flex(device: torch.device) -> bool:
-    """Is flex_attention one fast kernel there? It is made by triton, which on cards before Ampere
-    (a T4, an RTX 20) has no use of the tensor cores: there it would take ten times as long as all
-    the rest together. Windows may have no triton."""
-    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+def has_flex(device: torch.device, head: int = LEAST_HEAD) -> bool:
+    """Is flex_attention one fast kernel there, for heads of so many numbers? It is made by triton,
+    which on cards before Ampere (a T4, an RTX 20) has no use of the tensor cores: there it would
+    take ten times as long as all the rest together. Windows may have no triton."""
+    if device.type != "cuda" or head < LEAST_HEAD or not importlib.util.find_spec("triton"):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -147,10 +148,9 @@ def kernel_options(query, little_shared_memory: bool) -> dict:
     of 128 numbers by 2 KiB, one of 256 by 50 KiB not. Two stages of loading instead of three, and
     smaller blocks in backward, do; in fp32, where a number is twice as long, smaller blocks of
     queries and keys too. (In backward torch's own are as small as they can be there.)"""
-    options = {
-        "FORCE_USE_FLEX_ATTENTION": True,  # its decoding kernel fails on some rows
-        "ROWS_GUARANTEED_SAFE": True,  # every token sees itself
-    }
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # its decoding kernel fails on some rows
+    # Not ROWS_GUARANTEED_SAFE, though every token sees itself: the first block of keys that a query
+    # meets may hold none that it sees, and without flex_attention's guard that is NaN.
     if little_shared_memory:
         large = query.shape[3] > 128
         options["fwd_num_stages"] = 2

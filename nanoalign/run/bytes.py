@@ -72,12 +72,16 @@ class How:
         return 4 if self.train_all else self.size
 
 
+def head_size(config) -> int:
+    """How many numbers a head of attention has."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def sizes_of(model: nn.Module) -> Sizes:
     """Of a model of transformers, with or without LoRA; what trains is what requires a gradient.
     The parameters may be on the meta device, where they have shapes and no memory."""
     config, layer = model.config.get_text_config(), model.get_decoder().layers[-1]
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, head_size(config)
     query, key = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     if experts := getattr(config, "num_experts_per_tok", None):

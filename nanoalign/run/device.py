@@ -18,7 +18,15 @@ from nanoalign.logps import PackedLM
 from nanoalign.logps import fast as head
 from nanoalign.packing import fast as attention
 from nanoalign.run import ranks
-from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
+from nanoalign.run.bytes import (
+    How,
+    Sizes,
+    head_size,
+    row_bytes,
+    sharded_bytes,
+    sizes_of,
+    standing_bytes,
+)
 from nanoalign.run.flags import Config
 
 ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
@@ -42,6 +50,11 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
             print("float32 products keep 10 bits of a factor (TF32); --tf32 false keeps all 23")
 
 
+def fuses_attention(lm: PackedLM) -> bool:
+    """Is attention one kernel, which can be part of a compiled layer?"""
+    return attention.has_flex(lm.device, head_size(lm.model.config))
+
+
 def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
     """Are the decoder layers compiled? By default wherever a layer becomes one graph.
 
@@ -63,7 +76,7 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
     do nothing but carry the hidden states to memory and back. In one graph they become a handful,
     and backward computes anew what is cheap instead of keeping it: a quarter less is kept.
     """
-    if not compiles(cfg, lm.model, attention.has_flex(lm.device)):
+    if not compiles(cfg, lm.model, fuses_attention(lm)):
         if cfg.torch_compile:
             idle = "--torch_compile has nothing to do beside --gradient_checkpointing"
             print(f"{idle} on this device")
@@ -84,7 +97,7 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
         checkpointing=bool(cfg.gradient_checkpointing),
-        compiled=compiles(cfg, lm.model, attention.has_flex(lm.device)),
+        compiled=compiles(cfg, lm.model, fuses_attention(lm)),
         train_all=not cfg.use_peft,
         chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
         sharded=cfg.fsdp,
