@@ -5,6 +5,7 @@ lets run through packing.packed_attention; its head is not called in training (l
 tokenizer lacks the markers of the chat template it gets them, and the model a row for each.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, l
 
 def generate(policy: Policy, conversations: list[list[Message]], **how) -> list[str]:
     """One reply to each conversation; `how` are the arguments of `sample`."""
+    if not conversations:
+        return []
     pieces = [list(policy.template.prompt(messages)) for messages in conversations]
     replies = sample(policy, [ids for ids, _ in encode(policy.tokenizer, pieces)], **how)
     return policy.tokenizer.batch_decode(replies, skip_special_tokens=True)
@@ -112,23 +115,26 @@ def sample(
 
     A prompt ends in a reply's header. Temperature 0 is greedy; else tokens are sampled, from the
     likeliest of together probability `top_p`. A `streamer` gets a single reply's as they are made.
+    The model's own generation_config, which may want penalties or beams, has no say.
     """
+    from transformers import GenerationConfig  # late, as in packing.packed
+
     longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
+    known = policy.model.config  # a table of learned positions has an end; rotary ones have none
+    limit = getattr(known, "max_position_embeddings", None) or math.inf
+    if longest + max_new_tokens - 1 > limit and not getattr(known, "rope_parameters", None):
+        texts = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
+        raise InputError(f"{texts}: the model has {limit} learned positions")
     rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     stops = policy.template.stop_ids
+    asked = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    if temperature > 0:
+        asked.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     with generation(policy) as model, uncompiled(model):
-        out = model.generate(
-            rows,
-            attention_mask=mask.to(rows.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            eos_token_id=stops,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
+        model.generation_config = GenerationConfig()  # what is not asked for is taken from there
+        mask = mask.to(rows.device)
+        out = model.generate(rows, asked, attention_mask=mask, streamer=streamer)
     replies = out[:, longest:].tolist()
     ends = [[i + 1 for i, token in enumerate(ids) if token in stops] for ids in replies]
     return [ids[: end[0]] if end else ids for ids, end in zip(replies, ends)]
@@ -136,10 +142,12 @@ def sample(
 
 @contextmanager
 def generation(policy: Policy) -> Iterator[nn.Module]:
-    """The model in eval mode under the attention it was loaded with, which has a KV cache."""
-    training = policy.model.training
-    policy.model.eval().set_attn_implementation(policy.attention)
+    """The model in eval mode under the attention it was loaded with, which has a KV cache. Its
+    generation_config may be changed in here."""
+    model, training, config = policy.model, policy.model.training, policy.model.generation_config
+    model.eval().set_attn_implementation(policy.attention)
     try:
-        yield policy.model
+        yield model
     finally:
-        policy.model.train(training).set_attn_implementation(packed())
+        model.train(training).set_attn_implementation(packed())
+        model.generation_config = config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from nanoalign import InputError
 from nanoalign.formats.probe import miniature, probe
 from nanoalign.losses import sigmoid
-from nanoalign.model import generate
+from nanoalign.model import generate, generation, sample
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
@@ -241,15 +241,116 @@ def test_a_reply_does_not_depend_on_its_batch(policy):
 
 
 def test_sampling_follows_the_seed_and_training_goes_on_after_it(policy):
-    def sample(seed):
+    def replies(seed):
         torch.manual_seed(seed)
         return generate(policy, TALK, max_new_tokens=12, temperature=1.0)
 
     policy.lm.train()
-    assert sample(0) == sample(0) != sample(1)
+    assert replies(0) == replies(0) != replies(1)
     assert policy.model.training
     policy.lm(SEQUENCES).logps.sum().backward()  # packed attention again
     policy.lm.zero_grad()
+
+
+def slowly(policy, prompt, n, temperature, top_p):
+    """One reply by definition: at each step all of it goes through the model once more."""
+    stops, new = policy.template.stop_ids, []
+    while len(new) < n and not set(new) & set(stops):
+        logits = policy.model(torch.tensor([prompt + new]), use_cache=False).logits[0, -1]
+        if temperature == 0:
+            new.append(int(logits.argmax()))
+            continue
+        p = (logits / temperature).softmax(-1).tolist()
+        nucleus, total = [], 0.0  # the likeliest tokens, until they have top_p together
+        for token in sorted(range(len(p)), key=lambda token: -p[token]):
+            if total < top_p:
+                nucleus.append(token)
+                total += p[token]
+        q = torch.tensor([[p[i] / total if i in nucleus else 0.0 for i in range(len(p))]])
+        new.append(int(torch.multinomial(q, 1)))
+    return new
+
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+HOW = [(0, 1.0), (1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.6), (1.0, 0.2), (0.7, 0.6)]
+
+
+def test_a_reply_is_sampled_by_definition(policy):
+    """Token by token: greedy is argmax, and temperature and top_p do what they are defined to."""
+    found = []
+    for how in HOW:
+        for prompt in PROMPTS:
+            torch.manual_seed(3)
+            found.append(sample(policy, [prompt], 8, *how)[0])
+            torch.manual_seed(3)
+            with generation(policy), torch.no_grad():
+                assert found[-1] == slowly(policy, prompt, 8, *how), how
+    replies = [found[i : i + 3] for i in range(0, len(found), 3)]
+    assert all(a != b for i, a in enumerate(replies) for b in replies[:i])
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [*range(100)]},
+        {"begin_suppress_tokens": [*range(100)]},
+        {"bad_words_ids": [[i] for i in range(100)]},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"forced_eos_token_id": 4},
+        {"forced_bos_token_id": 4},
+        {"stop_strings": ["a", "e"]},
+        {"min_new_tokens": 6},
+        {"max_length": 3},
+        {"max_new_tokens": 2},
+        {"eos_token_id": [*range(150)]},
+        {"do_sample": True, "temperature": 3.0, "top_k": 2, "top_p": 0.5, "min_p": 0.4},
+        {"do_sample": True, "typical_p": 0.2, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+        {"use_cache": False, "cache_implementation": "static"},
+        {"guidance_scale": 3.0, "renormalize_logits": True},
+    ],
+    ids=lambda wants: next(iter(wants)),
+)
+def test_the_model_s_own_generation_config_has_no_say(wants, policy, monkeypatch):
+    def replies():
+        torch.manual_seed(0)
+        return [sample(policy, PROMPTS, 8, temperature) for temperature in (0, 1.0)]
+
+    expected, own = replies(), t.GenerationConfig(**wants)
+    monkeypatch.setattr(policy.model, "generation_config", own)
+    assert replies() == expected and policy.model.generation_config is own
+
+
+def test_a_reply_ends_where_it_ends(policy):
+    """Not where the longest of its batch does; and each can be decoded by itself."""
+    torch.manual_seed(0)
+    (stop,), found = policy.template.stop_ids, []
+    with pytest.MonkeyPatch.context() as patch:  # a third of all ids end a reply
+        stops = [stop, *range(200, 300)]
+        patch.setattr(policy.template, "stop_ids", stops)
+        found = sample(policy, PROMPTS * 20, 8, 1.0)
+    for ids in found:
+        assert not set(ids[:-1]) & set(stops) and (len(ids) == 8 or ids[-1] in stops)
+    assert {len(ids) for ids in found} == set(range(1, 9))
+
+
+def test_no_conversations_get_no_replies(policy):
+    assert generate(policy, []) == []
+
+
+def test_learned_positions_have_an_end(tmp_path):
+    """Rotary ones have none."""
+    size = dict(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=40)
+    save_model(tmp_path, tiny(t.OPTConfig, **size))
+    policy = load_policy(config(tmp_path))
+    assert len(sample(policy, [[5] * 35], 6)[0]) == 6
+    with pytest.raises(InputError, match="a prompt of 35 tokens and 7 new ones: .* has 40 learned"):
+        sample(policy, [[5] * 35, [6]], 7)
+    save_model(tmp_path, tiny(LlamaConfig, max_position_embeddings=40))
+    assert sample(load_policy(config(tmp_path)), [[5] * 35], 7)
 
 
 # ------------------------------------------------------------------------------- there and back
