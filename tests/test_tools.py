@@ -1,7 +1,9 @@
 """The tools beside training: the mask shown, advice, curves, the model card."""
 
+import io
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,79 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         chat.main(["--help"])
     assert "the tokenizer's own template" in " ".join(capsys.readouterr().out.split())
+
+
+# ------------------------------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize(
+    "words, fault",
+    [
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: must be more than 0"),
+        (["--temperature", "nan"], "--temperature nan: must be at least 0 and finite"),
+        (["--temperature", "inf"], "--temperature inf: must be at least 0 and finite"),
+        (["--temperature", "-1"], "--temperature -1.0: must be at least 0 and finite"),
+        (["--top_p", "0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["--top_p", "nan"], "--top_p nan: must be above 0 and at most 1"),
+        (["--seed", str(2**70)], f"--seed {2**70}: must be at least 0 and less than 2**63"),
+        (["--prompt", b"caf\xe9".decode(errors="surrogateescape")], "the prompt: is not UTF-8"),
+        (["--system", b"caf\xe9".decode(errors="surrogateescape")], "--system: is not UTF-8"),
+        (["--prompt", ""], "nothing to reply to: give --prompt TEXT or pipe text in"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_what_chat_can_t_use_is_refused_before_a_model_is_read(words, fault, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat.main(["nowhere", "--prompt", "Hello", *words])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"chat: error: {fault}\n"
+
+
+@pytest.mark.parametrize(
+    "raw, read",
+    [
+        ("  你好 \n".encode(), "你好"),
+        (b"caf\xe9", "chat: error: the prompt: is not UTF-8\n"),
+        (b" \n", "chat: error: nothing to reply to: give --prompt TEXT or pipe text in\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding, errors", [("utf-8", "strict"), ("ascii", "surrogateescape")])
+def test_what_is_piped_in_is_utf_8_in_any_locale(raw, read, encoding, errors, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(chat, "open_policy", lambda args: None)
+    monkeypatch.setattr(chat, "say", lambda policy, system, history, args: asked.extend(history))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding, errors))
+    if "error" not in read:
+        chat.main(["there"])
+        assert asked == [{"role": "user", "content": read}]
+    else:
+        with pytest.raises(SystemExit):
+            chat.main(["there"])
+        assert capsys.readouterr().err == read and not asked
+
+
+def test_a_conversation_goes_on_after_a_line_that_can_t_be_read_or_is_too_long(monkeypatch, capsys):
+    lines = iter(["hi", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no"), "\udce9", "long", "你"])
+
+    def typed(prompt):
+        line = next(lines, EOFError())
+        if isinstance(line, Exception):
+            raise line
+        return line.encode().decode("ascii", "surrogateescape") if line == "你" else line
+
+    asked = []
+
+    def reply(policy, system, history, args):
+        if history[-1]["content"] == "long":
+            raise InputError("the model has 20 learned positions")
+        asked.append([message["content"] for message in history])
+        return "ok"
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(chat, "say", reply)
+    chat.talk(None, Namespace(system=""))
+    assert asked == [["hi"], ["hi", "ok", "你"]]
+    said = "this line is not UTF-8\nthis line is not UTF-8\nthe model has 20 learned positions\n"
+    assert capsys.readouterr().out == said
 
 
 # ---------------------------------------------------------------------------------- the mask, shown

@@ -11,6 +11,7 @@ in it are shown escaped: a model's words must not move the cursor or set the ter
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -21,11 +22,17 @@ from nanoalign import InputError
 from nanoalign.formats.peft import without_adapter
 from nanoalign.model import Policy, generate
 from nanoalign.run.command import command
-from nanoalign.run.flags import Config, Parser, add_flags
+from nanoalign.run.flags import POSITIVE, Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
 
 FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
+BOUNDS = {  # what a number must do, and whether it does
+    "temperature": ("be at least 0 and finite", lambda x: 0 <= x < math.inf),
+    "top_p": ("be above 0 and at most 1", lambda x: 0 < x <= 1),
+    "max_new_tokens": POSITIVE,
+    "seed": ("be at least 0 and less than 2**63", lambda x: 0 <= x < 2**63),
+}
 
 
 class Printer(TextStreamer):
@@ -52,17 +59,30 @@ def say(policy: Policy, system: str, history: list[dict], args) -> str:
     return printer.reply
 
 
+def utf8(name: str, words: str | bytes) -> str:
+    """What was typed or piped in, as UTF-8 whatever the locale. What the locale could not read,
+    Python has left as surrogates, which no tokenizer takes."""
+    try:
+        raw = words if isinstance(words, bytes) else words.encode(errors="surrogateescape")
+        return raw.decode()
+    except UnicodeError:
+        raise InputError(f"{name}: is not UTF-8") from None
+
+
 def talk(policy: Policy, args) -> None:
     """The conversation at the terminal."""
     system, history, compare = args.system, [], False
     while True:
         try:
-            line = input("> ").strip()
+            line = utf8("the line", input("> ")).strip()
         except KeyboardInterrupt:
             print()
             continue
         except EOFError:
             return
+        except (UnicodeError, InputError):
+            print("this line is not UTF-8")
+            continue
         command, _, rest = line.partition(" ")
         if not line:
             return
@@ -79,13 +99,18 @@ def talk(policy: Policy, args) -> None:
             print("commands: /reset  /undo  /system TEXT  /compare  (an empty line ends)")
         else:
             history.append({"role": "user", "content": line})
-            if compare:
-                print("[base] ", end="")
-                with without_adapter(policy.model):
-                    say(policy, system, history, args)
-                print("[trained] ", end="")
-            reply = say(policy, system, history, args)
-            history.append({"role": "assistant", "content": reply})
+            try:
+                if compare:
+                    print("[base] ", end="")
+                    with without_adapter(policy.model):
+                        say(policy, system, history, args)
+                    print("[trained] ", end="")
+                reply = say(policy, system, history, args)
+            except InputError as error:  # it has become too long, say: /undo and /reset help
+                print(error)
+                history.pop()
+            else:
+                history.append({"role": "assistant", "content": reply})
 
 
 def open_policy(args) -> Policy:
@@ -112,14 +137,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
+    for name, (must, holds) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise InputError(f"--{name} {value}: must {must}")
+    args.system = utf8("--system", args.system)
+    prompt = args.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.buffer.read().strip()
+    if prompt is not None and not (prompt := utf8("the prompt", prompt)):
+        raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
     policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    if args.prompt is None and sys.stdin.isatty():
+    if prompt is None:
         return talk(policy, args)
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read().strip()
-    if not prompt:
-        raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
     say(policy, args.system, [{"role": "user", "content": prompt}], args)
 
 
