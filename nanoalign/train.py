@@ -48,13 +48,25 @@ def means(sums: Sums) -> dict[str, float]:
 
 
 def learning_rate(cfg, step: int, total: int) -> float:
-    """At step 0, 1, ... of `total`: linear warm-up from 0, then linear, cosine or constant."""
-    warmup = cfg.warmup_steps or math.ceil(total * cfg.warmup_ratio)
+    """At step 0, 1, ... of `total`: a linear warm-up from 0, and one of transformers' schedules."""
+    peak, kind, warmup = cfg.learning_rate, cfg.lr_scheduler_type, cfg.warmup_steps
+    if warmup < 1:  # a share of the steps
+        warmup = math.ceil(total * (warmup or cfg.warmup_ratio))
+    warmup = 0 if kind == "constant" else int(warmup)
     if step < warmup:
-        return cfg.learning_rate * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-    return cfg.learning_rate * shape[cfg.lr_scheduler_type]
+        return peak * step / warmup
+    done = (step - warmup) / max(1, total - warmup)  # from 0 to 1
+    own = {"num_cycles": 1, "power": 1.0, "lr_end": 1e-7, **cfg.lr_scheduler_kwargs}
+    turn, end, scale = own["num_cycles"] * done % 1, min(peak, own["lr_end"]), warmup or 10_000
+    return {
+        "constant": peak,
+        "constant_with_warmup": peak,
+        "linear": peak * (1 - done),
+        "polynomial": end + (peak - end) * (1 - done) ** own["power"],
+        "cosine": peak * (1 + math.cos(math.pi * done)) / 2,
+        "cosine_with_restarts": peak * (1 + math.cos(math.pi * turn)) / 2,
+        "inverse_sqrt": peak * math.sqrt(scale / (step - warmup + scale)),
+    }[kind]
 
 
 def plan(cfg, examples: int) -> tuple[int, int]:
@@ -69,7 +81,8 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
     {"params": [...], "times": 16}, as LoRA+ gives to B."""
     trained = [p for p in lm.parameters() if p.requires_grad]
     rates = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
-    return torch.optim.AdamW(trained, weight_decay=cfg.weight_decay, fused=True, **rates)
+    rates |= {"eps": cfg.adam_epsilon, "weight_decay": cfg.weight_decay}
+    return torch.optim.AdamW(trained, fused=True, **rates)
 
 
 def fitting(examples: Examples, size: int, tokens: int) -> Batches:

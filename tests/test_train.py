@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear
 from nanoalign.run import session
-from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
+from nanoalign.run.flags import SCHEDULES, DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.record import rescale
 from nanoalign.train import learning_rate, optimizer_step, plan
 from train_dpo import run_dpo
@@ -90,18 +90,21 @@ def same(tensors, others):
 # ------------------------------------------------------------------------------------- schedules
 
 
-@pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.13}, {"warmup_steps": 7}], ids=str)
-@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_schedules_are_those_of_transformers(shape, warmup):
-    total = 50
-    cfg = SFTConfig(learning_rate=3e-4, lr_scheduler_type=shape, **warmup)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.learning_rate)
-    theirs = get_scheduler(
-        "constant_with_warmup" if shape == "constant" else shape,
-        optimizer,
-        num_warmup_steps={"warmup_ratio": 7, "warmup_steps": 7}.get(*warmup or [None], 0),
-        num_training_steps=total,
-    )  # ceil(0.13 * 50) = 7
+WARMUPS = {"none": ({}, 0), "ratio": ({"warmup_ratio": 0.13}, 7)}  # ceil(0.13 * 50) = 7
+WARMUPS |= {"share": ({"warmup_steps": 0.13}, 7), "steps": ({"warmup_steps": 7}, 7)}
+
+
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("shape", SCHEDULES)
+@pytest.mark.parametrize("numbers", [{}, {"num_cycles": 3, "power": 2.0, "lr_end": 1e-6}], ids=str)
+def test_schedules_are_those_of_transformers(shape, warmup, numbers):
+    flags, warmup_steps = WARMUPS[warmup]
+    numbers = {name: n for name, n in numbers.items() if name in SCHEDULES[shape]}
+    cfg = SFTConfig(
+        learning_rate=3e-4, lr_scheduler_type=shape, lr_scheduler_kwargs=numbers, **flags
+    )
+    optimizer, total = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4), 50
+    theirs = get_scheduler(shape, optimizer, warmup_steps, total, numbers)
     for step in range(total):
         assert math.isclose(learning_rate(cfg, step, total), theirs.get_last_lr()[0], rel_tol=1e-9)
         optimizer.step()

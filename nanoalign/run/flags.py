@@ -1,18 +1,25 @@
 """The flags: one dataclass a script, one line a flag.
 
-Names and defaults are those that users of TRL type from habit. All that is known of a flag stands
-in its line: type, default, help, bounds, and when it has nothing to do. `parse` reads the command
-line: an unknown or abbreviated flag, an impossible value and two flags that contradict each other
-raise InputError; a flag that has nothing to do in this run is one printed line.
+Names and meanings are those of TRL; README has the defaults that differ. All that is known of a
+flag stands in its line: type, default, help, bounds, and when it has nothing to do. `parse` reads
+the command line: an unknown or abbreviated flag, an impossible value and two flags that contradict
+each other raise InputError; a flag that has nothing to do in this run is one printed line.
+
+TRL and transformers have flags that are none here. FOREIGN says what does the same, or why nothing
+has to be done.
 """
 
+import difflib
 import math
+import re
 import sys
-from argparse import ArgumentParser
-from collections import Counter
+from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import transformers
+import yaml  # it comes with transformers
 from transformers import HfArgumentParser
 
 from nanoalign import InputError
@@ -27,6 +34,72 @@ POSITIVE = "be more than 0", lambda x: x > 0
 NOT_NEGATIVE = "not be negative", lambda x: x >= 0
 SHARE = "be at least 0 and below 1", lambda x: 0 <= x < 1
 
+# The schedules, and the numbers of lr_scheduler_kwargs that each takes.
+SCHEDULES = {
+    "linear": (),
+    "cosine": (),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("power", "lr_end"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": (),
+}
+
+# fmt: off
+# Flags of transformers and TRL that are none here: their names; the values with which there is
+# nothing to do ("any"); why that is so, or what does the same for the other values.
+FOREIGN = [
+    ("dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
+     "dataloader_persistent_workers", "any", "an example is made when it is needed, in 0.1 ms"),
+    ("remove_unused_columns ignore_bias_buffers eval_accumulation_steps precompute_ref_batch_size",
+     "any", "what it is for does not arise"),
+    ("padding_free pad_to_multiple_of group_by_length packing_strategy eval_packing pad_token",
+     "any", "a batch is one row without padding"),
+    ("attn_implementation use_liger_kernel use_cache", "any", "model and device decide"),
+    ("gradient_checkpointing_kwargs", "any", "the reentrant way is never taken"),
+    ("ddp_find_unused_parameters ddp_backend ddp_timeout local_rank", "any", "torchrun's processes "
+     "add their gradients up themselves"),
+    ("log_level disable_tqdm logging_nan_inf_filter", "any", "a run says little"),
+    ("include_num_input_tokens_seen include_tokens_per_second", "any", "both are logged"),
+    ("logging_dir", "any", "TensorBoard's events go to --output_dir"),
+    ("do_eval", "any", "evaluation is done where there is --eval_dataset or --eval_fraction"),
+    ("do_train average_tokens_across_devices save_safetensors", "true", "that is always so"),
+    ("do_predict", "false", "python -m nanoalign.chat replies"),
+    ("logging_strategy", "steps", "--logging_steps says how often"),
+    ("data_seed", "", "--seed is for the order of the data too"),
+    ("save_only_model", "false", "with --save_strategy no there is only the model, at the end"),
+    ("push_to_hub hub_model_id hub_strategy hub_token hub_private_repo", "false every_save",
+     "hf upload OWNER/NAME OUTPUT_DIR puts it on the hub"),
+    ("optim_args", "", "AdamW has --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),
+    ("use_cpu no_cuda", "false", "--device cpu does that"),
+    ("fp16_full_eval bf16_full_eval", "false", "evaluation computes in --dtype, as training does"),
+    ("bnb_4bit_compute_dtype bnb_4bit_quant_storage", "", "--dtype is for 4-bit models too"),
+    ("activation_checkpointing activation_offloading", "false", "--gradient_checkpointing does it"),
+    ("auto_find_batch_size", "false", "--max_row_tokens cuts what would not fit"),
+    ("deepspeed fsdp_config", "", "--fsdp cuts the model between GPUs"),
+    ("model_init_kwargs", "", "--dtype and --trust_remote_code are flags"),
+    ("model_revision", "main", "hf download MODEL --revision R gives a directory"),
+    ("load_in_8bit", "false", "--load_in_4bit is there"),
+    ("lora_task_type", "causal_lm", "every model here is a causal one"),
+    ("lora_target_parameters", "", "--lora_target_modules takes linear layers"),
+    ("dataset_config dataset_streaming", "false", "datasets writes it as JSONL: .to_json(FILE)"),
+    ("dataset_text_field dataset_kwargs", "text", "README has the columns that are read"),
+    ("max_completion_length", "", "--max_length is for prompt and completion together"),
+    ("chat_template_path", "", "--chat_template native is the tokenizer's own"),
+    ("eos_token", "", "the chat template says what ends a reply"),
+    ("packing", "false", "a batch is one row already, --per_device_train_batch_size examples"),
+    ("completion_only_loss assistant_only_loss", "true", "only the assistant's replies train"),
+    ("label_smoothing_factor", "0 0.0", "DPO has --label_smoothing"),
+    ("loss_weights ld_alpha", "", "--rpo_alpha adds the chosen reply's own loss"),
+    ("dataloader_drop_last", "false", "an epoch's last step takes what is left"),
+    ("train_sampling_strategy", "random", "--shuffle_dataset false keeps the file's order"),
+    ("use_dora sync_ref_model ref_model_mixup_alpha ref_model_sync_steps f_divergence_type "
+     "f_alpha_divergence_coef use_weighting discopop_tau", "false 0.6 512 reverse_kl 0.5 0.05",
+     "nothing here does the same"),
+    ("env", "", "write it before the command: NAME=VALUE python ..."),
+]
+# fmt: on
+
 
 def flag(default, help: str, must=None, **more):
     """A dataclass field with its line of --help.
@@ -36,7 +109,7 @@ def flag(default, help: str, must=None, **more):
     rounding, so it may change when a run is resumed. Whatever else is given goes to argparse.
     """
     meta = {"help": help, "must": must, **more}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=meta)
     return field(default=default, metadata=meta)
 
@@ -47,7 +120,23 @@ def goes_on(cfg) -> bool:
 
 
 def no_evaluation(cfg) -> bool:
-    return not (cfg.eval_dataset or cfg.eval_fraction)
+    return cfg.eval_strategy == "no" or not (cfg.eval_dataset or cfg.eval_fraction)
+
+
+def no_warmup(cfg) -> bool:
+    """transformers' "constant" is so from the first step."""
+    return cfg.lr_scheduler_type == "constant"
+
+
+def numbers(text: str) -> dict[str, float]:
+    """'{"num_cycles": 3}' -> {"num_cycles": 3.0}"""
+    try:
+        read = {name: float(number) for name, number in yaml.safe_load(text).items()}
+        if all(map(math.isfinite, read.values())):
+            return read
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+        pass
+    raise ArgumentTypeError(f"""{text}: expected numbers by name, '{{"num_cycles": 3}}' say""")
 
 
 # fmt: off
@@ -59,7 +148,8 @@ class Config:
     model_name_or_path: str | None = flag(None, "directory, hub id or .gguf; none: built-in")
     adapter_name_or_path: str | None = flag(None, "adapter to go on from; also the reference")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of the frozen weights and of computing; auto: the checkpoint's")
+        "auto", "of the frozen weights and of computing; auto: the checkpoint's",
+        aliases="--torch_dtype")
     bf16: bool = flag(False, "the same as --dtype bfloat16")
     fp16: bool = flag(False, "the same as --dtype float16: for GPUs without bfloat16")
     device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
@@ -99,7 +189,9 @@ class Config:
     eval_fraction: float = flag(0.0, "share of the rows held out for evaluation", SHARE)
     shuffle_dataset: bool = flag(True, "a new order in each epoch")
     input_as_system: bool = flag(False, "the column `input` holds the system turn")
-    max_length: int = flag(1024, "tokens of prompt and completion, whose end is cut", POSITIVE)
+    max_length: int = flag(
+        1024, "tokens of prompt and completion, whose end is cut", POSITIVE,
+        aliases="--max_seq_length")
     max_prompt_length: int | None = flag(None, "tokens of the prompt", POSITIVE)
     truncation_mode: Literal["keep_end", "keep_start"] = flag(
         "keep_end", "what stays of a longer prompt", idle=lambda c: c.max_prompt_length is None)
@@ -125,17 +217,21 @@ class Config:
         -1, "optimizer steps; overrides num_train_epochs",
         ("be more than 0, or -1 for epochs", lambda n: n > 0 or n == -1))
     learning_rate: float = flag(1e-6, "the highest learning rate", NOT_NEGATIVE)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = flag("linear", "after the warm-up")
+    lr_scheduler_type: str = flag("linear", "after the warm-up", choices=SCHEDULES)
+    lr_scheduler_kwargs: dict = flag(
+        {}, "JSON: num_cycles of cosine_with_restarts; power, lr_end of polynomial", read=numbers)
     warmup_ratio: float = flag(
         0.0, "share of the steps in which the learning rate rises from 0",
-        ("be at least 0 and at most 1", lambda x: 0 <= x <= 1))
-    warmup_steps: int = flag(0, "the same as a number of steps", NOT_NEGATIVE)
+        ("be at least 0 and at most 1", lambda x: 0 <= x <= 1), idle=no_warmup)
+    warmup_steps: float = flag(
+        0, "the same as a number of steps; below 1: as a share", NOT_NEGATIVE, idle=no_warmup)
     optim: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"] = flag(
         "adamw_torch", "AdamW; paged: its states in the CPU's memory, for training all weights",
         idle=lambda c: c.optim == "paged_adamw_32bit" and c.device == "cpu", free=True)
     weight_decay: float = flag(0.0, "AdamW's, on matrices and vectors alike", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW's", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's", SHARE)
+    adam_epsilon: float = flag(1e-8, "AdamW's", NOT_NEGATIVE)
     router_aux_loss_coef: float | None = flag(
         None, "weight of a mixture's load-balancing loss; none: the model's own; 0: without it",
         NOT_NEGATIVE)
@@ -155,19 +251,28 @@ class Config:
     logging_steps: int = flag(10, "steps between two lines of metrics", POSITIVE, free=True)
     logging_first_step: bool = flag(
         False, "a line for step 1 too", idle=lambda c: c.logging_steps == 1, free=True)
+    eval_strategy: Literal["no", "steps", "epoch"] | None = flag(
+        None, "when to evaluate, beside the end; none: at eval_steps; no: never", free=True,
+        aliases="--evaluation_strategy")
     eval_steps: int | None = flag(
-        None, "steps between evals; none: at the end", POSITIVE, idle=no_evaluation, free=True)
+        None, "steps between evals; none: at the end", POSITIVE,
+        idle=lambda c: no_evaluation(c) or c.eval_strategy == "epoch", free=True)
     generate_during_eval: bool = flag(
         False, "show replies to held-out prompts at evaluation", idle=no_evaluation, free=True)
+    save_strategy: Literal["no", "steps", "epoch"] = flag(
+        "steps", "when to write checkpoints; no: only where the run is stopped", free=True)
     save_steps: int = flag(
         500, "steps between two checkpoints; 0: none, unless the run is stopped", NOT_NEGATIVE,
-        free=True)
+        idle=lambda c: c.save_strategy != "steps", free=True)
     save_total_limit: int | None = flag(None, "newest checkpoints to keep", POSITIVE, free=True)
     skip_nonfinite: int = flag(
         0, "pass over this many steps whose loss or gradient is not finite", NOT_NEGATIVE,
         free=True)
     report_to: Literal["none", "tensorboard", "wandb"] = flag(
         "none", "metrics go there as well", free=True)
+    run_name: str | None = flag(
+        None, "its name at wandb; none: output_dir's", idle=lambda c: c.report_to != "wandb",
+        free=True)
 
     @property
     def method(self) -> str:
@@ -225,9 +330,9 @@ class KTOConfig(ReferenceConfig):
 
 
 class Parser(HfArgumentParser):
-    def add_argument(self, *names, must=None, idle=None, free=None, **how):
+    def add_argument(self, *names, must=None, idle=None, free=None, read=None, **how):
         """argparse gets what it knows of a flag."""
-        return super().add_argument(*names, **how)
+        return super().add_argument(*names, **how | ({"type": read} if read else {}))
 
     def error(self, message):  # argparse prints forty lines of usage before it
         raise InputError(f"{message} (--help lists the flags)")
@@ -250,16 +355,109 @@ def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:
 
     `built_in` holds a script's own settings: they are the defaults where no model is given.
     """
-    names = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    given = Counter(name.removeprefix("no_") for name in names)  # --learning-rate is a flag too
     parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--config", help="a YAML file of flags; those of the command line win")
+    typed, lines, places = by_flag(argv), {}, {}
+    if "config" in typed:
+        lines, places = from_file(kind, parser.parse_args(typed.pop("config")).config)
+    given = lines | typed
     if not given.keys() & {"model_name_or_path", "adapter_name_or_path"}:
         parser.set_defaults(**built_in)
-    cfg = kind(**vars(parser.parse_args(argv)))
-    for name in given - Counter(set(given)):  # argparse would take the last one
-        raise InputError(f"--{name} is given {given[name]} times; expected once")
-    check(cfg, set(given))
+    try:
+        read = vars(parser.parse_args(own_words(kind, given)))
+        cfg = kind(**{f.name: read[f.name] for f in fields(kind)})
+        check(cfg, set(given))
+    except InputError as error:
+        named = [n for n in re.findall(r"--(\w+)", str(error)) if n in places.keys() - typed]
+        raise InputError(f"{places[named[0]]}: {error}" if named else str(error)) from None
     return cfg
+
+
+def by_flag(argv: list[str]) -> dict[str, list[str]]:
+    """["--max-steps=3", "--no_use_peft"] -> {"max_steps": ["--max-steps=3"], "use_peft": [...]}"""
+    given: dict[str, list[str]] = {}
+    name = ""  # of the words before the first flag
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
+            if name in given:  # argparse would take the last one
+                raise InputError(f"--{name} is given more than once")
+        given.setdefault(name, []).append(word)
+    return given
+
+
+def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """A YAML file's flags as the words of a command line, and the place of each.
+
+    A value is taken as it is written: YAML would make a text of 1e-5, and False of no. The file is
+    read, but nothing is built of it: a tag that asks for code does nothing.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"--config {path}: expected lines as learning_rate: 1e-5")
+    tags = [f"tag:yaml.org,2002:{t}" for t in "str int float bool timestamp null".split()]
+    nothing = {f.name for f in fields(kind) if f.default is None}  # is what null says of them
+    given, places = {}, {}
+    for key, value in root.value:
+        place = f"{path}, line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{place}: expected a flag")
+        name = key.value.replace("-", "_")
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        words = [item.value for item in items if item.tag in tags]
+        if isinstance(value, yaml.MappingNode):
+            words = [text[value.start_mark.index : value.end_mark.index]]
+        elif len(words) < len(items):
+            raise InputError(f"{place}: {name}: expected a plain value, or a list of them")
+        if name in given:
+            raise InputError(f"{place}: {name} is given more than once")
+        if value.tag != tags[-1] or name in names_of(kind) - nothing:
+            given[name], places[name] = [f"--{name}", *words], place
+    return given, places
+
+
+def own_words(kind: type[Config], given: dict[str, list[str]]) -> list[str]:
+    """The words of our own flags. A foreign one is a line where it changes nothing, and raises
+    InputError where it would, as an unknown one does."""
+    words = []
+    for name, said in given.items():
+        if name in names_of(kind) | {"", "help"}:
+            words += said
+            continue
+        row = next((row for row in FOREIGN if name in row[0].split()), None)
+        if row is None:
+            raise InputError(unknown(kind, name, said))
+        _, harmless, instead = row
+        value = " ".join(said).partition("=" if "=" in said[0] else " ")[2]
+        value = value or ("false" if said[0].startswith(("--no_", "--no-")) else "true")
+        if harmless == "any":
+            print(f"--{name} has nothing to do here: {instead}")
+        elif value.lower() not in [*harmless.split(), "none"]:
+            raise InputError(f"--{name} {value}: not here; {instead}")
+    return words
+
+
+def names_of(kind: type[Config]) -> set[str]:
+    """The names of its flags, older ones too."""
+    older = {f.metadata["aliases"][2:] for f in fields(kind) if "aliases" in f.metadata}
+    return older | {f.name for f in fields(kind)}
+
+
+def unknown(kind: type[Config], name: str, said: list[str]) -> str:
+    """What there is to say of a flag that is neither ours nor in FOREIGN."""
+    kinds = [k().method for k in (SFTConfig, DPOConfig, KTOConfig) if name in names_of(k)]
+    if kinds:
+        return f"--{name} is a flag of {' and '.join(map(str.upper, kinds))} only"
+    theirs = Path(transformers.__file__).with_name("training_args.py")  # to import it takes seconds
+    if f"\n    {name}: " in theirs.read_text(encoding="utf-8"):
+        return f"--{name} is a flag of transformers' Trainer; nothing here does the same"
+    near = difflib.get_close_matches(name, names_of(kind), 1)
+    nearest = f"; the nearest is --{near[0]}" if near else ""
+    return f"unrecognized arguments: {' '.join(said)}{nearest} (--help lists the flags)"
 
 
 def check(cfg: Config, given: set[str]) -> None:
@@ -296,6 +494,14 @@ def check(cfg: Config, given: set[str]) -> None:
         raise InputError("--model_name_or_path: give the model to train")
     if not cfg.dataset_name:
         raise InputError("--dataset_name: give the data to train on")
+    if cfg.eval_strategy in ("steps", "epoch") and no_evaluation(cfg):
+        what = f"--eval_strategy {cfg.eval_strategy}"
+        raise InputError(f"{what}: needs --eval_dataset or --eval_fraction")
+    own = SCHEDULES[cfg.lr_scheduler_type]
+    if strange := [name for name in cfg.lr_scheduler_kwargs if name not in own]:
+        takes = ", ".join(own) or "no numbers"
+        what = f"--lr_scheduler_kwargs {strange[0]}"
+        raise InputError(f"{what}: {cfg.lr_scheduler_type} takes {takes}")
     ranks.check_device(cfg.device)
 
     idle = {f.name for f in fields(cfg) if "idle" in f.metadata and f.metadata["idle"](cfg)}

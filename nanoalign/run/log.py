@@ -68,9 +68,10 @@ class Log:
             elif report_to == "wandb":
                 import wandb
 
-                how = dict(id=run_id, resume="allow", config=vars(cfg))
+                name = cfg.run_name or directory.name
+                how = dict(id=run_id, name=name, resume="allow", config=vars(cfg))
                 try:
-                    run = wandb.init(dir=str(directory), name=directory.name, **how)
+                    run = wandb.init(dir=str(directory), **how)
                     self.report, self.end = run.log, run.finish
                 except wandb.Error as error:  # there is no key, or no network
                     why = " ".join(str(error).split())

@@ -58,7 +58,7 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
             record.evaluate(method)
             # Asked once a step: a signal after the save must not end the run without a checkpoint.
             stop = record.stopped
-            if stop or (record.due(cfg.save_steps) and not record.ended):
+            if stop or (record.due(record.save_every) and not record.ended):
                 record.save_checkpoint()
             if stop:
                 hint = "--resume_from_checkpoint goes on from there"
@@ -93,6 +93,11 @@ class Record:
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
         ranks.own_dropout(cfg.seed)  # not before: what a script adds must start equal on all ranks
         self.per_epoch, self.total = plan(cfg, len(run.examples))
+        # Steps from one evaluation, and from one checkpoint, to the next; 0: only at the end.
+        evals = cfg.eval_steps or (cfg.logging_steps if cfg.eval_strategy == "steps" else 0)
+        self.eval_every = self.per_epoch if cfg.eval_strategy == "epoch" else evals
+        saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
+        self.save_every = saves[cfg.save_strategy]
         shards.settle(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         if cfg.optim == "paged_adamw_32bit":
@@ -147,9 +152,9 @@ class Record:
         came = sum(ranks.gather(self.signals), [])
         return came[0] if came and not self.ended else 0
 
-    def due(self, every: int | None) -> bool:
+    def due(self, every: int) -> bool:
         """At the end, and each `every` steps before it."""
-        return self.ended or (bool(every) and self.step % every == 0)
+        return self.ended or (every > 0 and self.step % every == 0)
 
     def seconds(self) -> float:
         """That the run took until now, before it was resumed too."""
@@ -200,7 +205,8 @@ class Record:
         training. A signal cuts it off, and leaves it to the run that goes on; but not on several
         ranks, which need not be at the same batch."""
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
-        due = self.due(cfg.eval_steps) and state["evaluated"] < self.step
+        due = self.due(self.eval_every) and state["evaluated"] < self.step
+        due = due and cfg.eval_strategy != "no"
         if not (due and self.run.held_out) or self.stopped:
             return
         longest = row_tokens(cfg.max_row_tokens, lm.device)
