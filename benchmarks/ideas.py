@@ -67,11 +67,8 @@ def variants() -> dict:
     def chunks_of(rows):
         return head, "token_logps", partial(token_logps, chunk=rows)
 
-    def dequantized_by(decode):
-        def of_absmax(packed, absmax, levels, dtype):
-            return decode(packed, [absmax], levels, None, dtype)
-
-        return nf4, "decode_cpu", of_absmax
+    def decoded_by(decode):
+        return nf4, "way_for", lambda *sizes: decode
 
     def plain_dropout(self, x):
         return F.dropout(x, self.p, self.training)
@@ -94,8 +91,8 @@ def variants() -> dict:
         "dropout, torch's": [{"disable_dropout": False}, torchs],
         "4 bits": [{"load_in_4bit": True}],
         "4 bits, rows of 1024 tokens": [{"load_in_4bit": True, "max_row_tokens": 1024}],
-        "4 bits, decoded plainly": [{"load_in_4bit": True}, dequantized_by(nf4.decode)],
-        "4 bits, decoded compiled": [{"load_in_4bit": True}, dequantized_by(fused)],
+        "4 bits, decoded plainly": [{"load_in_4bit": True}, decoded_by(nf4.decode)],
+        "4 bits, decoded compiled": [{"load_in_4bit": True}, decoded_by(fused)],
     }
 
 

@@ -39,13 +39,16 @@ def dequantize(packed, scales, shape, dtype, blocksize, levels, scale_levels):
     n, packed = math.prod(shape), packed.flatten()
     if n % blocksize:  # complete the last block
         packed = F.pad(packed, (0, len(scales[0]) * blocksize // 2 - len(packed)))
-    packed = packed.view(-1, blocksize // 2)
-    if packed.is_cpu:
-        weight = decode_cpu(packed, absmax_of(scales, scale_levels), levels, dtype)
-    else:
-        quickest = fused_decode() if n >= CHUNK else decode  # below, there is nothing to gain
-        weight = quickest(packed, scales, levels, scale_levels, dtype)
+    decoded_by = way_for(n, packed.device)
+    weight = decoded_by(packed.view(-1, blocksize // 2), scales, levels, scale_levels, dtype)
     return weight.flatten()[:n].view(shape)
+
+
+def way_for(weights: int, device: torch.device):
+    """The quickest of the three below for so many weights."""
+    if device.type == "cpu":
+        return decode_cpu
+    return fused_decode() if weights >= CHUNK else decode  # a small one has nothing to gain
 
 
 def absmax_of(scales, scale_levels):
@@ -76,12 +79,13 @@ def fused_decode():
     return torch.compile(decode, dynamic=True, options={"emulate_precision_casts": True})
 
 
-def decode_cpu(packed, absmax, levels, dtype):
+def decode_cpu(packed, scales, levels, scale_levels, dtype):
     """decode for a CPU, faster than what inductor makes of it: a byte looks up a PAIR of levels.
 
     The pair is one 64-bit word, so a lookup is one load and one store; and the fp32 products of a
     chunk are rounded while they are in the cache.
     """
+    absmax = absmax_of(scales, scale_levels)
     out = torch.empty(len(packed), 2 * packed.shape[1], dtype=dtype)
     step = CHUNK // out.shape[1]
     for chunk, its_absmax, its_out in zip(*(t.split(step) for t in (packed, absmax, out))):
