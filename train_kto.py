@@ -18,6 +18,7 @@ from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
 from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
 from nanoalign.packing import to_device
+from nanoalign.run.advice import ONE_LABEL
 from nanoalign.run.command import main
 from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
@@ -33,7 +34,7 @@ def run_kto(cfg: KTOConfig) -> Run:
     up = sum(e.label for e in run.examples)
     print(f"{up} desirable, {len(run.examples) - up} undesirable")
     if up in (0, len(run.examples)):
-        print("warning: one label only; KTO weighs thumbs up against thumbs down", file=sys.stderr)
+        print(f"warning: {ONE_LABEL}", file=sys.stderr)
 
     def mismatched(examples):  # each example gets its y', if the loss wants z0
         return with_mismatches(examples, cfg.max_length) if with_z0 else examples
@@ -41,11 +42,13 @@ def run_kto(cfg: KTOConfig) -> Run:
     def order(*given):
         return mismatched(epoch_order(*given))
 
-    mismatched(run.examples)  # refused here, before anything is written, if it can't be done
-    try:
-        run.held_out = mismatched(run.held_out)
-    except InputError as error:
-        raise InputError(f"the examples to evaluate on: {error}") from None
+    for whose, some in (("", run.examples), ("the examples to evaluate on: ", run.held_out)):
+        try:
+            mismatched(some)  # refused here, before anything is written, if it can't be done
+        except InputError as error:
+            needless = "--loss_type apo_zero_unpaired needs none"
+            raise InputError(f"{whose}{error}; {needless}") from None
+    run.held_out = mismatched(run.held_out)
 
     def only_mismatch(examples):  # (x, y')
         return [replace(e, completions=[e.mismatch]) for e in examples]

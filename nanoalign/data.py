@@ -11,7 +11,7 @@ import random
 import runpy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import merge
 
 from nanoalign import InputError
@@ -24,12 +24,14 @@ Examples = Sequence[Example]  # a list of them, or one that makes each when it i
 
 @dataclass(slots=True)
 class Case:
-    """A prompt and its completions (DPO: chosen, rejected), as messages, each a reply at first."""
+    """A prompt and its completions (DPO: the best first), as messages, each a reply at first."""
 
     prompt: list[Message]
     completions: list[list[Message]]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
+    tools: list[dict] = field(default_factory=list)  # what the assistant may call
+    ranks: list[float] | None = None  # of completions: lower is better, equal a tie; None: 0, 1, 2
 
 
 @dataclass

@@ -179,10 +179,24 @@ def test_bad_bytes(tmp_path, suffix, data, where, fragments):
         assert fragment in message
 
 
-@pytest.mark.parametrize("name", ["data", "data.txt", "data.jsonl.gz", "data.parquet", ".json"])
+@pytest.mark.parametrize("name", ["data", "data.txt", "data.parquet", ".json"])
 def test_unknown_suffix(tmp_path, name):
     message = refused(write(tmp_path, name, OK))
     assert message.endswith("expected .json, .jsonl or .csv")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_gzip(tmp_path, suffix):
+    data = {"json": objects(OK, OK), "jsonl": OK + OK, "csv": TABLE + b"p,c\np,c\n"}[suffix]
+    plain = write(tmp_path, f"data.{suffix}", data)
+    packed = write(tmp_path, f"data.{suffix}.GZ", gzip.compress(data))
+    rows = [row for _, row in read_rows(plain)]
+    assert [row for _, row in read_rows(packed)] == rows and len(rows) == 2
+    for broken in (OK, gzip.compress(data)[:-5], gzip.compress(data)[:-9] + b"\0" * 9, b""):
+        message = refused(write(tmp_path, f"broken.{suffix}.gz", broken))
+        assert "expected" in message
+    assert "no text" in refused(write(tmp_path, f"x.{suffix}.gz", gzip.compress(b"\xff")))
+    assert "unknown kind of file" in refused(write(tmp_path, "data.gz", gzip.compress(data)))
 
 
 def test_path(tmp_path):

@@ -1,72 +1,165 @@
 """Layouts: rows of files -> cases, which are checked messages; and on to examples.
 
 Each way to store conversations is a layout: the columns that tell it apart, and a function of a row
-and these columns that makes a Case. A new layout is one more entry in SFT, DPO or KTO, and here
-only. Where a column holds messages, they may be {"role": ..., "content": ...} or ShareGPT's
-{"from": ..., "value": ...}; where it holds one turn, a string will do. A column `system`, if it is
-there and not empty, is the first turn.
+and these columns that makes a Case, or several. A new layout is one more entry in SFT, DPO or KTO,
+and here only. Where a column holds messages, they may be {"role": ..., "content": ...} or
+ShareGPT's {"from": ..., "value": ...}; where it holds one turn, a string will do. Beside each
+layout there may be `system` (the first turn), `history` (alpaca's earlier turns), `tools`, and
+beside a conversation `loss_mask`.
 
 What comes out has been checked: roles are known, turns are in order, contents are text. What is
-wrong raises InputError, with file and line in front.
+wrong raises InputError, with file and line in front; what is passed over is said once a file.
 """
 
 import gc
-from collections import Counter
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
 
 from nanoalign import InputError
+from nanoalign.chatml import Message
 from nanoalign.data import Case, Examples, Limits, make_examples
-from nanoalign.formats.columns import kind_of, label_of, listed, text_of, turns_of
-from nanoalign.formats.rows import rows_of
+from nanoalign.formats import feedback
+from nanoalign.formats.columns import (
+    history_of,
+    kind_of,
+    label_of,
+    list_of,
+    listed,
+    refuse_unsupported,
+    text_of,
+    tools_of,
+    turns_of,
+    unread,
+)
+from nanoalign.formats.rows import files_of, rows_of
 
-Layouts = dict[tuple[str, ...], Callable[..., Case]]  # of a method: columns -> what reads them
+Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # of a method, by columns
+BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in every layout
+# Words of templates that are not always tokens; with a tokenizer's own, what a text may spell.
+MARKERS = "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
-    """A column with the prompt, and one with each reply to it, which may repeat the prompt."""
-    prompt = turns_of(row, asked, "user")
-    completions, n = [turns_of(row, reply, "assistant") for reply in replies], len(prompt)
+    """A column with the prompt, and one with each reply to it."""
+    return answers(row, turns_of(row, asked, "user"), *replies)
+
+
+def answers(row: dict, prompt: list[Message], *replies: str) -> Case:
+    """The replies to a prompt, which they may repeat, behind a system turn too."""
+    completions = [turns_of(row, reply, "assistant") for reply in replies]
+    first = completions[0][:1]
+    if first[0]["role"] == "system" and all(
+        c[: len(prompt) + 1] == first + prompt for c in completions
+    ):
+        prompt = first + prompt
+    n = len(prompt)
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
 
 def every_reply(row: dict, column: str) -> Case:
-    """A whole conversation, of which every reply trains: the prompt ends before the first, or, if
-    the first ones have OpenAI's weight 0, before the first that has not."""
+    """A whole conversation, of which every reply trains: the prompt ends before the first one that
+    is not marked as context."""
     messages = turns_of(row, column)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    trained = [i for i in replies if "weight" not in messages[i]]
+    trained = [i for i in replies if "train" not in messages[i]]
     first = min(trained or replies, default=len(messages))
     return Case(messages[:first], [messages[first:]])
 
 
 def last_reply(row: dict, *columns: str) -> Case:
     """Whole conversations, of which the last reply is judged. What they share is the prompt."""
-    conversations = [turns_of(row, column) for column in columns]
+    return forked([turns_of(row, column) for column in columns])
+
+
+def forked(conversations: list[list[Message]]) -> Case:
     first, second = conversations[0], conversations[-1]
     last = min(len(first), len(second)) - 1
     n = next((i for i in range(last) if first[i] != second[i]), last)
     return Case(first[:n], [conversation[n:] for conversation in conversations])
 
 
+def rejected_reply(row: dict, column: str, rejected: str) -> Case:
+    """ms-swift's: a whole conversation, and another one or only the end of another."""
+    chosen, other = turns_of(row, column), turns_of(row, rejected, "assistant")
+    if other[0]["role"] == "assistant":  # in place of the last message, or of the last round
+        users = [i for i, m in enumerate(chosen) if m["role"] == "user"]
+        n = len(chosen) - 1 if isinstance(row[rejected], str) else max(users, default=-1) + 1
+        other = chosen[:n] + other
+    return forked([chosen, other])
+
+
+def openai_pair(row: dict, asked: str, *replies: str) -> Case:
+    """OpenAI's: one column holds the conversation so far and its tools."""
+    given = row[asked] if isinstance(row[asked], dict) else {}
+    case = answered({**row, asked: given.get("messages")}, asked, *replies)
+    case.tools = tools_of(given)
+    return case
+
+
+def arena(row: dict, a: str, b: str, winner: str) -> Case:
+    """LM Arena's: two conversations, and which of them won, if one did."""
+    won = row[winner]
+    if won not in ("model_a", "model_b", "tie", "both_bad", "tie (bothbad)"):
+        raise InputError(f"{winner}: {str(won)[:40]!r}; expected model_a, model_b, tie or both_bad")
+    case = last_reply(row, *((b, a) if won == "model_b" else (a, b)))
+    case.ranks = [0.0, float(won.startswith("model"))]
+    return case
+
+
 def alpaca(row: dict, asked: str, *replies: str) -> Case:
     """Alpaca's instruction; its input, where there is one, follows after a newline."""
+    prompt = turns_of(row, asked, "user")
     if extra := text_of(row, "input"):
-        *before, last = turns_of(row, asked, "user")
+        *before, last = prompt
         if last["role"] != "user":
             raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
         content = f"{last['content']}\n{extra}" if last["content"] else extra
-        row = {**row, asked: [*before, {"role": "user", "content": content}]}
-    return answered(row, asked, *replies)
+        prompt = [*before, {"role": "user", "content": content}]
+    return answers(row, prompt, *replies)
 
 
-def alpaca_pair(row: dict, asked: str, replies: str) -> Case:
-    """The same with a list of two replies, the good one first."""
-    pair = row[replies]
-    if not isinstance(pair, list) or len(pair) != 2:
-        found = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
-        raise InputError(f"{replies}: {found}; expected a list of two replies, [good, bad]")
-    good, bad = f"good {replies}", f"bad {replies}"
-    return alpaca({**row, good: pair[0], bad: pair[1]}, asked, good, bad)
+def alpaca_ranked(row: dict, asked: str, replies: str) -> Case:
+    """Alpaca with a list of replies, the best first."""
+    given = row[replies]
+    if not isinstance(given, list) or len(given) < 2:
+        found = f"a list of {len(given)}" if isinstance(given, list) else kind_of(given)
+        raise InputError(f"{replies}: {found}; expected a list of two replies or more, best first")
+    return ranked(row, asked, replies)
+
+
+def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
+    """A list of replies to one prompt: the best first, or with a score each, of which the higher is
+    the better (`sign` -1: the lower) and equal ones are a tie."""
+    given = list_of(row, replies, "replies")
+    points = list_of(row, scores, "numbers") if scores else range(0, -len(given), -1)
+    if not given or len(points) != len(given):
+        raise InputError(f"{replies}: {len(given)} replies, {len(points)} scores; expected as many")
+    for point in points:
+        if isinstance(point, bool) or not isinstance(point, int | float) or math.isnan(point):
+            raise InputError(f"{scores}: {kind_of(point)} among them; expected numbers")
+    columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(given, 1)}
+    read = alpaca if asked == "instruction" else answered
+    case = read({**row, **columns}, asked, *columns)
+    best = sorted(range(len(given)), key=lambda i: -sign * points[i])
+    case.completions = [case.completions[i] for i in best]
+    case.ranks = [float(-sign * points[i]) for i in best]
+    return case
+
+
+def scored(row: dict, asked: str, replies: str) -> Case:
+    """Each reply is an object with its score (UltraFeedback) or its rank (Nectar)."""
+    nectar = "answer", "rank", -1
+    text, score, sign = nectar if replies == "answers" else ("response", "overall_score", 1)
+    given = list_of(row, replies, "objects")
+    if not all(isinstance(reply, dict) and {text, score} <= reply.keys() for reply in given):
+        raise InputError(f"{replies}: expected objects with {text} and {score}")
+    columns = {replies: [reply[text] for reply in given], score: [reply[score] for reply in given]}
+    return ranked({**row, **columns}, asked, replies, score, sign)
 
 
 SFT = {
@@ -79,13 +172,26 @@ SFT = {
 DPO = {
     ("prompt", "chosen", "rejected"): answered,
     ("question", "chosen", "rejected"): answered,
-    ("instruction", "output"): alpaca_pair,
+    ("instruction", "chosen", "rejected"): alpaca,
+    ("instruction", "output"): alpaca_ranked,
     ("conversations", "chosen", "rejected"): answered,
     ("chosen", "rejected"): last_reply,
+    ("messages", "rejected_response"): rejected_reply,
+    ("messages", "rejected_messages"): rejected_reply,
+    ("input", "preferred_output", "non_preferred_output"): openai_pair,
+    ("prompt", "responses", "scores"): ranked,
+    ("prompt", "responses"): ranked,
+    ("instruction", "completions"): scored,
+    ("prompt", "answers"): scored,
+    ("conversation_a", "conversation_b", "winner"): arena,
+    ("type", "data", "meta"): feedback.open_webui,
 }
 KTO = {
     ("prompt", "completion", "label"): answered,  # which is given all columns but `label`
+    ("instruction", "output", "label"): alpaca,
     ("messages", "label"): last_reply,
+    ("conversations", "label"): last_reply,
+    ("conversation", "index", "flag"): feedback.gradio,
     **DPO,  # in labels, a pair is two examples
 }
 
@@ -98,8 +204,9 @@ def read_examples(
     `layouts` is SFT, DPO or KTO; `how` holds what else read_cases takes. Raises InputError, naming
     file and line, for a malformed row, and when nothing is left to train on.
     """
-    count = Counter()
-    cases = read_cases(sources, layouts, count, **how)
+    count, notes = Counter(), how.pop("notes", [])
+    cases = read_cases(sources, layouts, count, notes, template=template, **how)
+    cases = say_markers(cases, tokenizer, notes)
     collects = gc.isenabled()
     gc.disable()  # millions of lists come and go: looking for cycles costs a third of the time
     try:
@@ -109,45 +216,92 @@ def read_examples(
             gc.enable()
     count.update(cuts)
     if not examples:
-        raise InputError(f"{', '.join(sources)}: {describe(count)}; expected a row to train on")
+        wanted = "a row to train on"
+        if count["no trained token left"]:  # the prompts fill it
+            wanted += ", by a higher --max_length or a --max_prompt_length"
+        raise InputError(f"{', '.join(sources)}: {describe(count)}; expected {wanted}")
     return examples, count
 
 
 def describe(count: Counter) -> str:
     """What became of the rows, in one line."""
+    cuts = "prompts cut", "completions cut"
     said = [f"{count['rows']} rows, {count['examples']} examples"]
-    said += [f"{count[key]} {key}" for key in ("prompts cut", "completions cut") if count[key]]
-    skips = ("empty completion", "chosen equal to rejected", "no trained token left")
-    return "; ".join(said + [f"{count[key]} skipped: {key}" for key in skips if count[key]])
+    said += [f"{count[key]} {key}" for key in cuts if count[key]]
+    skips = [key for key in count if count[key] and key not in ("rows", "examples", *cuts)]
+    return "; ".join(said + [f"{count[key]} skipped: {key}" for key in skips])
 
 
 def read_cases(
-    sources: list[str], layouts: Layouts, count: Counter, split="train", input_as_system=False
+    sources: list[str],
+    layouts: Layouts,
+    count: Counter,
+    notes: list[str],
+    split="train",
+    input_as_system=False,
+    train_on="every_reply",
+    skip_bad_rows=0,
+    template=None,
 ) -> Iterator[Case]:
-    """The rows of all sources as cases, one by one; `count` counts rows, and which are skipped."""
-    labelled = any("label" in columns for columns in layouts)
-    for source in sources:
-        columns = None
+    """The rows of all sources as cases, one by one; `count` counts rows, and which are skipped, and
+    `notes` gets a line for what else is to be said of a file.
+
+    Up to `skip_bad_rows` rows that are refused, by the template too, are passed over and named.
+    """
+    for source in files_of(sources):
+        columns, left, judged = None, Counter(), defaultdict(list)
         for where, row in rows_of(source, split):
             count["rows"] += 1
             try:
+                row = renamed(row)
                 columns = columns or layout_of(row, layouts)
-                case = read_case(row, columns, layouts, input_as_system)
-                if "label" in columns:
-                    case.label = label_of(row["label"], source.lower().endswith(".csv"))
+                cases = read_row(row, columns, layouts, input_as_system, is_csv(source))
+                if skip_bad_rows and template:
+                    for prompt, completion in ((x.prompt, y) for x in cases for y in x.completions):
+                        list(template.pieces(prompt + completion, len(prompt)))
             except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-            case.where, pair = where, case.completions
-            replies = [m["content"] for c in pair for m in c if m["role"] == "assistant"]
-            if not all(map(str.strip, replies)):  # white space teaches nothing either
-                count["empty completion"] += 1
-            elif pair[1:] == pair[:1]:
-                count["chosen equal to rejected"] += 1
-            elif labelled and len(pair) == 2:
-                for completion, label in zip(pair, (True, False)):
-                    yield Case(case.prompt, [completion], label, where)
-            else:
-                yield case
+                count["refused"] += 1
+                if count["refused"] > skip_bad_rows:
+                    raise InputError(f"{where}: {error}") from None
+                notes.append(f"passed over: {where}: {error}")
+                continue
+            count["no reply is judged"] += not cases
+            extra = ["input"] * ("instruction" in columns or input_as_system)
+            extra += ["label"] * any(case.label is not None for case in cases)
+            left.update(unread(row, {*columns, *BESIDE, *extra}))
+            for case in cases:
+                case.where = where
+                for completion in case.completions if train_on == "last_reply" else ():
+                    for message in completion[:-1]:
+                        message |= {"train": False} if message["role"] == "assistant" else {}
+                if isinstance(case, feedback.Judged) and not has_labels(layouts):
+                    judged[case.answers].append(case)  # until the other replies are known
+                else:
+                    yield from worth_training(case, layouts, count)
+        for replies in judged.values():
+            yield from worth_training(feedback.siblings(replies), layouts, count)
+        for said in "not read", "read":
+            names = [name for name in left if name.startswith("role ") == (said == "read")]
+            listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
+            notes += [f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}"] * bool(names)
+
+
+def renamed(row: dict | InputError) -> dict:
+    """A row whose label is called so; InputError, if it is one."""
+    if isinstance(row, InputError):
+        raise row
+    if "kto_tag" in row and "label" not in row:
+        return {"label" if name == "kto_tag" else name: value for name, value in row.items()}
+    return row
+
+
+def has_labels(layouts: Layouts) -> bool:
+    """Does the method learn from thumbs (KTO)?"""
+    return any("label" in columns for columns in layouts)
+
+
+def is_csv(source: str) -> bool:
+    return source.lower().endswith((".csv", ".csv.gz"))
 
 
 def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
@@ -159,26 +313,39 @@ def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
     raise InputError(f"columns {listed(row)} make no known layout; expected one of: {known}")
 
 
-def read_case(row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False) -> Case:
-    """A row as a checked prompt and its completions, each of which begins with a reply."""
+def read_row(
+    row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False, csv: bool = False
+) -> list[Case]:
+    """A row as checked prompts and their completions, each of which begins with a reply."""
     for column in columns:
         if column not in row:
             raise InputError(f"no column {column}; expected one, as in the file's first row")
-    system = text_of(row, "system")
+    refuse_unsupported({name: value for name, value in row.items() if name not in columns})
+    if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
+        raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
+    system, tools, history = text_of(row, "system"), tools_of(row), history_of(row)
     if input_as_system and (extra := text_of(row, "input")):
         if system:
             raise InputError("system and input are both there; expected one (--input_as_system)")
         system, row = extra, {**row, "input": ""}
-    case = layouts[columns](row, *(c for c in columns if c != "label"))
-    if system:
-        case.prompt = [{"role": "system", "content": system}, *case.prompt]
-    for completion in case.completions:
-        _check_turns([m["role"] for m in case.prompt], [m["role"] for m in completion])
-        for turn, message in enumerate(completion, len(case.prompt) + 1):
-            if "weight" in message:  # all replies of a completion train
-                expected = "that only before the first reply that trains"
-                raise InputError(f"turn {turn} has weight 0; expected {expected}")
-    return case
+    found = layouts[columns](row, *(c for c in columns if c != "label"))
+    cases = [found] if isinstance(found, Case) else list(found)
+    for case in cases:
+        if len(case.completions) > 2 and has_labels(layouts):
+            raise InputError(f"{len(case.completions)} replies; expected two: one up, one down")
+        if "label" in columns:
+            case.label = label_of(row["label"], csv)
+        elif "label" in row and len(case.completions) == 1:  # a thumb that SFT must not pass over
+            with suppress(InputError):
+                case.label = label_of(row["label"], csv)
+        case.tools = case.tools or tools
+        first = [m for m in case.prompt[:1] if m["role"] == "system"]
+        case.prompt[: len(first)] = [*first, *history]
+        if system:
+            case.prompt = [{"role": "system", "content": system}, *case.prompt]
+        for completion in case.completions:
+            _check_turns([m["role"] for m in case.prompt], [m["role"] for m in completion])
+    return cases
 
 
 def _check_turns(prompt: list[str], completion: list[str]) -> None:
@@ -189,10 +356,65 @@ def _check_turns(prompt: list[str], completion: list[str]) -> None:
     if roles[-1] != "assistant":
         raise InputError(f"the last turn is the {roles[-1]}'s; expected the assistant's")
     if "system" in roles[1:]:
-        raise InputError(f"turn {roles.index('system', 1) + 1} is a system turn; expected it first")
+        found = f"turn {roles.index('system', 1) + 1} is a system turn"
+        raise InputError(f"{found}; expected it first: join two, or make a later one the user's")
     for i, both in enumerate(zip(roles, roles[1:]), 1):
         if both == ("assistant", "assistant"):
-            raise InputError(f"turns {i} and {i + 1} are both the assistant's; expected another's")
+            found = f"turns {i} and {i + 1} are both the assistant's"
+            raise InputError(f"{found}; expected another's between them, or one turn of both")
     if completion[:1] != ["assistant"]:
         found = f"begins with the {completion[0]}" if completion else "has no turn"
         raise InputError(f"a completion {found} after the prompt; expected the assistant")
+
+
+def worth_training(case: Case, layouts: Layouts, count: Counter) -> Iterator[Case]:
+    """A case without replies that teach nothing, which are counted; for labels, a pair is two."""
+    faults = [nothing_to_learn(completion) for completion in case.completions]
+    kept = [i for i, fault in enumerate(faults) if not fault]
+    replies = [case.completions[i] for i in kept]
+    ranks = case.ranks and [case.ranks[i] for i in kept]
+    if any(faults) and len(kept) < 2:
+        count[next(filter(None, faults))] += 1
+    elif replies[1:] and len(set(map(repr, replies))) == 1:
+        count["chosen equal to rejected"] += 1
+    elif ranks and len(set(ranks)) < 2:
+        count["no reply above another"] += 1
+    elif not has_labels(layouts):
+        count["label false"] += case.label is False
+        count["empty replies beside others"] += len(faults) - len(kept)
+        if case.label is not False:
+            yield replace(case, completions=replies, ranks=ranks, label=None)
+    elif len(replies) == 2:
+        for reply, label in zip(replies, (True, False)):
+            yield replace(case, completions=[reply], ranks=None, label=label)
+    else:
+        yield case
+
+
+def nothing_to_learn(completion: list[Message]) -> str | None:
+    """Why nothing can be learned of a completion, if so."""
+    replies = [m for m in completion if m["role"] == "assistant" and "train" not in m]
+    bare = [m for m in replies if not m.keys() & {"reasoning_content", "tool_calls"}]
+    if not replies:
+        return "no reply that trains"
+    if any(not m["content"].strip() for m in bare):  # white space teaches nothing either
+        return "empty completion"
+    return None
+
+
+def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[Case]:
+    """The cases, and behind them a note on each file whose texts spell a template's markers."""
+    tokens = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
+    names = sorted((n for n in {*tokens, *MARKERS} if len(n) > 1), key=len, reverse=True)
+    marker, found = re.compile("|".join(map(re.escape, names))), {}
+    for case in cases:
+        turns = chain(case.prompt, *case.completions)
+        texts = (text for m in turns for text in (m["content"], m.get("reasoning_content", "")))
+        if match := next(filter(None, map(marker.search, texts)), None):
+            file = case.where.rpartition(", ")[0]
+            number, last, example = found.get(file, (0, "", f"{match[0]} in {case.where}"))
+            found[file] = number + (last != case.where), case.where, example
+        yield case
+    for file, (number, _, example) in found.items():
+        said = f"{number} rows hold a template's markers as text ({example}), which stay text"
+        notes.append(f"{file}: {said}; --chat_template none is for data that are templated already")

@@ -1,22 +1,27 @@
-"""Files, and data sets of the hub -> rows, each with the place it came from.
+"""Files, folders and data sets of the hub -> rows, each with the place it came from.
 
 A row is a dict, and beside it stands its place, "data.jsonl, line 17", so that whoever finds
 fault with the row later can say where it is. Lines and rows count from 1; lines end at "\\n", as
 in an editor, and never at the U+2028 or U+0085 inside a text (str.splitlines would cut there).
 
 What a file holds is taken as it stands or refused with one line (InputError) that the user can
-act on. The usual loaders guess instead: Python's json keeps the last of two equal keys and lets
-NaN in, and a data frame turns the word "null" into a missing value and fills ragged rows up.
+act on. Where the file goes on behind a row that is refused, the InputError comes in the row's
+place, so that a reader can pass over it; a broken file raises it. The usual loaders guess instead:
+Python's json keeps the last of two equal keys and lets NaN in, and a data frame turns the word
+"null" into a missing value and fills ragged rows up.
 """
 
 import csv
+import glob
+import gzip
 import io
 import json
 import math
 import re
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -30,48 +35,86 @@ MAGIC = {
 }  # fmt: skip
 
 
-def rows_of(source: str, split: str) -> Iterable[tuple[str, dict]]:
-    """(where, row) of a file, or of a data set of the hub."""
-    if not on_hub(source):
-        return read_rows(source)  # which says so if there is no such file
-    try:
-        from datasets import load_dataset
+Rows = Iterator[tuple[str, dict | InputError]]
+SUFFIXES = ".json", ".jsonl", ".csv", ".gz", ".parquet"
+GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its rows lack the third
 
-        dataset = load_dataset(source, split=split)
+
+def files_of(sources: list[str]) -> list[str]:
+    """The sources, with the files that match it in place of a pattern ("data/*.jsonl")."""
+    patterns = {s for s in sources if glob.has_magic(s) and not Path(s).exists()}
+    found = {s: sorted(glob.glob(s, recursive=True)) if s in patterns else [s] for s in sources}
+    if nothing := [source for source in sources if not found[source]]:
+        raise InputError(f"{nothing[0]}: no such file; expected one that matches at least")
+    return [file for source in sources for file in found[source]]
+
+
+def rows_of(source: str, split: str) -> Rows:
+    """(where, row) of a file, of a folder that datasets saved, or of a data set of the hub; the
+    InputError in place of a row that is refused."""
+    path, saved = Path(source), ("state.json", "dataset_dict.json")
+    table = path.suffix.lower() == ".parquet" or any((path / name).exists() for name in saved)
+    return table_rows(source, split) if table or on_hub(source) else read_rows(source, True)
+
+
+def table_rows(source: str, split: str) -> Rows:
+    """What the datasets library reads."""
+    hub = on_hub(source)
+    try:
+        import datasets
+        from pyarrow.parquet import ParquetFile  # which datasets needs, but copies the file first
+
+        if hub:
+            table = datasets.load_dataset(source, split=split)
+        elif Path(source).is_dir():
+            table = datasets.load_from_disk(source)
+            table = table[split] if isinstance(table, dict) else table
+        else:
+            batches = ParquetFile(source).iter_batches(1000)
+            table = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(table, 1):
+            yield f"{source}{f'[{split}]' * hub}, row {number}", row
     except Exception as error:  # of many kinds: no network, no such name, no such split
-        why = ", and the hub says: " + " ".join(str(error).split())[:200]
+        why = "no such file, and the hub says" if hub else "it can't be read"
+        why += ": " + " ".join(str(error).split())[:200]
         if isinstance(error, ImportError):
-            why = "; to read it from the hub: pip install 'nanoalign[hub]'"
-        raise InputError(f"{source}: no such file{why}") from None
-    return ((f"{source}[{split}], row {i}", row) for i, row in enumerate(dataset, 1))
+            why = f"{'no such file; ' * hub}to read it: pip install 'nanoalign[hub]'"
+        raise InputError(f"{source}: {why}") from None
 
 
 def on_hub(source: str) -> bool:
     """Is it a data set of the hub: name or owner/name, and no such path here?"""
     path, named = Path(source), re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
     here = path.exists() or "/" in source and path.parent.exists()
-    return bool(named) and not here and path.suffix.lower() not in (".json", ".jsonl", ".csv")
+    return bool(named) and not here and path.suffix.lower() not in SUFFIXES
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) of a .json, .jsonl or .csv file, one by one: at least one row, or InputError.
+def read_rows(path: str | Path, passing: bool = False) -> Rows:
+    """(where, row) of a .json, .jsonl or .csv file, packed by gzip or not, one by one: at least one
+    row, or InputError. With `passing` a row that is refused does not raise it, but is one.
 
     The lines of a JSONL file are read twice, first as bytes, and never all at once.
     """
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
-    name, suffix, row = str(path), Path(path).suffix.lower(), None
+    name, where = str(path), None
+    packed = name.lower().endswith(".gz")
+    suffix = Path(name[:-3] if packed else name).suffix.lower()
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if packed else open(path, "rb") as file:
             if suffix not in readers:
                 raise InputError(f"{name}: unknown kind of file; expected .json, .jsonl or .csv")
             check_text(file, name)
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
-            for row in readers[suffix](text, name):
-                yield row
+            for where, row in readers[suffix](text, name):
+                if isinstance(row, InputError) and not passing:
+                    raise InputError(f"{where}: {row}")
+                yield where, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise InputError(f"{name}: {e}; expected a whole gzip file") from None
     except OSError as e:
         raise InputError(f"{name}: {e.strerror}; expected a .json, .jsonl or .csv file") from None
-    if not row:
+    if not where:
         found = "an empty list" if suffix == ".json" else "a header only"
         raise InputError(f"{name}: {found}; expected rows")
 
@@ -116,50 +159,72 @@ def finite(literal: str) -> float:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite)
-SPACE = re.compile(r"[ \t\r\n]*")
+LENIENT = json.JSONDecoder()  # finds where an object ends that the other refuses
+SPACE, LONE = re.compile(r"[ \t\r\n]*"), re.compile("[\ud800-\udfff]")
 
 
-def parse_object(text: str, start: int, where: str) -> tuple[dict, int]:
-    """The JSON object at text[start] or after spaces, and where the text goes on, spaces passed."""
-    start = SPACE.match(text, start).end()
-    if not text.startswith("{", start):
-        raise InputError(f"{where}: expected a JSON object {{...}}, found {shown(text, start)}")
+def decode(text: str, start: int):
+    """The JSON value at text[start], or the InputError that refuses it; and where the text goes on,
+    spaces passed. Raises InputError where no whole value is."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
     try:
-        row, end = DECODER.raw_decode(text, start)
-        if re.search(r"\\u[dD]", text[start:end]):  # perhaps one half of a pair without the other
-            json.dumps(row, ensure_ascii=False).encode()
-        return row, SPACE.match(text, end).end()
-    except InputError as e:  # from the decoder's hooks above
-        fault = str(e)
+        try:
+            value, end = DECODER.raw_decode(text, start)
+            escaped = re.search(r"\\u[dD]", text[start:end])
+            if escaped and LONE.search(json.dumps(value, ensure_ascii=False)):
+                raise InputError("a lone surrogate (\\ud800 to \\udfff); expected the whole pair")
+        except InputError as refusal:  # also from the decoder's hooks above
+            value, end = refusal, LENIENT.raw_decode(text, start)[1]
+        return value, SPACE.match(text, end).end()
     except json.JSONDecodeError as e:
         at = f"line {e.lineno}, column {e.colno}" if "\n" in text else f"column {e.colno}"
         fault = f"broken or cut off at {at} ({e.msg}); expected a whole JSON object {{...}}"
-    except UnicodeEncodeError:
-        fault = "a lone surrogate (\\ud800 to \\udfff); expected both halves of the pair"
     except RecursionError:
         fault = "lists and objects nested too deep; expected fewer than a thousand levels"
     except ValueError:  # the only other one is int's
         fault = f"a number of over {sys.get_int_max_str_digits()} digits; expected fewer"
     finally:
         sys.setrecursionlimit(limit)
-    raise InputError(f"{where}: {fault}")
+    raise InputError(fault)
 
 
-def jsonl_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
+def parse_object(text: str, start: int) -> tuple[dict | InputError, int]:
+    """decode for an object, at text[start] or after spaces."""
+    start = SPACE.match(text, start).end()
+    if not text.startswith("{", start):
+        raise InputError(f"expected a JSON object {{...}}, found {shown(text, start)}")
+    return decode(text, start)
+
+
+def parsed(text: str, where: str):
+    """A text that is JSON: a column's, a call's arguments."""
+    try:
+        value, end = decode(text, SPACE.match(text).end())
+    except InputError as error:
+        value, end = error, len(text)
+    if end < len(text):
+        value = InputError(f"expected one JSON value, then {shown(text, end)}")
+    if isinstance(value, InputError):
+        raise InputError(f"{where}: {value}")
+    return value
+
+
+def jsonl_rows(file: TextIO, name: str) -> Rows:
     """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
     for i, line in enumerate(file, start=1):
         line = line.removesuffix("\n")
         if line.strip(" \t\r"):
-            where = f"{name}, line {i}"
-            row, end = parse_object(line, 0, where)
+            try:
+                row, end = parse_object(line, 0)
+            except InputError as error:
+                row, end = error, len(line)
             if end < len(line):
-                raise InputError(f"{where}: expected one object per line, then {shown(line, end)}")
-            yield where, row
+                row = InputError(f"expected one object per line, then {shown(line, end)}")
+            yield f"{name}, line {i}", row
 
 
-def json_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
+def json_rows(file: TextIO, name: str) -> Rows:
     """One list of objects, parsed object by object so that an error can name its row."""
     text = file.read()
     at = SPACE.match(text).end()
@@ -172,7 +237,10 @@ def json_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
     while text[at] != "]":  # but the bracket that opens the list, or a comma
         number += 1
         where = f"{name}, row {number}"
-        row, at = parse_object(text, at + 1, where)
+        try:
+            row, at = parse_object(text, at + 1)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
         yield where, row
@@ -182,7 +250,7 @@ def json_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{name}, line {line}: expected nothing after ], found {shown(text, end)}")
 
 
-def csv_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
+def csv_rows(file: TextIO, name: str) -> Rows:
     """A header, then one record per row; every value is text as it stands ("null", "NA", "").
 
     A record spans lines where a quoted value does; its place is the line where it starts. Blank
@@ -202,9 +270,11 @@ def csv_rows(file: TextIO, name: str) -> Iterator[tuple[str, dict]]:
                 column, times = Counter(header).most_common(1)[0]
                 if times > 1:
                     raise InputError(f"{where}: column {shown(column)} stands twice; expected once")
+            elif header == GRADIO and len(record) == 4:
+                yield where, dict(zip(header[:2] + header[3:], record))
             elif record and len(record) != len(header):
                 fault = f"a row of {len(record)}, but the header has {len(header)}"
-                raise InputError(f"{where}: {fault}; expected as many fields in both")
+                yield where, InputError(f"{fault}; expected as many fields in both")
             elif record:
                 yield where, dict(zip(header, record))
     except csv.Error as e:  # in the record that starts on line `start`

@@ -14,10 +14,14 @@ from nanoalign.formats.files import from_pretrained
 from nanoalign.losses import compares
 from nanoalign.run.flags import Config, KTOConfig, ReferenceConfig
 
+ONE_LABEL = "one label only; KTO weighs thumbs up against thumbs down"
 
-def advice(cfg: Config, examples: Examples, cut: int = 0) -> Iterator[str]:
-    """What somebody who has done this before would say of a run. `cut`: completions cut short."""
+
+def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iterator[str]:
+    """What somebody who has done this before would say of a run. `cut`: completions cut short;
+    `full`: rows whose prompt leaves no room for one."""
     rate = f"--learning_rate {cfg.learning_rate:g}"
+    yield from advice_on_prompts(full, cfg.max_length)
     if cut > 0.2 * len(examples):
         yield f"--max_length {cfg.max_length} cuts {cut} completions short; a longer one fits them"
     if not cfg.use_peft and cfg.learning_rate > 1e-4:
@@ -43,6 +47,13 @@ def advice(cfg: Config, examples: Examples, cut: int = 0) -> Iterator[str]:
     given = cfg.desirable_weight, cfg.undesirable_weight
     if weights := suggested_weights(up, len(examples) - up, *given):
         yield weights
+
+
+def advice_on_prompts(full: int, max_length: int) -> Iterator[str]:
+    """What to do about rows whose prompt leaves no room for a completion."""
+    if full:
+        fits = "a longer one fits them, or --max_prompt_length cuts them"
+        yield f"prompts fill --max_length {max_length} in {full} rows, which are skipped; {fits}"
 
 
 def length_advice(cfg: Config, name: str) -> Iterator[str]:

@@ -189,6 +189,8 @@ class Config:
     eval_fraction: float = flag(0.0, "share of the rows held out for evaluation", SHARE)
     shuffle_dataset: bool = flag(True, "a new order in each epoch")
     input_as_system: bool = flag(False, "the column `input` holds the system turn")
+    skip_bad_rows: int = flag(
+        0, "pass over up to so many rows that are refused, and name each", NOT_NEGATIVE)
     max_length: int = flag(
         1024, "tokens of prompt and completion, whose end is cut", POSITIVE,
         aliases="--max_seq_length")
@@ -289,6 +291,8 @@ class Config:
 class SFTConfig(Config):
     learning_rate: float = flag(2e-5, "the highest learning rate", NOT_NEGATIVE)
     disable_dropout: bool = flag(False, "no dropout anywhere")
+    train_on: Literal["every_reply", "last_reply"] = flag(
+        "every_reply", "which of a conversation's replies train")
     neftune_noise_alpha: float = flag(
         0.0, "noise on the embeddings, 5 say (arXiv 2310.05914)", NOT_NEGATIVE)
 
@@ -339,8 +343,8 @@ class Parser(HfArgumentParser):
 
 
 def add_flags(parser: ArgumentParser, *names: str) -> None:
-    """Give a tool's parser these flags of Config: their types, defaults, choices and help."""
-    for f in fields(Config):
+    """Give a tool's parser these flags of the scripts: their types, defaults, choices and help."""
+    for f in fields(SFTConfig):
         if f.name in names:
             kinds = get_args(f.type) or (f.type,)  # the words of a Literal; int of int | None
             words = kinds if get_origin(f.type) is Literal else f.metadata.get("choices")

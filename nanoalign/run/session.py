@@ -24,6 +24,7 @@ from nanoalign.run.curves import draw, read_run
 from nanoalign.run.device import settle_rows
 from nanoalign.run.files import saving, write_text
 from nanoalign.run.flags import Config
+from nanoalign.run.log import printable
 from nanoalign.run.policy import base_of, load_policy, tokenizer_of
 
 
@@ -54,9 +55,10 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     elif built_in and model == str(learned) and not (learned / "config.json").exists():
         raise InputError("the built-in model has to learn to answer first: run train_sft.py")
     opened = tokenizer_of(cfg)
-    examples, cut, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
+    examples, count, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
     if not built_in:
-        for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, cut)):
+        lost = count["completions cut"], count["no trained token left"]
+        for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, *lost)):
             print(f"advice: {line}")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
@@ -146,24 +148,31 @@ def end_if_finished(cfg: Config) -> None:
 
 
 def read_all(cfg: Config, layouts: Layouts, opened: tuple):
-    """-> examples to train on, how many of their completions were cut, examples to evaluate on."""
-    examples, cut = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
+    """-> examples to train on, a count of what became of them, examples to evaluate on."""
+    examples, count = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
     held_out = []
     if cfg.eval_dataset:
         held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
         examples, held_out = hold_out(cfg, examples)
-    return examples, cut, held_out
+    return examples, count, held_out
 
 
 def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split: str = "train"):
-    """-> the examples in `sources`, and how many completions were cut; and a printed line."""
+    """-> the examples in `sources`, and a count; what is to be said of the files is printed."""
     tokenizer, template, _ = opened
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
-    how = dict(split=split, input_as_system=cfg.input_as_system)
-    examples, count = read_examples(sources, layouts, tokenizer, template, limits, **how)
+    names, notes = ("input_as_system", "skip_bad_rows", "train_on"), []
+    how = {name: value for name, value in vars(cfg).items() if name in names}
+    try:
+        examples, count = read_examples(
+            sources, layouts, tokenizer, template, limits, split=split, notes=notes, **how
+        )
+    finally:
+        for note in notes:
+            print(printable(note))
     print(f"{', '.join(sources)}: {describe(count)}")
-    return examples, count["completions cut"]
+    return examples, count
 
 
 def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:

@@ -10,12 +10,12 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, islice
 
 from nanoalign import InputError
-from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_case
-from nanoalign.formats.rows import rows_of
-from nanoalign.run.advice import suggested_weights
+from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_row, renamed
+from nanoalign.formats.rows import files_of, rows_of
+from nanoalign.run.advice import ONE_LABEL, advice_on_prompts, suggested_weights
 from nanoalign.run.command import command
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.log import printable
@@ -23,7 +23,10 @@ from nanoalign.run.policy import load_tokenizer
 from nanoalign.run.session import read
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
-FLAGS = "max_length max_prompt_length truncation_mode chat_template input_as_system".split()
+FLAGS = (
+    "max_length max_prompt_length truncation_mode chat_template input_as_system train_on "
+    "skip_bad_rows"
+).split()
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 
@@ -55,15 +58,17 @@ def histogram(lengths: list[int]) -> str:
 
 def method_of(source: str) -> str:
     """The method that the first row is made for: the one whose layout needs the most of its
-    columns, and where two need as many (instruction, output) the one that can read it."""
-    _, row = next(iter(rows_of(source, "train")))
+    columns; where two need as many, the one that can read it, and thumbs are KTO's."""
+    rows = [row for _, row in islice(rows_of(files_of([source])[0], "train"), 100)]
+    row = renamed(next((row for row in rows if isinstance(row, dict)), rows[0]))
 
-    def fit(method: str) -> tuple[int, bool]:
-        columns = case = ()
+    def fit(method: str) -> tuple[int, bool, bool]:
+        columns = cases = ()
         with suppress(InputError):
             columns = layout_of(row, METHODS[method])
-            case = read_case(row, columns, METHODS[method])
-        return len(columns), bool(case)
+            cases = read_row(row, columns, METHODS[method])
+        thumbs = method == "kto" and any(case.label is not None for case in cases)
+        return len(columns), bool(cases), thumbs
 
     return max(METHODS, key=fit)
 
@@ -71,7 +76,7 @@ def method_of(source: str) -> str:
 @command("data")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.data", allow_abbrev=False)
-    parser.add_argument("dataset", nargs="+", help="JSON, JSONL or CSV files")
+    parser.add_argument("dataset", nargs="+", help="files, as --dataset_name")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
     parser.add_argument("--method", choices=list(METHODS), help="else by the first row")
     parser.add_argument("--show", type=int, default=3, help="examples to print")
@@ -80,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     opened = load_tokenizer(args.model_name_or_path, args.chat_template)
     method = args.method or method_of(args.dataset[0])
     print(f"as {method.upper()} data")
-    examples, _ = read(args, METHODS[method], opened, args.dataset)
+    examples, count = read(args, METHODS[method], opened, args.dataset)
+    for line in advice_on_prompts(count["no trained token left"], args.max_length):
+        print(f"advice: {line}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in examples[: args.show]:
         for number, (ids, mask) in enumerate(example.completions, 1):
@@ -95,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         up = sum(example.label for example in examples)
         down = len(examples) - up
         print(f"{up} desirable, {down} undesirable")
-        print(suggested_weights(up, down) or "balanced: no weights needed")
+        weights = suggested_weights(up, down) or "balanced: no weights needed"
+        print(weights if up and down else f"warning: {ONE_LABEL}")
 
 
 if __name__ == "__main__":
