@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from compare import peak_memory
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from nanoalign.formats.probe import probe
 from nanoalign.formats.weights import load_lm, skeleton
+from nanoalign.model import probe
 
 MB = 2**20
 
@@ -67,7 +67,7 @@ def write(directory: Path, layers: int, hidden: int, shard_mb: int) -> None:
 
 def measure(directory: str, double_quant: bool) -> None:
     """Run in a fresh process: open the model, and say what it took."""
-    probe(LlamaConfig.from_pretrained(directory), directory)  # imports and warms up what there is
+    probe(LlamaForCausalLM, LlamaConfig.from_pretrained(directory), directory)  # to warm up
     before, started = peak(), time.monotonic()
     lm = load_lm(directory, device="cpu", load_in_4bit=True, double_quant=double_quant)
     after, seconds = peak(), time.monotonic() - started

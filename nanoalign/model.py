@@ -3,19 +3,23 @@
 The model itself stays transformers', but for its attention, which transformers' AttentionInterface
 lets run through packing.packed_attention; its head is not called in training (logps.py). Where a
 tokenizer lacks the markers of the chat template it gets them, and the model a row for each.
+
+Some models compute what packed rows or a Head do not know. `probe` finds them out by a run.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, encode
 from nanoalign.fast.compiled import uncompiled  # generation in its small steps is not worth it
+from nanoalign.fast.miniature import miniature  # a kind of model, small enough to be tried
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
@@ -45,17 +49,69 @@ class Policy:
 
 
 def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) -> Policy:
-    """A model with LoRA of rank r on its linear layers (None: all trains). The tokenizer becomes
-    one that writes the template."""
+    """A model with LoRA of rank r on its linear layers. None: all weights train, in fp32, and
+    products are computed in the dtype that they had. The tokenizer becomes one that writes the
+    template. InputError, where the probe refuses the model."""
+    scale, softcap = probe(type(model), model.config, model.name_or_path or "the model")
     template, added = open_template(tokenizer, template)
-    rows = fit_embeddings(model, tokenizer, added)
+    rows, autocast = fit_embeddings(model, tokenizer, added), None
     if r is None:
-        model.requires_grad_(True)
+        autocast = None if model.dtype == torch.float32 else model.dtype
+        model.float().requires_grad_(True)
     else:
         add_lora(model, r, alpha / r)
         add_token_rows(model, rows)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Policy(PackedLM(model, softcap=softcap), tokenizer, template)
+    return Policy(PackedLM(model, scale, softcap, autocast), tokenizer, template)
+
+
+def probe(
+    build: Callable, config, name: str, convert: Callable = lambda model: None
+) -> tuple[float, float | None]:
+    """What the head of a kind of model does beyond a product, (scale, softcap); or InputError.
+
+    Most decoders of transformers send their attention through its AttentionInterface and have a
+    head that is one product. Some ignore the interface without a word, or do more; their log-probs
+    would be wrong, and nobody would notice. So two examples in one row, one of them with two
+    branches, must give the log-probs of transformers' own forward, text by text, in fp32, on a
+    miniature with random weights: `build(config)`, which `convert` may change afterwards.
+    """
+    ids = list(range(1, 24))
+    examples = [
+        Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
+        Example(ids[3:7], [(ids[9:20], [True] * 11)]),
+    ]
+
+    def alone(prompt: list[int], reply: list[int]) -> Tensor:  # log pi(reply | prompt)
+        text, n = torch.tensor([prompt + reply]), len(prompt)
+        return -F.cross_entropy(model(text).logits[0, n - 1 : -1], text[0, n:], reduction="sum")
+
+    try:
+        # The CPU's generator alone: asked for all of them, torch starts every GPU of the machine.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            model = build(miniature(config)).float().eval()
+            for p in model.parameters():  # so large that a cap on scores or logits shows
+                size = (p.std(correction=0) * p.shape[-1] ** 0.5 / 2).clamp(min=1e-3)
+                p.div_(size) if p.dim() > 1 else p.add_(torch.rand_like(p))
+            model.set_attn_implementation("eager")
+            hidden = model.get_decoder()(torch.tensor([ids])).last_hidden_state
+            z, logits = model.get_output_embeddings()(hidden), model(torch.tensor([ids])).logits
+            softcap = config.to_dict().get("final_logit_softcapping")
+            ratio = float((logits * z).sum() / (z * z).sum())
+            scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
+            expected = [alone(e.prompt, ids) for e in examples for ids, _ in e.completions]
+            convert(model)
+            model.set_attn_implementation(packed())
+            got = PackedLM(model, scale, softcap)(examples).logps
+        if not torch.allclose(got, torch.stack(expected), rtol=1e-5, atol=1e-5):
+            raise InputError("its log-probs change where texts share a row")
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        if not isinstance(error, InputError):
+            why = f"it does not run on a packed row ({why.splitlines()[0]})"
+        fault = f"{name}: {config.model_type} can't be trained here: {why}"
+        raise InputError(f"{fault}; docs/families.md has what can") from None
+    return scale, softcap
 
 
 def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:

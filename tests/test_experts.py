@@ -11,10 +11,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from nanoalign import InputError, nf4
 from nanoalign.formats.bitsandbytes import save_4bit
-from nanoalign.formats.experts import Experts
-from nanoalign.formats.probe import probe
+from nanoalign.formats.experts import Experts, unstack
 from nanoalign.formats.weights import freeze_linears, load_lm
 from nanoalign.lora import LoRALinear
+from nanoalign.model import probe
 from nanoalign.packing import Example
 from nanoalign.run.balance import OLD, balanced, load_balancing_loss
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
@@ -45,9 +45,10 @@ def models(tmp_path_factory):
 
 
 @EACH
-@pytest.mark.parametrize("unstacked", [False, True])
-def test_the_probe_accepts_a_mixture(name, unstacked):
-    assert probe(MIXTURES[name], name, unstacked=unstacked) == (1.0, None)
+@pytest.mark.parametrize("change", [[], [unstack]], ids=["dense", "unstacked"])
+def test_the_probe_accepts_a_mixture(name, change):
+    build = AutoModelForCausalLM.from_config
+    assert probe(build, MIXTURES[name], name, *change) == (1.0, None)
 
 
 def policy_of(directory, *flags):

@@ -18,9 +18,9 @@ from transformers import (
 
 from nanoalign.fast import attention as fast
 from nanoalign.fast import flex as gpu
-from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear, add_lora
+from nanoalign.model import probe
 from nanoalign.packing import Example, attention, in_rows, pack, packed, packed_attention
 
 # ------------------------------------------------------------------------------------ the row
@@ -197,7 +197,7 @@ def a_model(kind, lora):
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 torch.nn.init.normal_(module.lora_B.weight, std=0.1)
-    return PackedLM(model, *probe(CONFIGS[kind], kind), None)
+    return PackedLM(model, *probe(AutoModelForCausalLM.from_config, CONFIGS[kind], kind), None)
 
 
 def padded_logps(model, sequences):

@@ -25,8 +25,8 @@ from nanoalign import InputError
 from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import PACKED, STATE, from_bitsandbytes, is_nf4
 from nanoalign.formats.experts import in_model, unstack
-from nanoalign.formats.probe import probe
 from nanoalign.logps import PackedLM
+from nanoalign.model import probe
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 
 FORMATS = {"nf4": NF4Linear}  # --bnb_4bit_quant_type: what a frozen linear layer becomes
@@ -55,7 +55,8 @@ def load_lm(
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     in_few_bits = load_in_4bit or is_nf4(config)
-    scale, softcap = probe(config, name, trust_remote_code, unstacked=in_few_bits)
+    build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+    scale, softcap = probe(build, config, name, *[unstack] * in_few_bits)
     device = pick_device(device)
     dtype = auto_dtype(name, config, device) if dtype == "auto" else getattr(torch, dtype)
     if in_few_bits:

@@ -1,0 +1,39 @@
+"""A kind of model, small enough to be tried in seconds: for model.probe.
+
+What a probe finds out does not depend on how many layers of a kind there are, nor on how many words
+or experts. The widths of heads and of the stream between layers stay: in many configs one follows
+from the others.
+"""
+
+import copy
+
+from nanoalign import InputError
+
+SMALL = {  # of settings that a config has
+    4: ("sliding_window", "attention_chunk_size", "index_topk"),  # a text of 20 tokens reaches them
+    64: (
+        "vocab_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
+    32: ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    0: ("pad_token_id", "bos_token_id", "eos_token_id"),  # they are in any vocabulary
+}
+
+
+def miniature(config):
+    """A copy of the config with two layers (one of each kind), and all else small. InputError where
+    some of its layers are no attention."""
+    if config.get_text_config() is not config:  # Gemma 3 with its eyes, and the like
+        raise InputError("it is more than its text model; expected that one by itself")
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    for kind in kinds:
+        if "attention" not in kind or "linear" in kind:  # a convolution, a recurrence
+            raise InputError(f"its layers of kind {kind} would read on into the row's next text")
+    config, layers = copy.deepcopy(config), max(2, len(kinds))
+    small = {key: size for size, keys in SMALL.items() for key in keys}
+    small |= {"num_hidden_layers": layers, "layer_types": (kinds * 2)[:layers]}
+    for key in [key for key in small if getattr(config, key, None)]:
+        setattr(config, key, small[key])
+    return config
