@@ -112,7 +112,11 @@ def linear_names(model: nn.Module) -> list[str]:
     """All linear layers but the output head: where LoRA usually goes. A layer is linear that has
     in_features and out_features: nn.Linear, NF4Linear, or one of your own."""
     head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if hasattr(m, "in_features") and m is not head]
+    found = [n for n, m in model.named_modules() if hasattr(m, "in_features") and m is not head]
+    if not found:  # GPT-2's are of transformers' own kind, Conv1D
+        fault = "has no linear layers for LoRA; --use_peft false trains all its weights"
+        raise InputError(f"{model.name_or_path or type(model).__name__}: {fault}")
+    return found
 
 
 def add_lora(model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names=None) -> None:

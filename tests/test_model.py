@@ -162,6 +162,17 @@ def test_a_notebook_trains_all_weights_in_fp32(tmp_path):
     assert torch.equal(policy(SEQUENCES).logps, theirs(SEQUENCES).logps)
 
 
+def test_lora_on_a_model_without_linear_layers_is_refused(tmp_path):
+    """GPT-2's are Conv1D. All its weights can train."""
+    gpt2 = t.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    save_model(tmp_path, gpt2)
+    refused(tmp_path, "has no linear layers for LoRA; --use_peft false trains all its weights")
+    refused(tmp_path, "no linear layers", "--lora_target_modules", "c_attn")
+    with pytest.raises(InputError, match="no linear layers"):
+        make_policy(AutoModelForCausalLM.from_pretrained(tmp_path), make_tokenizer(), r=4)
+    assert load_policy(config(tmp_path, "--use_peft=false"))(SEQUENCES).logps.shape == (3,)
+
+
 def test_the_probe_finds_a_head_that_nobody_knows():
     """Here a cap, under no name in the config."""
 
