@@ -18,9 +18,9 @@ import torch
 
 from nanoalign import InputError
 from nanoalign.data import epoch_order
+from nanoalign.formats.balance import balanced
 from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
-from nanoalign.run.balance import balanced
 from nanoalign.run.checkpoint import (
     fingerprint,
     lies_in,
