@@ -134,6 +134,59 @@ def test_a_row_has_the_loss_and_the_gradient_of_padded_sequences(name, checkpoin
         assert error < 1e-4 * theirs.grad.norm() + 1e-6, path
 
 
+SMALL = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+OTHER_NAMES = {  # of the settings, of the coefficient; and another kind of router
+    "ernie4_5_moe": tiny(
+        t.Ernie4_5_MoeConfig, moe_num_experts=4, moe_k=3, moe_intermediate_size=32
+    ),
+    "jetmoe": tiny(t.JetMoeConfig, kv_channels=8, num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": tiny(t.GraniteMoeConfig, num_local_experts=4, num_experts_per_tok=3),
+}
+WITHOUT = {
+    "glm4_moe": tiny(t.Glm4MoeConfig, n_routed_experts=4, **SMALL),
+    "dots1": tiny(
+        t.Dots1Config, n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1, **SMALL
+    ),
+}
+if hasattr(t, "MiniMaxM2Config"):
+    OTHER_NAMES["minimax_m2"] = tiny(t.MiniMaxM2Config, num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("kind", OTHER_NAMES)
+def test_the_loss_is_transformers_own_under_other_names(kind):
+    """Of one text, as its own model computes it; the model's own coefficient is the default."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHER_NAMES[kind], attn_implementation="eager")
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if name in vars(model):
+            setattr(model, name, 0.25)
+    ids = torch.arange(3, 33)[None]
+    out = model(ids, labels=ids, output_router_logits=True, use_cache=False)
+    plain = model(ids, labels=ids, use_cache=False)
+    assert out.aux_loss > 0
+
+    def sft(batches):
+        for _ in batches:
+            loss = model.get_decoder()(ids, use_cache=False).last_hidden_state.sum() * 0
+            yield {"loss": (loss + plain.loss * 29, 29)}
+
+    (sums,) = balanced(sft, model, None)([BATCH])
+    torch.testing.assert_close(sums["aux_loss"][0] / 29, out.aux_loss.detach())
+    torch.testing.assert_close(sums["loss"][0] / 29, out.loss)
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_mixture_that_transformers_balances_otherwise_gets_no_such_loss(kind):
+    model = AutoModelForCausalLM.from_config(WITHOUT[kind])
+
+    def method(batches):
+        yield {}
+
+    assert balanced(method, model, None) is balanced(method, model, 0.0) is method
+    with pytest.raises(InputError, match=f"--router_aux_loss_coef 0.1: .* {kind} no load-bal"):
+        balanced(method, model, 0.1)
+
+
 def test_a_pass_without_gradient_is_not_asked_for_router_logits(models):
     policy, asked = policy_of(models / "qwen3_moe"), []
 

@@ -37,6 +37,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nanoalign import InputError
 from nanoalign.train import Batches, Method, Sums
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6)
@@ -84,14 +85,18 @@ def routing(decoder: nn.Module) -> Iterator[list[Tensor]]:
 def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
     """The method with `coef` (None: the model's own) times the load-balancing loss in its loss.
 
-    Where `coef` is 0, or the model has no routers (or shows none), it is the method itself.
+    Where `coef` is 0, or transformers gives the model no such loss, it is the method itself. Some
+    mixtures are balanced otherwise (DeepSeek-V3's routers by biases): InputError for a `coef`.
     """
-    config = model.config.to_dict()
-    routers = {"output_router_logits", "num_experts_per_tok"} <= config.keys()
-    if coef and not routers:
+    of_model, kind = vars(model), model.config.model_type  # where transformers looks it up
+    own = of_model.get("router_aux_loss_coef", of_model.get("aux_loss_coef"))  # JetMoE's name
+    if own is None and coef:
+        if "output_router_logits" in model.config.to_dict():
+            fault = f"transformers gives {kind} no load-balancing loss"
+            raise InputError(f"--router_aux_loss_coef {coef:g}: {fault}; leave the flag out")
         print("--router_aux_loss_coef has nothing to do in this run: the model shows no routers")
-    coef = config.get("router_aux_loss_coef", 0.0) if coef is None else coef
-    if not (coef and routers):
+    coef = own if coef is None else coef
+    if own is None or not coef:
         return method
     print(f"the loss has {coef:g} times the routers' load-balancing loss in it")
 
@@ -99,7 +104,7 @@ def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
         with routing(model.get_decoder()) as seen:
             for sums in method(batches):
                 if seen:
-                    aux = load_balancing_loss(seen, config["num_experts_per_tok"])
+                    aux = load_balancing_loss(seen, of_model["num_experts_per_tok"])
                     loss, count = sums["loss"]
                     sums |= {
                         "loss": (loss + coef * aux * count, count),
