@@ -8,7 +8,9 @@ The policy is compared with a reference: itself, as it was at the start.
 
 from nanoalign import world
 from nanoalign.formats.layouts import DPO
+from nanoalign.logps import Scores
 from nanoalign.losses import dpo_loss, numbers
+from nanoalign.packing import pairs_of
 from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig
 from nanoalign.run.log import reward_sums
@@ -23,25 +25,28 @@ def run_dpo(cfg: DPOConfig) -> Run:
     reference = reference_of(cfg, run.policy, cfg.loss, lambda: [*run.examples, *run.held_out])
 
     def dpo(batches):
-        """The loss is a mean over pairs; a batch's completions are chosen, rejected, chosen, ..."""
+        """The loss is a mean over pairs: of K ranked replies to a prompt, over all of theirs."""
         for batch, ref_logps in zip(batches, reference(batches)):
             scores = run.policy(batch)
-            chosen, rejected = (scores.take(range(i, 2 * len(batch), 2)) for i in (0, 1))
+            start = Scores(ref_logps, scores.tokens)
+            (chosen, rejected), (ref_chosen, ref_rejected) = (
+                map(s.take, pairs_of(batch)) for s in (scores, start)
+            )
             losses, *rewards = dpo_loss(
                 chosen.logps,
                 rejected.logps,
-                ref_logps[0::2],
-                ref_logps[1::2],
+                ref_chosen.logps,
+                ref_rejected.logps,
                 chosen.lengths,
                 rejected.lengths,
                 **own,
             )
             won = (rewards[0] > rewards[1]).float().sum()
             yield {
-                "loss": (losses.sum(), len(batch)),
+                "loss": (losses.sum(), len(losses)),
                 **reward_sums("chosen", rewards[0], chosen),
                 **reward_sums("rejected", rewards[1], rejected),
-                "rewards/accuracies": (won, len(batch)),
+                "rewards/accuracies": (won, len(losses)),
             }
 
     fit(cfg, run, dpo)

@@ -8,7 +8,6 @@ reference on average, estimated with completions y' that belong to other prompts
 """
 
 import sys
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -50,16 +49,13 @@ def run_kto(cfg: KTOConfig) -> Run:
             raise InputError(f"{whose}{error}; {needless}") from None
     run.held_out = mismatched(run.held_out)
 
-    def only_mismatch(examples):  # (x, y')
-        return [replace(e, completions=[e.mismatch]) for e in examples]
-
     def all_requests():  # what the run will ask of the reference: each y once, each epoch's y'
         if not with_z0:
             return [*run.examples, *run.held_out]
         per_epoch, total = plan(cfg, len(run.examples))
         rounds = range(-(-total // per_epoch))  # begun, the last one perhaps not ended
         epochs = [order(run.examples, i, cfg.seed, cfg.shuffle_dataset) for i in rounds]
-        return [*run.examples, *run.held_out, *only_mismatch(chain(run.held_out, *epochs))]
+        return [*run.examples, *run.held_out, *(e.mismatch for e in chain(run.held_out, *epochs))]
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
     own = numbers(cfg, kto_loss, cfg.loss)
@@ -69,7 +65,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         """z0 is that of the whole step; the loss is a mean over examples."""
         z0 = torch.zeros(())
         if with_z0:
-            rows = long_rows(only_mismatch(sum(batches, [])), cfg, run.policy.lm)
+            rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, run.policy.lm)
             z0 = kl_baseline(joined(policy_now(rows)), joined(reference(rows)))
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)

@@ -118,10 +118,10 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     decode, ours, theirs = policy.tokenizer.decode, [], []
 
     def alike(example):
-        for ids, _ in example.completions:
+        for ids, _ in example.texts:
             ids[-1] = policy.template.end
             whole = example.prompt + ids
-            if policy.tokenizer(decode(whole), add_special_tokens=False)["input_ids"] != whole:
+            if policy.tokenizer(decode(whole), add_special_tokens=False)["input_ids"] != [*whole]:
                 return False
         return True
 
@@ -129,11 +129,12 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     if len(examples) < wanted:
         sys.exit(f"{source}: {len(examples)} rows that can be used, expected {wanted}")
     for example in examples:  # ids -> text, so that both sides encode what was cut to fit
-        replies = [decode(ids) for ids, _ in example.completions]
+        replies = [decode(ids) for ids, _ in example.texts]
         keys = ("chosen", "rejected") if method == "dpo" else ("completion",)
         label = {"label": example.label} if method == "kto" else {}
         theirs.append({"prompt": decode(example.prompt), **dict(zip(keys, replies)), **label})
-        ours.append({"ids": [example.prompt, example.completions], **label})
+        texts = [([*ids], [*mask]) for ids, mask in example.texts]
+        ours.append({"ids": [[*example.prompt], texts], **label})
     write_rows(directory / "ours.jsonl", ours)
     write_rows(directory / "theirs.jsonl", theirs)
     timed = examples[args.batch :]
@@ -145,12 +146,12 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
 def step_flops(model, method: str, example) -> float:
     """What an example needs in a LoRA step, and not what either side happens to compute: no
     padding, a prompt once, the head where a trained token is predicted, nothing a second time."""
-    prompt, own = example.prompt, example.completions
+    prompt, own = example.prompt, example.texts
     flops = flops_of(model, prompt, own) + flops_of(model, prompt, own, backward=True)
     if method == "dpo":  # the reference
         flops += flops_of(model, prompt, own)
     if method == "kto":  # the reference of y and y', and the policy of y'
-        other = [example.mismatch]
+        other = example.mismatch.texts
         flops += flops_of(model, prompt, own + other) + flops_of(model, prompt, other)
     return flops
 

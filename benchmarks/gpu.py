@@ -313,7 +313,7 @@ def peer_run(case: Case, home: Path, checkpointing: bool) -> dict:
     keys = ("chosen", "rejected") if case.method == "dpo" else ("completion",)
     rows = [
         {"prompt": " ".join(words(e.prompt)) + " "}
-        | {key: " ".join(words(ids)) for key, (ids, _) in zip(keys, e.completions)}
+        | {key: " ".join(words(ids)) for key, (ids, _) in zip(keys, e.texts)}
         | ({"label": e.label} if case.method == "kto" else {})
         for e in examples
     ]
@@ -393,7 +393,8 @@ def attention_beside_definition(case: Case, part: int) -> dict:
     times, and by how much the outputs differ from the definition in fp32, in its own root mean
     square."""
     tokens = 2 * part  # of a prompt, and of each of its replies but the last token
-    pair = Example([1] * tokens, [([1] * (tokens + 1), [True] * (tokens + 1))] * 2)
+    replies = [([first, *[1] * tokens], [True] * (tokens + 1)) for first in (2, 3)]
+    pair = Example([1] * tokens, replies)
     geometry = pack([pair] * 8, case.device).geometry
     heads, kv, width = (4, 2, 16) if case.shape == "tiny" else (32, 8, 128)
     q, k, v = (

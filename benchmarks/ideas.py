@@ -27,16 +27,16 @@ from compare import clocked_steps, peak_memory  # noqa: E402
 
 def unshared(examples):
     """The prompt once for each completion."""
-    return [replace(e, completions=[c]) for e in examples for c in e.completions]
+    return [replace(e, texts=[c]) for e in examples for c in e.texts]
 
 
 def padded(examples):
     """All as long as the longest, as a rectangular batch has it. What is filled in is no target."""
     out, longest = [], max(map(len, unshared(examples)))
     for example in unshared(examples):
-        [(ids, mask)], missing = example.completions, longest - len(example)
-        filled = ids + [0] * missing, mask + [False] * missing
-        out.append(replace(example, completions=[filled]))
+        [(ids, mask)], missing = example.texts, longest - len(example)
+        filled = [*ids, *[0] * missing], [*mask, *[False] * missing]
+        out.append(replace(example, prompt=[*example.prompt], texts=[filled]))
     return out
 
 
@@ -44,9 +44,9 @@ def everywhere(examples):
     """Log-probs of the prompt's tokens too, as of any text."""
     out = []
     for example in unshared(examples):
-        [(ids, _)], (first, *rest) = example.completions, example.prompt
-        whole = rest + ids, [True] * len(rest + ids)
-        out.append(replace(example, prompt=[first], completions=[whole]))
+        [(ids, _)], (first, *rest) = example.texts, example.prompt
+        whole = [*rest, *ids]
+        out.append(replace(example, prompt=[first], texts=[(whole, [True] * len(whole))]))
     return out
 
 

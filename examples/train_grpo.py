@@ -12,6 +12,7 @@ In the built-in world an answer is right or wrong, and the reward says which. It
 style; but full sentences come to be preferred, because the model gets them right more often.
 """
 
+from array import array
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +43,7 @@ class GRPOConfig(Config):
 def reward(example: Example, reply: list[int]) -> float:
     """Whatever code can say of a reply. In the built-in world a row's `chosen` and `rejected` are
     both right answers, in two styles, and a reply is worth 1 if it is one of them."""
-    return float(reply in [ids for ids, _ in example.completions])
+    return float(reply in [list(ids) for ids, _ in example.texts])
 
 
 def run_grpo(cfg: GRPOConfig) -> Run:
@@ -53,15 +54,15 @@ def run_grpo(cfg: GRPOConfig) -> Run:
     def grpo(batches):
         """The loss is a mean over replies."""
         for batch in batches:
-            prompts = [example.prompt for example in batch for _ in range(size)]
+            prompts = [list(example.prompt) for example in batch for _ in range(size)]
             replies = sample(run.policy, prompts, cfg.max_completion_length, cfg.temperature)
             groups = [replies[i : i + size] for i in range(0, len(replies), size)]
             rewards = torch.tensor([[reward(e, y) for y in g] for e, g in zip(batch, groups)])
             spread = rewards.std(1, keepdim=True) + 1e-4  # all alike: advantages of 0
             advantages = (rewards - rewards.mean(1, keepdim=True)) / spread  # (prompts, size)
 
-            completions = [[(ids, [True] * len(ids)) for ids in group] for group in groups]
-            scores = run.policy([replace(e, completions=c) for e, c in zip(batch, completions)])
+            texts = [[(array("i", ids), [True] * len(ids)) for ids in group] for group in groups]
+            scores = run.policy([replace(e, texts=t) for e, t in zip(batch, texts)])
             losses = -advantages.flatten().to(scores.logps.device) * scores.logps
             yield {
                 "loss": (losses.sum(), len(replies)),

@@ -31,10 +31,9 @@ LEARN |= dict(adam_beta2=0.95, per_device_train_batch_size=32, disable_dropout=T
 
 def on_prompts_too(example: Example) -> Example:
     """Every token trains but the first, which nothing predicts."""
-    (first, *rest), [(reply, _)] = example.prompt, example.completions
-    return replace(
-        example, prompt=[first], completions=[(rest + reply, [True] * len(rest + reply))]
-    )
+    (first, *rest), [(reply, _)] = example.prompt, example.texts
+    text = [*rest, *reply]
+    return replace(example, prompt=[first], texts=[(text, [True] * len(text))])
 
 
 def trained_on(policy: Policy, rows: list[dict]) -> list[Example]:

@@ -49,9 +49,9 @@ def unmasked(policy: Policy, batch: list[Example]) -> Tensor:
     """The row as one long text, whose later parts see the earlier ones: one sum of losses."""
     ids, mask = [], []
     for example in batch:
-        [(reply, trains)] = example.completions
-        ids += example.prompt + reply
-        mask += [False] * len(example.prompt) + trains
+        [(reply, trains)] = example.texts
+        ids += [*example.prompt, *reply]
+        mask += [*[False] * len(example.prompt), *trains]
     return -policy([Example([], [(ids, mask)])]).logps
 
 
@@ -60,9 +60,9 @@ def in_a_rectangle(policy: Policy, batch: list[Example]) -> Tensor:
     ids, real = torch.zeros(2, len(batch), max(map(len, batch)), dtype=torch.long)
     labels = torch.full_like(ids, -100)  # what cross_entropy passes over
     for i, example in enumerate(batch):
-        [(reply, _)] = example.completions
+        [(reply, _)] = example.texts
         start, end = len(example.prompt), len(example)
-        ids[i, :end], real[i, :end] = torch.tensor(example.prompt + reply), 1
+        ids[i, :end], real[i, :end] = torch.tensor([*example.prompt, *reply]), 1
         labels[i, start:end] = ids[i, start:end]
     policy.model.set_attn_implementation(policy.attention)
     logits = policy.model(ids, attention_mask=real, use_cache=False).logits[:, :-1]

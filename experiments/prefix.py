@@ -47,7 +47,7 @@ def examples(pairs: int, prompt: int, reply: int, vocabulary: int) -> list[Examp
 
 def unshared(batch: list[Example]) -> list[Example]:
     """The prompt once for each reply."""
-    return [replace(e, completions=[c]) for e in batch for c in e.completions]
+    return [replace(e, texts=[c]) for e in batch for c in e.texts]
 
 
 def run(small: bool) -> Report:

@@ -103,12 +103,12 @@ def run(small: bool) -> Report:
     fitting = [
         (row, example)
         for row, example in zip(rows, as_examples(policy, rows))
-        if len(example.prompt) + max(len(ids) for ids, _ in example.completions) <= LONGEST
+        if len(example.prompt) + max(len(ids) for ids, _ in example.texts) <= LONGEST
     ]
     rows, examples = zip(*fitting)
     held_out = 8 if small else HELD_OUT
     rows, test = rows[:-held_out], examples[-held_out:]
-    shorter = torch.tensor([len(e.completions[0][0]) < len(e.completions[1][0]) for e in test])
+    shorter = torch.tensor([len(e.texts[0][0]) < len(e.texts[1][0]) for e in test])
 
     found = {"none": logps(policy, test)}
     with tempfile.TemporaryDirectory() as sft:

@@ -1,7 +1,9 @@
 """Conversations -> examples: ids, masks, what fits the limits; and the order of an epoch.
 
 A CASE is what somebody stored, as messages. An EXAMPLE is the same as ids and masks, cut to the
-limits: completions from the right, and no further than the last token that trains. What is cut or
+limits. Each reply that trains does so where generation would write it: at the end of a text, which
+the template writes for this reply. Where earlier turns look the same in a later text (in ChatML all
+do that have no thoughts), the earlier text begins the later one, and both are one. What is cut or
 left out is counted, so that it can be said; the big libraries cut in silence.
 """
 
@@ -9,37 +11,38 @@ import itertools
 import math
 import random
 import runpy
+from array import array
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from heapq import merge
 
 from nanoalign import InputError
 from nanoalign.chatml import Message, Piece, encode
-from nanoalign.fast.many import Kept, Lazy  # sequences, as a list of examples but small
-from nanoalign.packing import Completion, Example
+from nanoalign.packing import Example, Ids, Text, shared
 
-Examples = Sequence[Example]  # a list of them, or one that makes each when it is asked for
+Examples = list[Example]
 
 
 @dataclass(slots=True)
 class Case:
-    """A prompt and its completions (DPO: the best first), as messages, each a reply at first."""
+    """A prompt and its completions as messages: one, or for DPO two and more, the best one first.
+
+    The replies in a completion train, but for those with "train": False.
+    """
 
     prompt: list[Message]
     completions: list[list[Message]]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
-    tools: list[dict] = field(default_factory=list)  # what the assistant may call
-    ranks: list[float] | None = None  # of completions: lower is better, equal a tie; None: 0, 1, 2
+    tools: list[dict] = field(default_factory=list)  # that the model may call: JSON schemas
+    ranks: list[float] | None = None  # of the completions, less is better; None: as they stand
 
 
 @dataclass
 class Limits:
     """How long an example may be, in tokens; None: no limit."""
 
-    max_length: int | None = 1024  # prompt and completion; completions are cut from the right
-    max_prompt_length: int | None = None
+    max_length: int | None = 1024  # of each text, with its prompt; the end is cut
+    max_prompt_length: int | None = None  # of what precedes the first reply that trains
     truncation_mode: str = "keep_end"  # the end of a longer prompt stays, or keep_start
 
 
@@ -50,92 +53,142 @@ def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Co
     Raises InputError, naming the case, where the template refuses a conversation.
     """
 
-    def in_pieces(number: int, case: Case) -> tuple[Case, list[list[Piece]]]:
-        n = len(case.prompt)
+    def in_pieces(number: int, case: Case) -> tuple[Case, list[list[list[Piece]]]]:
         try:
-            return case, [list(template.pieces(case.prompt + c, n)) for c in case.completions]
+            return case, [texts_of(case, completion, template) for completion in case.completions]
         except InputError as error:
             raise InputError(f"{case.where or f'case {number}'}: {error}") from None
 
-    limits, conversations = limits or Limits(), map(in_pieces, itertools.count(1), cases)
-    longest = math.inf if limits.max_length is None else limits.max_length
-    examples, count = Kept(Example), Counter()
-    while part := list(itertools.islice(conversations, 1000)):
-        encoded = iter(encode(tokenizer, [pieces for _, pair in part for pieces in pair]))
-        for case, pair in part:
-            whole = [next(encoded) for _ in pair]
-            start = whole[0][1].index(True)  # the first trained token: the end of the shared prompt
-            prompt = cut_prompt(whole[0][0][:start], limits)
-            replies = [cut((ids[start:], mask[start:])) for ids, mask in whole]
-            kept = [cut(reply, longest - len(prompt)) for reply in replies]
-            if not all(ids for ids, _ in kept):
-                count["no trained token left"] += 1
-            elif len(kept) == 2 and kept[0] == kept[1]:
-                count["chosen equal to rejected"] += 1
-            else:
-                count["prompts cut"] += len(prompt) < start
-                count["completions cut"] += sum(a != b for a, b in zip(kept, replies))
-                examples.append(prompt, kept, case.label, case.where, len(examples))
+    limits, written = limits or Limits(), map(in_pieces, itertools.count(1), cases)
+    examples, count = [], Counter()
+    while part := list(itertools.islice(written, 1000)):
+        texts = [text for _, completions in part for texts in completions for text in texts]
+        encoded = ((array("i", ids), bytes(mask)) for ids, mask in encode(tokenizer, texts))
+        for case, completions in part:
+            completions = [[next(encoded) for _ in texts] for texts in completions]
+            if example := make_example(case, completions, limits, count):
+                example.number = len(examples)
+                examples.append(example)
     return examples, count + Counter(examples=len(examples))  # without what was counted 0 times
 
 
-def cut_prompt(ids: list[int], limits: Limits) -> list[int]:
-    """The end of a prompt that is longer than it may be, or its start."""
-    longest = len(ids) if limits.max_prompt_length is None else limits.max_prompt_length
-    start = max(0, len(ids) - longest) if limits.truncation_mode == "keep_end" else 0
-    return ids[start : start + longest]
+def texts_of(case: Case, completion: list[Message], template) -> list[list[Piece]]:
+    """The texts, in pieces, in which the replies of a completion train, each in one of them."""
+    messages, texts = case.prompt + completion, []
+    for end, message in enumerate(messages, 1):
+        if end > len(case.prompt) and message["role"] == "assistant" and message.get("train", True):
+            text = list(template.pieces(messages[:end], case.tools))
+            last = texts[-1] if texts else []
+            if [piece for piece, _ in last] == [piece for piece, _ in text[: len(last)]]:
+                text[: len(last)] = [(p, old or new) for (p, old), (_, new) in zip(last, text)]
+                texts = texts[:-1]
+            texts.append(text)
+    return texts
 
 
-def cut(completion: Completion, room: float = math.inf) -> Completion:
-    """A completion up to the last trained one of its first `room` tokens: what follows that token
-    need not be computed. Empty, if none of them trains."""
-    ids, mask = completion
-    mask = mask[: max(0, min(room, len(mask)))]
+def make_example(
+    case: Case, completions: list[list[Text]], limits: Limits, count: Counter
+) -> Example | None:
+    """The example of a case, from all texts of its completions. None, if nothing would train."""
+    if not all(completions):
+        count["no reply that trains"] += 1
+        return None
+    asked = completions[0][0][1].index(True)  # tokens before the first that trains
+    most = asked if limits.max_prompt_length is None else min(asked, limits.max_prompt_length)
+    gone = (0, asked - most) if limits.truncation_mode == "keep_end" else (most, asked)
+    full = [[cut(without(text, *gone)) for text in texts] for texts in completions]
+    kept = [[cut(text, limits.max_length) for text in texts] for texts in full]
+    kept = {i: left for i, texts in enumerate(kept) if (left := [t for t in texts if t[0]])}
+    if len(kept) < min(2, len(full)):
+        count["no trained token left"] += 1
+        return None
+    places, ranks = list(kept), case.ranks or range(len(full))
+    pairs = [
+        (places.index(i), places.index(j))
+        for i, j in itertools.permutations(kept, 2)
+        if ranks[i] < ranks[j] and kept[i] != kept[j]
+    ]
+    if len(full) > 1 and not pairs:
+        count["chosen equal to rejected"] += 1
+        return None
+    count["prompts cut"] += most < asked
+    count["completions cut"] += sum(kept[i] != full[i] for i in kept)
+    count["replies with no trained token left"] += len(full) - len(kept)
+    count["pairs tied or equal"] += math.comb(len(kept), 2) - len(pairs)
+
+    texts = [(places.index(i), text) for i in kept for text in kept[i]]
+    first, _ = texts[0][1]
+    n = min(min(mask.index(True), shared(first, ids)) for _, (ids, mask) in texts)
+    example = Example(first[:n], [(ids[n:], mask[n:]) for _, (ids, mask) in texts])
+    example.label, example.where = case.label, case.where
+    if pairs:
+        example.pairs = pairs
+    if len(texts) > len(kept):
+        example.completions = [completion for completion, _ in texts]
+    return example
+
+
+def without(text: Text, start: int, end: int) -> Text:
+    """A text without the ids from `start` to `end`, but with all from the first that trains."""
+    ids, mask = text
+    end = min(end, mask.index(True))
+    return text if start >= end else (ids[:start] + ids[end:], mask[:start] + mask[end:])
+
+
+def cut(text: Text, room: int | None = None) -> Text:
+    """A text up to the last trained one of its first `room` ids: what follows that one need not be
+    computed. Empty, if none of them trains."""
+    ids, mask = text
+    mask = mask[:room]
     end = len(mask) - mask[::-1].index(True) if True in mask else 0
-    return completion if end == len(ids) else (ids[:end], mask[:end])
+    return text if end == len(ids) else (ids[:end], mask[:end])
 
 
 def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True) -> Examples:
     """The examples as epoch number `epoch` (from 0) sees them: a function of (seed, epoch) alone.
 
-    With labels (KTO) each label's examples are permuted, and the two lists are merged evenly, so
-    that every stretch of the epoch has its share of thumbs up, whatever the batch size.
+    With labels (KTO) each label's examples are permuted, and the lists are merged evenly, so that
+    every stretch of the epoch has its share of thumbs up, whatever the batch size.
     """
-    order = range(len(examples))
-    if shuffle:
-        rng, labels = random.Random(f"{seed} {epoch}"), [example.label for example in examples]
-        groups = [[i for i in order if labels[i] is label] for label in (True, False, None)]
-        for group in groups:
-            rng.shuffle(group)
+    if not shuffle:
+        return list(examples)
+    rng, placed = random.Random(f"{seed} {epoch}"), []
+    for label in (True, False, None):
+        group = [example for example in examples if example.label is label]
+        rng.shuffle(group)
         # the i-th of a label's n examples has its place at (i + 1/2) / n of the epoch
-        queues = [zip(range(len(group)), itertools.repeat(len(group)), group) for group in groups]
-        order = [e for *_, e in merge(*queues, key=lambda x: ((x[0] + 0.5) / x[1], x[0]))]
-    return Lazy(examples.__getitem__, order)
+        placed += [((i + 0.5) / len(group), i, example) for i, example in enumerate(group)]
+    return [example for *_, example in sorted(placed, key=lambda x: x[:2])]
 
 
 def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
-    """For KTO's y': each example with its `mismatch`, the completion of the nearest earlier example
-    of the epoch, cyclically, that has another prompt.
+    """For KTO's z0: each example with its `mismatch` (x, y'), where y' is the reply of the nearest
+    earlier example of the epoch, cyclically, that has another prompt.
 
-    It depends on the order alone, so a batch of one has a partner too. Behind its new prompt y' has
-    at most `max_length` tokens with it, one that trains at least. InputError: all prompts are one.
+    It depends on the order alone, so a batch of one has a partner too. (x, y') has at most
+    `max_length` tokens, of which one trains at least. InputError: all prompts are one.
     """
-    before, others = order[0].prompt if order else [], []  # of each example: where its y' is
-    other = next((i for i in reversed(range(len(order))) if order[i].prompt != before), None)
+    asked, replies = zip(*map(split, order)) if order else ((), ())
+    other = next((i for i in reversed(range(len(order))) if asked[i] != asked[0]), None)
     if order and other is None:
         files = ", ".join(dict.fromkeys(e.where.rpartition(", ")[0] for e in order))
         raise InputError(f"{files}: KTO needs two different prompts for its mismatches")
+    paired = []
     for i, example in enumerate(order):
-        if example.prompt != before:
-            other, before = i - 1, example.prompt
-        others.append(other)
+        if i and asked[i] != asked[i - 1]:
+            other = i - 1
+        _, mask = replies[other]
+        room = max((max_length or math.inf) - len(asked[i]), mask.index(True) + 1)
+        mismatch = Example(asked[i], [cut(replies[other], min(room, len(mask)))])
+        paired.append(replace(example, mismatch=mismatch))
+    return paired
 
-    def paired(i: int) -> Example:
-        example, [(ids, mask)] = order[i], order[others[i]].completions
-        room = max((max_length or math.inf) - len(example.prompt), mask.index(True) + 1)
-        return replace(example, mismatch=cut((ids, mask), room))
 
-    return Lazy(paired, range(len(order)))
+def split(example: Example) -> tuple[Ids, Text]:
+    """x and y: what precedes the first token that trains, and what follows (in the first text)."""
+    ids, mask = example.texts[0]
+    n = mask.index(True)
+    return (example.prompt + ids[:n], (ids[n:], mask[n:])) if n else (example.prompt, (ids, mask))
 
 
 if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on

@@ -116,12 +116,13 @@ class PackedLM(nn.Module):
         """The decoder's last hidden states, (T, d): where a reward or value head would begin.
 
         neftune_alpha > 0 adds noise to the embeddings in training mode (NEFTune, Jain et al. 2023,
-        arXiv 2310.05914): uniform within alpha / sqrt(L d), L the length of the token's example.
+        arXiv 2310.05914): uniform within alpha / sqrt(L d), L the length of the token's longest
+        text.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
             if neftune_alpha > 0 and self.training:
-                lengths = to_device(row.lengths, self.device)[row.geometry.example]
+                lengths = to_device(row.geometry.longest(), self.device)
                 bound = neftune_alpha / (lengths * embeds.shape[2]).sqrt()  # (T,)
                 noise = torch.rand_like(embeds, dtype=torch.float32) * 2 - 1
                 embeds = embeds + (noise * bound[:, None]).to(embeds.dtype)

@@ -99,7 +99,7 @@ def probe(
             softcap = config.to_dict().get("final_logit_softcapping")
             ratio = float((logits * z).sum() / (z * z).sum())
             scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
-            expected = [alone(e.prompt, ids) for e in examples for ids, _ in e.completions]
+            expected = [alone(e.prompt, ids) for e in examples for ids, _ in e.texts]
             convert(model)
             model.set_attn_implementation(packed())
             got = PackedLM(model, scale, softcap)(examples).logps

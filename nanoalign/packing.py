@@ -4,21 +4,29 @@ A batch is one row of tokens. There is no pad token, no attention mask tensor, n
 
     | prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...
 
-A prompt stands in the row once and its completions branch off it (arXiv 2410.20305), each with
-positions that go on from the prompt. So DPO pays once for its prompt instead of twice, and nobody
-pays for padding. One predicate says who sees whom:
+A row is a forest. Every example is a tree, and every text of it (a prompt and what follows) is a
+path in the tree, with positions that count along the path. What texts begin with in common stands
+in the row once (arXiv 2410.20305 does so for a pair's prompt). So DPO pays once for its prompt,
+however many replies branch off it; and a conversation whose later turns do not see the thoughts of
+earlier ones is a trunk without thoughts, and a branch for each reply.
 
-    same example, the key is not after the query, and it lies in the prompt or in the query's branch
-    (and, in a model with a sliding window, its position is less than the window away)
+The row lists a tree in the order of a first visit: a text up to its end, then what is new in the
+next. So all that continues the text of a token stands in one stretch of the row, which begins with
+the token itself and ends at `until`. That one number a token says who sees whom:
 
-The last token of a completion predicts nothing that trains, so it is not in the row at all.
+    key <= query < until[key]        (and, with a sliding window, their positions are close enough)
+
+The last token of a text predicts nothing that trains, so it is not in the row at all.
 
 The big libraries pad every example to the longest one of its batch, and carry the prompt of a
 preference pair twice.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,42 +34,97 @@ from torch import Tensor
 from nanoalign.fast import attention as fast  # attention, as below but without a (T, T) matrix
 from nanoalign.fast.transfer import to_device  # torch.tensor, but a GPU is not waited for
 
-Completion = tuple[list[int], list[bool]]  # ids; which of them train
+Ids = Sequence[int]  # a list, or an array("i"): 4 bytes an id where a list takes 40
+Text = tuple[Ids, Sequence[bool]]  # what follows a prompt: ids; which of them train
 
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and the completions that share it: one for SFT and KTO, two for DPO."""
+    """A prompt and the texts that continue it: for SFT and KTO one, for DPO a reply each.
 
-    prompt: list[int]  # ids, the reply's header included
-    completions: list[Completion]
+    A completion may need several texts (`completions` says which belongs to which): in a
+    conversation with thoughts each reply stands in a text of its own.
+    """
+
+    prompt: Ids  # the header of the reply included; none of it trains
+    texts: list[Text]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
     number: int = 0  # its place in the data, from 0
-    mismatch: Completion | None = None  # KTO: y', of another prompt
+    mismatch: "Example | None" = None  # KTO: (x, y'), y' the reply to another prompt
+    pairs: Sequence[tuple[int, int]] = ((0, 1),)  # DPO: completions, the better one first
+    completions: Sequence[int] | None = None  # of each text, from 0; None: each is one
+
+    def whole_texts(self) -> list[tuple[int, Ids, Text, int]]:
+        """In the order of a first visit: (how many ids a text begins with that the one before it
+        begins with too, all ids of it, what of it follows the prompt, its completion)."""
+        ordered: list[tuple[Ids, Text, int]] = []
+        for i, text in enumerate(self.texts):
+            ids = self.prompt + text[0]
+            # after the text that it shares the most with, and after all that share as much
+            common = [shared(other, ids) for other, *_ in ordered]
+            place = max(range(len(common)), key=lambda j: (common[j], j), default=-1)
+            completion = i if self.completions is None else self.completions[i]
+            ordered.insert(place + 1, (ids, text, completion))
+        before = [(), *(ids for ids, *_ in ordered)]
+        return [(shared(old, new[0]), *new) for old, new in zip(before, ordered)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its tree, last ones included: what it takes of a row."""
+        return sum(len(ids) - common for common, ids, *_ in self.whole_texts())
 
     def __len__(self) -> int:
-        """Tokens of all its sequences, a shared prompt counted in each, as TRL counts them."""
-        return sum(len(self.prompt) + len(ids) for ids, _ in self.completions)
+        """Tokens of its completions, a shared prompt counted in each, as TRL counts them."""
+        if self.completions is None:
+            return sum(len(self.prompt) + len(ids) for ids, _ in self.texts)
+        texts_of = {n: [] for n in self.completions}
+        for n, text in zip(self.completions, self.texts):
+            texts_of[n].append(text)
+        return sum(Example(self.prompt, texts).tokens for texts in texts_of.values())
+
+    @property
+    def count(self) -> int:
+        """How many completions it has."""
+        return len(self.texts) if self.completions is None else max(self.completions) + 1
+
+
+def pairs_of(batch: list[Example]) -> tuple[list[int], list[int]]:
+    """The better and the worse completion of each pair, as places among all those of a batch."""
+    starts = accumulate((example.count for example in batch), initial=0)
+    pairs = [(n + i, n + j) for n, example in zip(starts, batch) for i, j in example.pairs]
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def shared(a: Ids, b: Ids) -> int:
+    """How many ids do two texts begin with in common?"""
+    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 @dataclass
 class Geometry:
-    """Where examples and their branches lie in a row of T tokens."""
+    """Where the texts of a row of T tokens lie."""
 
-    examples: list[tuple[int, int, list[int]]]  # start, length of the prompt, lengths of branches
-    example: Tensor  # (T,) the example a token belongs to
-    branch: Tensor  # (T,) the branch within it, -1 for the prompt
-    position: Tensor  # (T,) counted from the start of the prompt, through the branch
+    position: Tensor  # (T,) counted along each text, from 0
+    until: Tensor  # (T,) the end of what sees a token
+    runs: list[tuple[int, int]]  # each text's new tokens: how many precede them in it, their number
     block_masks: dict = field(default_factory=dict)  # by window, for a GPU's kernel
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """May the token at index `query` of the row see the one at `key`? They broadcast."""
-        same = (self.example[query] == self.example[key]) & (key <= query)
-        seen = same & ((self.branch[key] < 0) | (self.branch[key] == self.branch[query]))
+        seen = (key <= query) & (query < self.until[key])
         if window is not None:
             seen = seen & (self.position[query] - self.position[key] < window)
         return seen
+
+    def longest(self) -> list[int]:
+        """(T,) tokens of the longest text through each token, its last one included."""
+        found, below = [], {}  # position -> the greatest one of what was met there, going backwards
+        for p in reversed(self.position.tolist()):
+            deepest = max(p, below.pop(p + 1, 0))
+            below[p] = max(deepest, below.get(p, 0))
+            found.append(deepest + 2)
+        return found[::-1]
 
 
 @dataclass
@@ -74,40 +137,40 @@ class Row:
     targets: Tensor  # (N,) that token
     completion: Tensor  # (N,) the completion it belongs to
     trained: list[int]  # trained tokens of each of the C completions
-    lengths: list[int]  # tokens of each example, last ones included
 
 
 def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None,)) -> Row:
     """One row of all examples, completions in the order given, for layers with these windows."""
-    input_ids, positions, example_of, branch_of = [], [], [], []
-    predictors, targets, completion_of = [], [], []
-    examples, trained = [], []
-    for number, example in enumerate(batch):
-        prompt, start = example.prompt, len(input_ids)
-        input_ids += prompt
-        positions += range(len(prompt))
-        branch_of += [-1] * len(prompt)
-        for branch, (ids, mask) in enumerate(example.completions):
-            before = len(input_ids) - 1  # ids[j] is predicted at before + j, ...
-            end_of_prompt = start + len(prompt) - 1  # ... but ids[0] at the end of the prompt
-            hits = [j for j, trains in enumerate(mask) if trains and (j or prompt)]
-            predictors += [before + j if j else end_of_prompt for j in hits]
-            targets += [ids[j] for j in hits]
-            completion_of += [len(trained)] * len(hits)
-            trained.append(len(hits))
-            input_ids += ids[:-1]
-            positions += range(len(prompt), len(prompt) + len(ids) - 1)
-            branch_of += [branch] * (len(ids) - 1)
-        example_of += [number] * (len(input_ids) - start)
-        branches = [len(ids) - 1 for ids, _ in example.completions]
-        examples.append((start, len(prompt), branches))
+    ids, position, until, runs = [], [], [], []
+    path: list[int] = []  # the places in the row of the text before
+    hits, trained = [], []
 
-    rows = [input_ids, example_of, branch_of, positions]
-    tokens = to_device(rows, device, torch.int32)  # (4, T)
-    wanted = to_device([predictors, targets, completion_of], device, torch.int64)
-    lengths = [prompt + sum(n + 1 for n in branches) for _, prompt, branches in examples]
-    geometry = fast.prepared(Geometry(examples, *tokens[1:]), windows)
-    return Row(tokens[0], geometry, *wanted, trained, lengths)
+    def go_back(depth: int) -> None:
+        """What lies deeper on the path is seen by nothing that is still to come."""
+        for place in path[depth:]:
+            until[place] = len(ids)
+        del path[depth:]
+
+    for example in batch:
+        first, prompt = len(trained), len(example.prompt)
+        trained += [0] * example.count
+        for common, text, (_, mask), completion in example.whole_texts():
+            go_back(depth := min(common, len(path)))
+            if new := text[depth:-1]:
+                runs.append((depth, len(new)))
+                path += range(len(ids), len(ids) + len(new))
+                position += range(depth, depth + len(new))
+                ids += new
+                until += new  # as many, set when it is known
+            at = [j for j, trains in enumerate(mask, prompt) if trains and j]
+            hits += [(first + completion, path[j - 1], text[j]) for j in at]
+            trained[first + completion] += len(at)
+        go_back(0)
+    hits.sort(key=lambda hit: hit[0])  # a completion's predictions stand together
+    tokens = to_device([ids, position, until], device, torch.int32)  # (3, T)
+    wanted = to_device([*zip(*hits)] or [[], [], []], device, torch.int64)  # (3, N)
+    geometry = fast.prepared(Geometry(*tokens[1:], runs), windows)
+    return Row(tokens[0], geometry, wanted[1], wanted[2], wanted[0], trained)
 
 
 ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
@@ -122,7 +185,7 @@ def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
     """Examples in parts that make rows of at most `tokens`; a longer one is a part of its own."""
     parts, room = [], 0
     for example in examples:
-        length = len(example.prompt) + sum(len(ids) for ids, _ in example.completions)
+        length = example.tokens
         if not parts or length > room:
             parts.append([])
             room = tokens

@@ -103,13 +103,13 @@ def test_what_the_ideas_save():
     pair = Example([1, 2, 3], [([4, 5], [True, True]), ([6, 7, 8, 9], [False, True, True, True])])
     one, two = ideas.unshared([pair])
     assert one.prompt == two.prompt == pair.prompt
-    assert [one.completions, two.completions] == [[c] for c in pair.completions]
+    assert [one.texts, two.texts] == [[c] for c in pair.texts]
     one, two = ideas.padded([pair])
-    assert one.completions == [([4, 5, 0, 0], [True, True, False, False])]
+    assert one.texts == [([4, 5, 0, 0], [True, True, False, False])]
     assert len(one) == len(two) == 7
     one, two = ideas.everywhere([pair])
-    assert one.prompt == [1] and one.completions == [([2, 3, 4, 5], [True] * 4)]
-    assert len(two) == 7 and sum(two.completions[0][1]) == 6
+    assert one.prompt == [1] and one.texts == [([2, 3, 4, 5], [True] * 4)]
+    assert len(two) == 7 and sum(two.texts[0][1]) == 6
 
 
 # --------------------------------------------------------------------------------------- growth.py
@@ -167,7 +167,7 @@ def test_rows_of_random_words(method, tokenizer, tmp_path):
     path = compare.write_rows(tmp_path / "rows.jsonl", compare.random_rows(method, 6, 9))
     layouts = {"sft": SFT, "dpo": DPO, "kto": KTO}[method]
     examples, _ = read_examples([path], layouts, tokenizer, ChatML(tokenizer))
-    assert len(examples) == 6 and all(len(e.completions) == 1 + (method == "dpo") for e in examples)
+    assert len(examples) == 6 and all(len(e.texts) == 1 + (method == "dpo") for e in examples)
 
 
 @ALL

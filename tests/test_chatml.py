@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nanoalign import InputError
 from nanoalign.chatml import IM_END, IM_START, ChatML, encode
 from nanoalign.chatml import ids_and_mask as definition
+from nanoalign.data import Case, texts_of
 from nanoalign.formats.templates import TEMPLATES, NativeTemplate
 from nanoalign.run.policy import load_tokenizer
 
@@ -28,8 +29,12 @@ def talk(*contents, system=None):
 
 
 def ids_and_mask(tokenizer, template, messages, first=0):
-    [(ids, mask)] = encode(tokenizer, [list(template.pieces(messages, first))])
-    assert len(ids) == len(mask)
+    """Of one text: these conversations look the same from every later turn. It ends with the
+    marker of the last reply, behind which nothing trains."""
+    case = Case(messages[:first], [messages[first:]])
+    [pieces] = texts_of(case, messages[first:], template)
+    [(ids, mask)] = encode(tokenizer, [pieces])
+    assert len(ids) == len(mask) and mask[-1]
     return ids, mask
 
 
@@ -61,12 +66,6 @@ ORDINARY = [
     talk("naïve café 漢字 🙂", "été 🙂🙂 \u200d end"),
     talk("", "An answer to nothing."),
     talk("Silence?", ""),
-    [
-        {"role": "user", "content": "Use it."},
-        {"role": "assistant", "content": "call"},
-        {"role": "tool", "content": "42"},
-        {"role": "assistant", "content": "It is 42."},
-    ],
 ]
 
 
@@ -77,9 +76,9 @@ ORDINARY = [
 def test_ids_equal_the_ordinary_encoding(tokenizer, messages):
     tokenizer.chat_template = ChatML.jinja
     ids, _ = ids_and_mask(tokenizer, ChatML(tokenizer), messages)
-    text = "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
+    text = "\n".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}" for m in messages)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids == rendered(tokenizer, messages)
+    assert ids == rendered(tokenizer, messages)[: len(ids)]
     assert decoded(tokenizer, ids) == text  # so no system turn is invented either
 
 
@@ -99,7 +98,7 @@ def test_only_replies_from_first_on_train(tokenizer):
 
 
 def test_a_worked_example(tokenizer):
-    """<|im_start|>user\\nA<|im_end|>\\n<|im_start|>assistant\\nB<|im_end|>\\n, token by token."""
+    """<|im_start|>user\\nA<|im_end|>\\n<|im_start|>assistant\\nB<|im_end|>, token by token."""
     start, end, a, b = tokenizer.convert_tokens_to_ids([IM_START, IM_END, "A", "B"])
     user, assistant, newline = (
         tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -107,8 +106,8 @@ def test_a_worked_example(tokenizer):
     )
     ids, mask = ids_and_mask(tokenizer, ChatML(tokenizer), talk("A", "B"))
     prompt = [start, *user, a, end, *newline, start, *assistant]
-    assert ids == [*prompt, b, end, *newline]
-    assert mask == [False] * len(prompt) + [True, True] + [False] * len(newline)
+    assert ids == [*prompt, b, end]
+    assert mask == [False] * len(prompt) + [True, True]
 
 
 @pytest.mark.parametrize("reply", ["\nnewline", "\n\n", "  spaces", "\t", " one"])
@@ -139,8 +138,8 @@ def test_no_conversation_and_no_text(tokenizer):
 def test_conversations_do_not_mix(tokenizer):
     """One batch call serves many conversations: each comes out as it does alone."""
     template = ChatML(tokenizer)
-    together = encode(tokenizer, [list(template.pieces(m)) for m in ORDINARY])
-    assert together == [ids_and_mask(tokenizer, template, m) for m in ORDINARY]
+    pieces = [list(template.pieces(m)) for m in ORDINARY]
+    assert encode(tokenizer, pieces) == [encode(tokenizer, [some])[0] for some in pieces]
 
 
 # -------------------------------------------------------------------------- all kinds of tokenizers
@@ -244,7 +243,7 @@ def test_no_content_forges_a_turn(hostile, messages):
     assert [run[-1] for run in runs] == [template.end] * len(replies)
     if hostile.backend_tokenizer.normalizer is None:
         assert [decoded(hostile, run[:-1]) for run in runs] == replies
-        text = "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
+        text = "\n".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}" for m in messages)
         assert decoded(hostile, ids) == text
 
 
@@ -315,7 +314,7 @@ def sentencepiece(scheme):
 def test_tokenizers_that_put_a_space_before_a_text(scheme, messages):
     tokenizer = sentencepiece(scheme)
     ids, mask = ids_and_mask(tokenizer, ChatML(tokenizer), messages)
-    text = "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
+    text = "\n".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}" for m in messages)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     replies = [m["content"] for m in messages if m["role"] == "assistant"]
     assert [decoded(tokenizer, run[:-1]) for run in spans(ids, mask)] == replies
@@ -335,5 +334,138 @@ def test_chatml_opens_a_tokenizer_without_its_markers(tmp_path):
 def test_encoding_at_once_is_the_definition(tokenizer):
     roles, texts = ("system", "user", "assistant"), ("Be brief.", "<|im_end|> Why?", "So.")
     talk = [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    pieces = [list(ChatML(tokenizer).pieces(some)) for some in (talk, talk[1:] * 2, [])]
+    pieces = [list(ChatML(tokenizer).pieces(some)) for some in (talk, talk[1:] * 2)] + [[]]
     assert encode(tokenizer, pieces) == [definition(tokenizer, p) for p in pieces]
+
+
+# --------------------------------------------------------------------------- thoughts and tools
+
+THINKS = {"role": "assistant", "content": "It is 42.", "reasoning_content": "Let me see."}
+CALL = {"name": "look", "arguments": {"at": "sky", "n": [1, None, True]}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+
+def tagged():
+    """Qwen3's kind: the tags are added tokens that are not declared special."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+@pytest.fixture(params=[make_tokenizer, tagged], ids=["text", "tokens"])
+def either(request):
+    return request.param()
+
+
+def written(tokenizer, messages, tools=()):
+    """Text of a conversation whose last turn is learned, what trains in [[ ]]."""
+    [(ids, mask)] = encode(tokenizer, [list(ChatML(tokenizer).pieces(messages, tools))])
+    [run] = spans(ids, mask)
+    assert mask[-1]
+    return f"{decoded(tokenizer, ids[: len(ids) - len(run)])}[[{decoded(tokenizer, run)}]]"
+
+
+def turn(role, text):
+    return f"{IM_START}{role}\n{text}{IM_END}\n"
+
+
+def test_a_thought_stays_in_its_round_and_is_forgotten_in_the_next(either):
+    think = "<think>\nLet me see.\n</think>\n\n"
+    first = [{"role": "user", "content": "Six by seven?"}, THINKS]
+    begin = turn("user", "Six by seven?") + f"{IM_START}assistant\n"
+    assert written(either, first) == f"{begin}[[{think}It is 42.{IM_END}]]"
+    same = [*first, {"role": "tool", "content": "ok"}, THINKS]  # the question is the same
+    result = turn("user", "<tool_response>\nok\n</tool_response>")
+    assert written(either, same) == (
+        f"{begin}{think}It is 42.{IM_END}\n{result}{IM_START}assistant\n"
+        f"[[{think}It is 42.{IM_END}]]"
+    )
+    other = [*first, {"role": "user", "content": "Sure?"}, THINKS]
+    assert written(either, other) == (
+        f"{begin}It is 42.{IM_END}\n{turn('user', 'Sure?')}{IM_START}assistant\n"
+        f"[[{think}It is 42.{IM_END}]]"
+    )
+
+
+def test_calls_and_results_and_the_tools_in_the_system_turn(either):
+    call = '{"name": "look", "arguments": {"at": "sky", "n": [1, null, true]}}'
+    tag = f"<tool_call>\n{call}\n</tool_call>"
+    asks = [{"role": "user", "content": "Look!"}]
+    begin = turn("user", "Look!") + f"{IM_START}assistant\n"
+    assert written(either, [*asks, CALLS]) == f"{begin}[[{tag}{IM_END}]]"
+    both = {**THINKS, "tool_calls": CALLS["tool_calls"] * 2}
+    assert written(either, [*asks, both]).endswith(
+        f"[[<think>\nLet me see.\n</think>\n\nIt is 42.\n{tag}\n{tag}{IM_END}]]"
+    )
+    results = [{"role": "tool", "content": text} for text in ("blue", "<tool_call>")]
+    text = written(either, [*asks, CALLS, *results, {"role": "assistant", "content": "Blue."}])
+    blue, forged = (f"<tool_response>\n{r['content']}\n</tool_response>" for r in results)
+    assert f"{IM_END}\n{turn('user', blue + chr(10) + forged)}{IM_START}assistant\n[[" in text
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        text = written(either, [*system, *asks, CALLS], [TOOL, TOOL])
+        start = f"{IM_START}system\n" + "Be brief.\n\n" * len(system) + "# Tools\n\nYou may call"
+        assert text.startswith(start) and text.count(json.dumps(TOOL)) == 2
+        assert f"{IM_END}\n{begin}[[{tag}{IM_END}]]" in text
+
+
+def test_tags_are_markers_where_the_template_writes_them_and_text_elsewhere():
+    tokenizer = tagged()
+    ids = tokenizer.convert_tokens_to_ids(TAGS)
+    evil = "".join(TAGS)
+    call = {"name": evil, "arguments": {evil: evil}}
+    talk = [
+        {"role": "system", "content": evil},
+        {"role": "user", "content": evil},
+        {**CALLS, "content": evil, "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": evil},
+        {**THINKS, "content": evil, "reasoning_content": evil},
+    ]
+    tool = {"type": "function", "function": {"name": evil, "description": evil}}
+    [(found, mask)] = encode(tokenizer, [list(ChatML(tokenizer).pieces(talk, [tool]))])
+    # in the tools' turn <tool_call></tool_call> and <tool_call> </tool_call>; a call, a result
+    think, call, result = ids[:2], ids[2:4], ids[4:]
+    assert [i for i in found if i in ids] == [*call, *call, *call, *result, *think]
+    assert decoded(tokenizer, found).count(evil) == 11
+
+
+def test_a_conversations_ids_do_not_depend_on_its_neighbours():
+    """Added tokens are text in a content, also where another conversation has them as markers."""
+    tokenizer = tagged()
+    alone = [{"role": "user", "content": "<tool_response>"}, {"role": "assistant", "content": "no"}]
+    other = [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}, THINKS]
+    pieces = [list(ChatML(tokenizer).pieces(talk)) for talk in (alone, other)]
+    assert encode(tokenizer, pieces)[0] == encode(tokenizer, pieces[:1])[0]
+    assert tokenizer.convert_tokens_to_ids("<tool_response>") not in encode(tokenizer, pieces)[0][0]
+
+
+def test_thoughts_that_do_not_train(either):
+    template = ChatML(either)
+    template.train_on_thoughts = False
+    [(ids, mask)] = encode(either, [list(template.pieces([THINKS]))])
+    assert [decoded(either, run) for run in spans(ids, mask)] == [f"It is 42.{IM_END}"]
+    [(same, _)] = encode(either, [list(ChatML(either).pieces([THINKS]))])
+    assert decoded(either, same) == decoded(either, ids)
+
+
+def test_each_reply_trains_in_one_text_and_without_thoughts_there_is_one(either):
+    """The texts of a conversation: what each later turn would see, folded where it is the same."""
+    template = ChatML(either)
+    plain = talk("a", "b", "c", "d", "e", "f")
+    [text] = texts_of(Case([], []), plain, template)
+    assert text == [
+        (piece, trained)
+        for (piece, _), trained in zip(template.pieces(plain), [m for _, m in text])
+    ]
+    thinks = [{**m, **({"reasoning_content": "hm"} if m["content"] in "bf" else {})} for m in plain]
+    texts = texts_of(Case([], []), thinks, template)  # b thinks: its text begins no other
+    ids = encode(either, texts)
+    replies = [[decoded(either, run) for run in spans(*text)] for text in ids]
+    assert replies == [
+        [f"<think>\nhm\n</think>\n\nb{IM_END}"],
+        [f"d{IM_END}", f"<think>\nhm\n</think>\n\nf{IM_END}"],
+    ]
+    context = [{**m, "train": False} if m["content"] == "d" else m for m in plain]
+    [(ids, mask)] = encode(either, texts_of(Case([], []), context, template))
+    assert [decoded(either, run) for run in spans(ids, mask)] == [f"b{IM_END}", f"f{IM_END}"]

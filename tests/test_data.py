@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 import types
 from collections import Counter
@@ -21,7 +20,6 @@ from nanoalign.chatml import IM_END, ChatML
 from nanoalign.data import (
     Case,
     Example,
-    Kept,
     Limits,
     epoch_order,
     make_examples,
@@ -106,7 +104,7 @@ def shown(tokenizer):
 
     def shown(example):
         prompt = tokenizer.decode(example.prompt, clean_up_tokenization_spaces=False)
-        return prompt, [completion(*c) for c in example.completions], example.label
+        return prompt, [completion(*c) for c in example.texts], example.label
 
     return shown
 
@@ -160,7 +158,7 @@ SFT_ROWS = {
         {"conversations": [user("Q"), {"from": "assistant", "value": "A"}]}, Q, A),
     "tool": (
         {"messages": [user("Q"), assistant("A"), message("tool", "T"), assistant("B")]},
-        Q, A + "{\n" + chatml(message("tool", "T")) + "}" + B),
+        Q, A + "{\n" + chatml(user("<tool_response>\nT\n</tool_response>")) + "}" + B),
     "two users in a row": (
         {"messages": [user("Q"), user("R"), assistant("A")]}, chatml(user("Q"), user("R")), A),
     "more columns than needed": ({"id": 7, "prompt": "Q", "completion": "A", "tag": None}, Q, A),
@@ -359,10 +357,10 @@ def test_errors_come_in_the_order_of_the_rows(tokenizer, tmp_path):
     """What the template refuses in line 2 is said before what is malformed in line 3."""
 
     class Grumpy(ChatML):
-        def pieces(self, messages, first=0):
+        def pieces(self, messages, tools=()):
             if messages[0]["content"] == "bad":
                 raise InputError("says no; use chatml")
-            return super().pieces(messages, first)
+            return super().pieces(messages, tools)
 
     rows = [{"prompt": text, "completion": "A"} for text in ("Q", "bad", 3)]
     with pytest.raises(InputError, match="line 2: says no"):
@@ -382,20 +380,6 @@ def test_one_batch_call_tokenizes_all(read, tokenizer, monkeypatch):
     assert len(texts) == len(set(texts)) and {"user\nQ0", "user\nQ8", "A", "B"} <= set(texts)
 
 
-@pytest.mark.parametrize("label", [None, False, True])
-def test_an_example_comes_back_as_it_was_kept(label):
-    """Also without a prompt, with 0 as an id, and from a file whose name is no UTF-8."""
-    given = [
-        Example([], [([0, 1, 2**31 - 1], [True, False, True]), ([0], [False])], label, "a.jsonl"),
-        Example([5, 0], [([7], [True])], label, os.fsdecode(b"caf\xe9.jsonl") + ", line 1", 1),
-    ]
-    kept = Kept(Example)
-    for e in given:
-        kept.append(e.prompt, e.completions, e.label, e.where, e.number)
-    assert list(kept) == given and kept[-1] == given[1] and kept[1:] == given[1:]
-    assert len(kept) == 2 and list(reversed(kept)) == given[::-1]
-
-
 def test_length_counts_a_shared_prompt_in_each_sequence():
     example = Example([1, 2, 3], [([4], [True]), ([5, 6], [True, True])])
     assert len(example) == (3 + 1) + (3 + 2)
@@ -409,32 +393,32 @@ def test_prompts_are_cut_left_or_right(read, tokenizer):
     [whole], _ = read(SFT, [row])
     n = len(whole.prompt)
     [end], count = read(SFT, [row], max_prompt_length=3)
-    assert end.prompt == whole.prompt[-3:] and end.completions == whole.completions
+    assert end.prompt == whole.prompt[-3:] and end.texts == whole.texts
     assert count == Counter({"rows": 1, "examples": 1, "prompts cut": 1})
     assert describe(count) == "1 rows, 1 examples; 1 prompts cut"
     [start], _ = read(SFT, [row], max_prompt_length=3, truncation_mode="keep_start")
-    assert start.prompt == whole.prompt[:3] and start.completions == whole.completions
+    assert start.prompt == whole.prompt[:3] and start.texts == whole.texts
     for limit in (n, n + 1, None):
         [same], count = read(SFT, [row], max_prompt_length=limit)
         assert same.prompt == whole.prompt and "prompts cut" not in count
     [none], _ = read(SFT, [row], max_prompt_length=0)
-    assert none.prompt == []
+    assert not none.prompt
 
 
 def test_completions_are_cut_from_the_right(read):
     row = {"prompt": "Q", "chosen": "A B C D", "rejected": "A"}
     [whole], _ = read(DPO, [row])
-    n, (chosen, rejected) = len(whole.prompt), whole.completions
+    n, (chosen, rejected) = len(whole.prompt), whole.texts
     assert len(chosen[0]) > len(rejected[0]) == 2
     [fits], count = read(DPO, [row], max_length=n + len(chosen[0]))
-    assert fits.completions == whole.completions and "completions cut" not in count
+    assert fits.texts == whole.texts and "completions cut" not in count
     [cut], count = read(DPO, [row], max_length=n + 3)
     assert cut.prompt == whole.prompt
-    assert cut.completions == [(chosen[0][:3], chosen[1][:3]), rejected]
+    assert cut.texts == [(chosen[0][:3], chosen[1][:3]), rejected]
     assert describe(count) == "1 rows, 1 examples; 1 completions cut"
     [both], count = read(DPO, [row], max_prompt_length=4, max_length=7)
     assert both.prompt == whole.prompt[-4:]
-    assert [ids for ids, _ in both.completions] == [chosen[0][:3], rejected[0]]
+    assert [ids for ids, _ in both.texts] == [chosen[0][:3], rejected[0]]
     assert describe(count) == "1 rows, 1 examples; 1 prompts cut; 1 completions cut"
 
 
@@ -442,13 +426,13 @@ def test_a_conversation_is_cut_from_the_right(read):
     """What is left ends with a trained token: nothing after it would be learned from."""
     row = {"messages": [user("Q"), assistant("A"), user("R"), assistant("B C")]}
     [whole], _ = read(SFT, [row])
-    [(ids, mask)] = whole.completions
+    [(ids, mask)] = whole.texts
     assert mask[-1] and mask.count(True) > 4
     second = mask.index(True, 2)  # where the second reply begins
     for room in range(1, len(ids) + 1):
         [cut], count = read(SFT, [row], max_length=len(whole.prompt) + room)
         kept = room if room > second else min(room, 2)
-        assert cut.completions == [(ids[:kept], mask[:kept])]
+        assert cut.texts == [(ids[:kept], mask[:kept])]
         assert count["completions cut"] == (room < len(ids))
 
 
@@ -777,8 +761,8 @@ def test_nothing_but_one_line_ever_escapes(read, tmp_path, kind, change, base, a
         assert "expected" in str(error)
     else:
         for example in examples:
-            assert len(example.completions) == (2 if layouts is DPO else 1)
-            assert all(mask[0] and mask[-1] for _, mask in example.completions)
+            assert len(example.texts) == (2 if layouts is DPO else 1)
+            assert all(mask[0] and mask[-1] for _, mask in example.texts)
             assert (example.label is None) == (layouts is not KTO)
 
 
@@ -856,7 +840,7 @@ def example(number, label=None, prompt=None):
 
 def partners(paired):
     """The numbers of the examples whose completions are y'."""
-    return [number for (number,), _ in (e.mismatch for e in paired)]
+    return [number for e in paired for (number,), _ in e.mismatch.texts]
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():
@@ -949,7 +933,8 @@ def test_mismatches_fit_where_they_are_put(sizes, trains, longest):
         for prompt, n in sizes
     ]
     for example, cut in zip(with_mismatches(order), with_mismatches(order, longest)):
-        (whole, mask), (ids, cut_mask) = example.mismatch, cut.mismatch
+        [(whole, mask)], [(ids, cut_mask)] = example.mismatch.texts, cut.mismatch.texts
+        assert cut.mismatch.prompt == example.prompt
         n = len(ids)
         assert ids == whole[:n] and cut_mask == mask[:n] and cut_mask[-1]
         room = longest - len(example.prompt)

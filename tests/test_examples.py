@@ -21,7 +21,7 @@ def test_grpo_improves_its_reward(model_dir, tmp_path, monkeypatch):
     whole = PackedLM.forward
 
     def counted(lm, examples, *more):
-        rows.append([(len(e.prompt), len(e.completions)) for e in examples])
+        rows.append([(len(e.prompt), len(e.texts)) for e in examples])
         return whole(lm, examples, *more)
 
     monkeypatch.setattr(PackedLM, "forward", counted)

@@ -107,6 +107,6 @@ def test_the_prefix_formula_counts_the_tokens_of_the_row():
 
 def test_a_prompt_that_trains():
     example = mask.on_prompts_too(Example([1, 2, 3], [([4, 5], [True, True])]))
-    assert example.prompt == [1] and example.completions == [([2, 3, 4, 5], [True] * 4)]
+    assert example.prompt == [1] and example.texts == [([2, 3, 4, 5], [True] * 4)]
     row = pack([example])
     assert row.predictors.tolist() == [0, 1, 2, 3] and row.targets.tolist() == [2, 3, 4, 5]

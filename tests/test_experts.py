@@ -88,7 +88,7 @@ def padded(batch):
     and the mask of the tokens that a packed row has: a shared prompt once, no last token."""
     rows = []
     for e in batch:
-        for i, (ids, mask) in enumerate(e.completions):
+        for i, (ids, mask) in enumerate(e.texts):
             labels = [-100] * len(e.prompt) + [x if on else -100 for x, on in zip(ids, mask)]
             counted = [i == 0] * len(e.prompt) + [True] * (len(ids) - 1) + [False]
             rows.append((e.prompt + ids, [1] * len(labels), labels, [int(x) for x in counted]))

@@ -263,7 +263,7 @@ def test_scores_and_the_mean_logits():
     assert scores.tokens == [2, 2, 4] and scores.lengths.tolist() == [2.0, 2.0, 4.0]
     expected_logps, expected_logits = [], []
     lm.model.set_attn_implementation("eager")
-    for prompt, completions in [(e.prompt, e.completions) for e in SEQUENCES]:
+    for prompt, completions in [(e.prompt, e.texts) for e in SEQUENCES]:
         for ids, mask in completions:
             z = lm.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             logps = z.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -321,9 +321,10 @@ def noise_of(lm, alpha):
 def test_neftune_noise_is_uniform_within_alpha_over_root_length_times_width():
     lm = a_model().train()
     noise, row = noise_of(lm, 5.0)
-    # tokens of an example: 7 + 3 + 2 and 1 + 4, of which the row leaves out each last one
-    for example, length, in_row in ((0, 12, 10), (1, 5, 4)):
-        part = noise[row.geometry.example == example]
+    # texts of 7 + 3, 7 + 2 and 1 + 4 tokens, of which the row leaves out each last one
+    assert row.geometry.longest() == [10] * 9 + [9] + [5] * 4
+    for length, in_row in ((10, 9), (5, 4)):
+        part = noise[torch.tensor(row.geometry.longest()) == length]
         bound = 5.0 / (length * 32) ** 0.5  # the width is 32
         assert len(part) == in_row
         assert 0.9 * bound < part.abs().max() < bound * 1.0001

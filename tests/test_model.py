@@ -139,7 +139,7 @@ def test_a_notebook_s_policy_is_that_of_the_command_line(kind, r, tmp_path):
     expected = []
     with torch.no_grad():
         for e in SEQUENCES:
-            for ids, mask in e.completions:
+            for ids, mask in e.texts:
                 text = torch.tensor([e.prompt + ids])
                 logps = model(text).logits[0, len(e.prompt) - 1 : -1].log_softmax(-1)
                 logps = logps.gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -611,7 +611,7 @@ def test_full_fine_tuning_keeps_a_table(model_dir):
     reference = reference_logps(cfg, policy, lambda: SEQUENCES * 2)
     disturb(policy, 0.05)
     assert torch.equal(reference(SEQUENCES[::-1]), start[[2, 0, 1]])
-    second = replace(SEQUENCES[0], completions=SEQUENCES[0].completions[1:])
+    second = replace(SEQUENCES[0], texts=SEQUENCES[0].texts[1:])
     assert torch.equal(reference([second]), start[1:2])
 
 

@@ -1,5 +1,6 @@
 """Packing: the row of a worked example, who sees whom, and the plain padded way as the judge."""
 
+import random
 from functools import partial
 
 import pytest
@@ -21,7 +22,15 @@ from nanoalign.fast import flex as gpu
 from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear, add_lora
 from nanoalign.model import probe
-from nanoalign.packing import Example, attention, in_rows, pack, packed, packed_attention
+from nanoalign.packing import (
+    Example,
+    attention,
+    in_rows,
+    pack,
+    packed,
+    packed_attention,
+    pairs_of,
+)
 
 # ------------------------------------------------------------------------------------ the row
 
@@ -36,13 +45,13 @@ def test_a_worked_row():
     row = pack(WORKED)
     assert row.input_ids.tolist() == [10, 11, 12, 20, 21, 40, 50]
     assert row.geometry.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert row.geometry.example.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert row.geometry.branch.tolist() == [-1, -1, -1, 0, 0, -1, 0]
+    assert row.geometry.until.tolist() == [5, 5, 5, 5, 5, 7, 7]
+    assert row.geometry.runs == [(0, 5), (0, 2)]  # nothing is new in the text that ends in 30
     # 21 is predicted where 20 stands, 22 where 21 does, 30 at the prompt's end (12), ...
     assert row.predictors.tolist() == [3, 4, 2, 5, 6]
     assert row.targets.tolist() == [21, 22, 30, 50, 51]
     assert row.completion.tolist() == [0, 0, 1, 2, 2]
-    assert row.trained == [2, 1, 2] and row.lengths == [7, 3]
+    assert row.trained == [2, 1, 2] and row.geometry.longest() == [6, 6, 6, 6, 6, 3, 3]
 
 
 def test_without_a_prompt_the_first_token_is_predicted_by_nothing():
@@ -87,9 +96,9 @@ def random_sequences(seed=0, vocabulary=320):
 @pytest.mark.parametrize("window", [None, 1, 5])
 def test_the_predicate_against_a_brute_force_mask(window):
     sequences = random_sequences()
-    tokens = []  # (example, branch, position) of each token of the row, written down plainly
+    tokens = []  # (example, branch, position) of each token: no two completions begin alike
     for number, example in enumerate(sequences):
-        prompt, completions = example.prompt, example.completions
+        prompt, completions = example.prompt, example.texts
         tokens += [(number, None, i) for i in range(len(prompt))]
         for branch, (ids, _) in enumerate(completions):
             tokens += [(number, branch, len(prompt) + i) for i in range(len(ids) - 1)]
@@ -107,6 +116,116 @@ def test_the_predicate_against_a_brute_force_mask(window):
     index = torch.arange(len(tokens))
     mask = geometry.allowed(index[:, None], index[None], window)
     assert mask.tolist() == [[sees(q, k) for k in tokens] for q in tokens]
+
+
+# ------------------------------------------------------------------------------------ a forest
+
+
+def test_a_conversation_with_thoughts_by_hand():
+    """u1 t1 a1 is followed by u1 a1 u2 t2 a2, which does not see t1: one completion of two texts.
+    The row is u1 t1 | a1 u2 t2: last tokens, a1 the first time and a2, are not in it."""
+    u1, t1, a1, u2, t2, a2 = range(10, 16)
+    texts = [([t1, a1], [True, True]), ([a1, u2, t2, a2], [False, False, True, True])]
+    example = Example([u1], texts, completions=[0, 0])
+    row = pack([example])
+    assert row.input_ids.tolist() == [u1, t1, a1, u2, t2]
+    assert row.geometry.position.tolist() == [0, 1, 1, 2, 3]
+    assert row.geometry.until.tolist() == [5, 2, 5, 5, 5]
+    assert row.geometry.runs == [(0, 2), (1, 3)]
+    assert row.geometry.longest() == [5, 3, 5, 5, 5]
+    assert row.predictors.tolist() == [0, 1, 3, 4] and row.targets.tolist() == [t1, a1, t2, a2]
+    assert row.completion.tolist() == [0] * 4 and row.trained == [4]
+    assert (example.tokens, len(example), example.count) == (7, 7, 1)
+
+
+def test_ranked_replies_by_hand():
+    """Three replies: 20 21 22, 30 31 and 20 21 40, which stands beside the first: they share 20 21,
+    which trains in both."""
+    reply = [([20, 21, 22], [True] * 3), ([30, 31], [True] * 2), ([20, 21, 40], [True] * 3)]
+    example = Example([10], reply, pairs=[(0, 1), (0, 2), (1, 2)])
+    row = pack([example, example])
+    assert row.input_ids.tolist() == [10, 20, 21, 30] * 2
+    assert row.geometry.until.tolist() == [4, 3, 3, 4, 8, 7, 7, 8]
+    assert row.trained == [3, 2, 3] * 2
+    assert row.completion.tolist()[:8] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert row.predictors.tolist()[:8] == [0, 1, 2, 0, 3, 0, 1, 2]
+    assert row.targets.tolist()[:8] == [20, 21, 22, 30, 31, 20, 21, 40]
+    assert (example.tokens, len(example), example.count) == (7, 11, 3)
+    assert pairs_of([example, example]) == ([0, 0, 1, 3, 3, 4], [1, 2, 2, 4, 5, 5])
+
+
+def random_tree(rng, vocabulary=320):
+    """Texts that branch off each other anywhere, repeat, end inside others, and train anywhere; a
+    completion has one of them or several."""
+    texts = [[rng.randrange(3, vocabulary) for _ in range(rng.randint(2, 14))]]
+    for _ in range(rng.randint(0, 6)):
+        text = rng.choice(texts)
+        start = rng.randint(0, len(text))
+        more = [rng.randrange(3, vocabulary) for _ in range(rng.choice([0, 1, 5]))]
+        texts.append(text[:start] + more or [7])
+    prompt = [rng.randrange(3, vocabulary) for _ in range(rng.choice([0, 1, 6]))]
+    if not prompt:  # then a first token is predicted by nothing
+        texts = [[5, *text] for text in texts]
+    masks = [[rng.random() < 0.6 for _ in text[:-1]] + [True] for text in texts]
+    owners = sorted(rng.randrange(len(texts)) for _ in texts)
+    owners = [sorted(set(owners)).index(owner) for owner in owners]
+    return Example(prompt, list(zip(texts, masks)), completions=rng.choice([None, owners]))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_predicate_in_random_trees(window):
+    """Each distinct beginning of a text stands in the row once, and sees the beginnings of itself
+    (that are within the window), nothing else."""
+    rng = random.Random(0)
+    for _ in range(60):
+        batch = [random_tree(rng) for _ in range(rng.randint(1, 3))]
+        row = pack(batch)
+        index, position = torch.arange(len(row.input_ids)), row.geometry.position
+        seen = row.geometry.allowed(index[:, None], index[None], None)
+        example = position.eq(0).cumsum(0) - 1  # each tree has one first token
+        beginnings = [(n, *row.input_ids[s].tolist()) for n, s in zip(example.tolist(), seen)]
+        texts = [(n, e.prompt + ids) for n, e in enumerate(batch) for ids, _ in e.texts]
+        wanted = {(n, *text[:end]) for n, text in texts for end in range(1, len(text))}
+        assert len(set(beginnings)) == len(beginnings) and wanted == set(beginnings)
+        assert len(beginnings) <= sum(example.tokens for example in batch)
+
+        def sees(query, key):
+            near = window is None or len(query) - len(key) < window
+            return query[: len(key)] == key and near
+
+        expected = [[sees(query, key) for key in beginnings] for query in beginnings]
+        assert row.geometry.allowed(index[:, None], index[None], window).tolist() == expected
+
+
+def alone(batch):
+    """Each text of each completion as an example of its own, and which completion it belongs to."""
+    texts, owners, first = [], [], 0
+    for example in batch:
+        own = example.completions or range(len(example.texts))
+        texts += [Example(example.prompt, [text]) for text in example.texts]
+        owners += [first + owner for owner in own]
+        first += example.count
+    return texts, owners
+
+
+@pytest.mark.parametrize("way", [(128, 1024), (3, 1024), (3, 2)], ids=["whole", "blocks", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2"])
+def test_random_trees_equal_their_texts_alone(kind, way, monkeypatch):
+    """Values and gradients, in fp32; a token that two completions share counts in both."""
+    monkeypatch.setattr(fast, "BLOCK", way[0])
+    monkeypatch.setattr(fast, "SHORT", way[1])
+    rng, lm = random.Random(1), a_model(kind, lora=True)
+    for _ in range(4):
+        batch = [random_tree(rng) for _ in range(3)]
+        texts, owners = alone(batch)
+        lm.model.set_attn_implementation("eager")
+        expected = torch.zeros(max(owners) + 1)
+        expected = expected.index_add(0, torch.tensor(owners), padded_logps(lm.model, texts))
+        expected_gradients = gradients(lm.model, expected)
+        lm.model.set_attn_implementation(packed())
+        got = lm(batch)
+        assert torch.allclose(got.logps, expected, rtol=1e-5, atol=1e-5)
+        assert deviation(gradients(lm.model, got.logps), expected_gradients) < 2e-5
 
 
 # ------------------------------------------------------------------------------ the attention
@@ -203,7 +322,7 @@ def a_model(kind, lora):
 def padded_logps(model, sequences):
     """As everybody computes them: every completion with its own prompt, padded on the right to the
     longest, an attention mask, all logits, cross-entropy. -> (C,)"""
-    pairs = [(e.prompt, e.completions) for e in sequences]
+    pairs = [(e.prompt, e.texts) for e in sequences]
     examples = [(x + y, [False] * len(x) + m) for x, ys in pairs for y, m in ys]
     longest = max(len(ids) for ids, _ in examples)
     rest = [longest - len(ids) for ids, _ in examples]
@@ -259,13 +378,13 @@ def test_a_layer_recomputed_in_backward_keeps_its_geometry(kind, monkeypatch):
     lm.train()
     expected = gradients(lm.model, lm(sequences).logps)
     lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    calls, by_example = [], fast.by_example
+    calls, by_run = [], fast.by_run
 
     def counted(*args):
         calls.append(args[3])  # the geometry
-        return by_example(*args)
+        return by_run(*args)
 
-    monkeypatch.setattr(fast, "by_example", counted)
+    monkeypatch.setattr(fast, "by_run", counted)
     got = gradients(lm.model, lm(sequences).logps)
     assert len(calls) == 4 and len({id(geometry) for geometry in calls}) == 1  # 2 layers, twice
     assert deviation(got, expected) < 1e-6
@@ -275,6 +394,6 @@ def test_what_an_example_scores_does_not_depend_on_its_neighbours():
     lm, sequences = a_model("qwen2-window", lora=False), random_sequences()
     lm.model.set_attn_implementation(packed())
     together = lm(sequences)
-    alone = [lm([Example(e.prompt, [c])]).logps for e in sequences for c in e.completions]
+    alone = [lm([Example(e.prompt, [c])]).logps for e in sequences for c in e.texts]
     assert torch.allclose(together.logps, torch.cat(alone), rtol=1e-5)
-    assert together.tokens == [sum(mask) for e in sequences for _, mask in e.completions]
+    assert together.tokens == [sum(mask) for e in sequences for _, mask in e.texts]

@@ -112,7 +112,7 @@ def logits_of(model, ids):
 def plain_logps(model):
     """log-probs of the completions in SEQUENCES from all logits, one sequence at a time."""
     sums = []
-    for prompt, completions in [(e.prompt, e.completions) for e in SEQUENCES]:
+    for prompt, completions in [(e.prompt, e.texts) for e in SEQUENCES]:
         for completion, _ in completions:
             ids = torch.tensor([prompt + completion])
             logps = logits_of(model, ids)[0, len(prompt) - 1 : -1].log_softmax(-1)

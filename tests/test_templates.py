@@ -104,7 +104,7 @@ def test_native_ids_and_mask(name, special):
     template = NativeTemplate(tokenizer)
     for messages in ORDINARY[:2] + [talk("漢字 🙂", "été"), talk("two\n\nlines", "one\n\ntwo")]:
         ids, mask = ids_and_mask(tokenizer, template, messages)
-        assert ids == rendered(tokenizer, messages)
+        assert ids == rendered(tokenizer, messages)[: len(ids)]
         space = " " if name == "mistral v0.3" else ""
         replies = [space + m["content"] for m in messages if m["role"] == "assistant"]
         runs = spans(ids, mask)
@@ -136,7 +136,7 @@ def test_native_system_turns(name):
     tokenizer = native_tokenizer(GOOD[name])
     messages = talk("Hello!", "Bye.", system="Be brief.")
     ids, mask = ids_and_mask(tokenizer, NativeTemplate(tokenizer), messages)
-    assert ids == rendered(tokenizer, messages)
+    assert ids == rendered(tokenizer, messages)[: len(ids)]
     assert "Be brief." in decoded(tokenizer, ids)
     assert [decoded(tokenizer, run[:-1]) for run in spans(ids, mask)] == ["Bye."]
 
@@ -160,7 +160,7 @@ def test_native_sentencepiece():
             tokenizer.chat_template = source.replace("{{ bos_token }}", "")
             messages = talk("Why is the sky blue?", "Light is scattered.", "Hello!", "Bye.")
             ids, mask = ids_and_mask(tokenizer, NativeTemplate(tokenizer), messages)
-            assert ids == rendered(tokenizer, messages)
+            assert ids == rendered(tokenizer, messages)[: len(ids)]
             space = " " * (source == WRITES_SPACE)
             replies = [space + m["content"] for m in messages if m["role"] == "assistant"]
             assert [decoded(tokenizer, run[:-1]) for run in spans(ids, mask)] == replies
@@ -195,7 +195,7 @@ def test_contents_with_the_placeholders():
     tokenizer = native_tokenizer(LLAMA3)
     messages = talk("\ue0001\ue001", "a\ue0000\ue001b", "\ue000", "\ue0013\ue000\ue001")
     ids, mask = ids_and_mask(tokenizer, NativeTemplate(tokenizer), messages)
-    assert ids == rendered(tokenizer, messages)
+    assert ids == rendered(tokenizer, messages)[: len(ids)]
     replies = [messages[1]["content"], messages[3]["content"]]
     assert [decoded(tokenizer, run[:-1]) for run in spans(ids, mask)] == replies
 
@@ -257,7 +257,7 @@ def test_a_marker_that_takes_the_space_behind_it():
     )
     template, messages = NativeTemplate(tokenizer), talk("Hello!", "Bye.", "Why?", "Fine.")
     ids, mask = ids_and_mask(tokenizer, template, messages)
-    assert ids == rendered(tokenizer, messages)
+    assert ids == rendered(tokenizer, messages)[: len(ids)]
     assert [decoded(tokenizer, run) for run in spans(ids, mask)] == ["Bye.<|end|>", "Fine.<|end|>"]
 
 
@@ -287,19 +287,21 @@ class Llama3:
         start, end, _ = self.ids
         return [(start, False), (role, False), (end, False)]
 
-    def pieces(self, messages, first=0):
+    def pieces(self, messages, tools=()):
+        yield from self.prompt(messages[:-1])
+        yield messages[-1]["content"].strip(), True
+        yield self.ids[-1], True
+
+    def prompt(self, messages, tools=()):
         yield self.begin, False
-        for i, message in enumerate(messages):
+        for message in messages:
             yield from self.header(message["role"])
-            if trains := message["role"] == "assistant" and i >= first:
+            if message["role"] == "assistant":
                 yield "\n\n", False
-                yield message["content"].strip(), True
+                yield message["content"].strip(), False
             else:
                 yield "\n\n" + message["content"].strip(), False
-            yield self.ids[-1], trains
-
-    def prompt(self, messages):
-        yield from self.pieces(messages, first=len(messages))
+            yield self.ids[-1], False
         yield from self.header("assistant")
         yield "\n\n", False
 
@@ -319,6 +321,6 @@ def test_a_template_of_ones_own(tmp_path, monkeypatch):
     for messages in [talk("Hello!", "Bye.", system="Be brief."), *ORDINARY[:6], ORDINARY[7]]:
         ids, mask = ids_and_mask(tokenizer, template, messages)
         assert (ids, mask) == ids_and_mask(again, native, messages)
-        assert ids == rendered(tokenizer, messages)
+        assert ids == rendered(tokenizer, messages)[: len(ids)]
         prompt = [list(kind.prompt(messages)) for kind in (template, native)]
         assert len(set(map(str, encode(tokenizer, prompt)))) == 1

@@ -273,7 +273,7 @@ def test_policy_and_reference_see_a_reply_in_the_same_row(method, run, monkeypat
     rows, whole = {True: [], False: []}, PackedLM.forward
 
     def forward(self, examples, *more):
-        asked = [(e.prompt, e.completions) for e in examples]
+        asked = [([*e.prompt], [([*ids], [*mask]) for ids, mask in e.texts]) for e in examples]
         if layers := [m for m in self.modules() if isinstance(m, LoRALinear)]:
             rows[not layers[0].enabled].append(asked)
         return whole(self, examples, *more)

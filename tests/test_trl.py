@@ -179,7 +179,7 @@ def trl_pairs(size):
     def pair(order, max_length):
         groups = [order[i : i + size] for i in range(0, len(order), size)]
         pairs = [(e, group[i - 1]) for group in groups for i, e in enumerate(group)]
-        return [replace(e, mismatch=other.completions[0]) for e, other in pairs]
+        return [replace(e, mismatch=replace(e, texts=other.texts)) for e, other in pairs]
 
     return pair
 

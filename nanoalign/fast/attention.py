@@ -2,9 +2,8 @@
 
 The definition computes every query with every key of the row, and throws away what a query may not
 see: with 16 examples in a row, 15 sixteenths of the work. On a GPU flex_attention compiles the
-predicate into one kernel that skips what nobody sees (flex.py). Elsewhere the predicate is a few
-dense calls: an example's prompt and first branch are one causal sequence, and each further branch
-attends to the prompt and to itself.
+predicate into one kernel that skips what nobody sees (flex.py). Elsewhere it is one causal call a
+text: what is new in a text attends to what precedes it there, and to itself.
 """
 
 from functools import wraps
@@ -28,7 +27,7 @@ def attention(
         if dropout > 0:
             raise NotImplementedError("flex_attention has no dropout")
         return flex(query, key, value, geometry, scaling, window, softcap)
-    return by_example(query, key, value, geometry, scaling, window, softcap, dropout)
+    return by_run(query, key, value, geometry, scaling, window, softcap, dropout)
 
 
 def prepared(geometry, windows):
@@ -46,20 +45,15 @@ def prepared(geometry, windows):
 # The loops depend on the row, so a compiled layer is compiled around them. (_disable_dynamo is
 # torch.compiler.disable, but does not import the compiler before it is needed.)
 @getattr(torch, "_disable_dynamo", torch.compiler.disable)
-def by_example(query, key, value, geometry, scaling, window, softcap, dropout) -> Tensor:
-    before, own = [], []  # of each call: tokens of a prompt that stands before it; its own
-    for _, prompt, branches in geometry.examples:
-        before += [0] + [prompt] * (len(branches) - 1)
-        own += [prompt + branches[0], *branches[1:]]
-    outputs = []  # of split and not of slices: its backward is one concatenation
-    for prompt, q, k, v in zip(before, *(x.split(own, dim=2) for x in (query, key, value))):
-        if prompt == 0:
-            first_k, first_v = k, v
-        else:
-            k = torch.cat([first_k[:, :, :prompt], k], dim=2)
-            v = torch.cat([first_v[:, :, :prompt], v], dim=2)
-        if q.shape[2] > 0:
-            outputs.append(causal(q, k, v, scaling, window, softcap, dropout))
+def by_run(query, key, value, geometry, scaling, window, softcap, dropout) -> Tensor:
+    depths, lengths = zip(*geometry.runs)
+    text, outputs = (), []  # keys and values of the text that was last
+    # of split and not of slices: its backward is one concatenation
+    for depth, q, k, v in zip(depths, *(x.split(lengths, dim=2) for x in (query, key, value))):
+        if depth:  # it begins as that one does
+            k, v = (torch.cat([old[:, :, :depth], new], dim=2) for old, new in zip(text, (k, v)))
+        text = k, v
+        outputs.append(causal(q, k, v, scaling, window, softcap, dropout))
     return torch.cat(outputs, dim=2)  # (1, H, T, D)
 
 

@@ -25,8 +25,9 @@ def encode(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], li
                 ids_of[type(before) in inside_after][piece] = []
             before = piece
 
-    special = markers | set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder.items()  # but runs of white space mark nothing
+    special = {i for i, token in added if token.content.strip(" \n\t▁")}
+    special |= markers | set(tokenizer.all_special_ids)
     for inside, known in ids_of.items():
         for text, ids in zip(known, _plain(tokenizer, list(known), inside)):
             if not special.isdisjoint(ids):

@@ -48,21 +48,6 @@ def compiler_settings() -> None:
     shapes.use_duck_shape = False
 
 
-def last_seen(geometry) -> Tensor:
-    """(T,) int32: the end of the queries that see a key. A key of a prompt is seen by what follows
-    in its example, one of a branch by what follows in the branch. So the predicate is
-
-        key <= query < last_seen[key]        (and, with a window, the distance of their positions)
-
-    and a GPU reads one number a key instead of two a key and two a query.
-    """
-    # example and branch never decrease along a row, an example's prompt being its branch -1
-    example = geometry.example.contiguous()
-    run = example.long() * len(example) + geometry.branch
-    ends = [torch.searchsorted(x, x, right=True, out_int32=True) for x in (example, run)]
-    return torch.where(geometry.branch < 0, *ends)
-
-
 def bounds(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """(T,) -> least and greatest of each TILE, the last one filled up with its last number."""
     missing = -len(numbers) % TILE
@@ -84,7 +69,7 @@ def plan(geometry, window: int | None):
     from torch.nn.attention.flex_attention import BlockMask  # late: it imports the compiler
 
     compiler_settings()
-    end, position, tokens = last_seen(geometry), geometry.position, len(geometry.position)
+    end, position, tokens = geometry.until, geometry.position, len(geometry.position)
     oldest = None if window is None else position - window
 
     def sees(b, h, query, key):

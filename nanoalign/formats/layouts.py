@@ -22,7 +22,7 @@ from itertools import chain
 
 from nanoalign import InputError
 from nanoalign.chatml import Message
-from nanoalign.data import Case, Examples, Limits, make_examples
+from nanoalign.data import Case, Examples, Limits, make_examples, texts_of
 from nanoalign.formats import feedback
 from nanoalign.formats.columns import (
     history_of,
@@ -257,8 +257,8 @@ def read_cases(
                 columns = columns or layout_of(row, layouts)
                 cases = read_row(row, columns, layouts, input_as_system, is_csv(source))
                 if skip_bad_rows and template:
-                    for prompt, completion in ((x.prompt, y) for x in cases for y in x.completions):
-                        list(template.pieces(prompt + completion, len(prompt)))
+                    for case, completion in ((x, y) for x in cases for y in x.completions):
+                        texts_of(case, completion, template)
             except InputError as error:
                 count["refused"] += 1
                 if count["refused"] > skip_bad_rows:

@@ -40,10 +40,11 @@ class NativeTemplate:
         pieces = list(self.pieces(talk))
         self.stop_ids = sorted({p for p, trains in pieces if trains and isinstance(p, int)})
         ordinary = tokenizer(self._render(talk), add_special_tokens=False)["input_ids"]
-        if encode(tokenizer, [pieces])[0][0] != ordinary:
+        ids = encode(tokenizer, [pieces])[0][0]
+        if ids != ordinary[: len(ids)]:
             raise self._refusal("cannot be tokenized piece by piece")
 
-    def pieces(self, messages: list[Message], first: int = 0) -> Iterator[Piece]:
+    def pieces(self, messages: list[Message], tools=()) -> Iterator[Piece]:
         """As ChatML.pieces."""
         gaps, contents = self._shown(messages)
         shown = text = ""  # all so far, and what of it follows the last marker or reply
@@ -56,26 +57,26 @@ class NativeTemplate:
             for marker, after in zip(parts[::2], parts[1::2]):
                 if text:
                     yield text, False
-                yield self.ids[marker if marker in self.ids else marker.strip()], closes
+                trains = closes and i == len(messages)  # the gap after the last content
+                yield self.ids[marker if marker in self.ids else marker.strip()], trains
+                if trains:
+                    return
                 text, closes = after, False
             shown += gap
-            if first <= i < len(messages) and messages[i]["role"] == "assistant":
+            if i < len(messages) and messages[i]["role"] == "assistant":
                 space = self._space(messages[:i], text, shown)
                 if text := text.removesuffix(space):
                     yield text, False
-                yield space + content, True
+                yield space + content, i == len(messages) - 1
                 text, closes = "", True
             else:
                 text += content
             shown += content
-        if text:
-            yield text, False
 
-    def prompt(self, messages: list[Message]) -> Iterator[Piece]:
+    def prompt(self, messages: list[Message], tools=()) -> Iterator[Piece]:
         """As ChatML.prompt: what precedes a reply."""
         reply = {"role": "assistant", "content": "reply"}
-        pieces = self.pieces([*messages, reply], first=len(messages))
-        return takewhile(lambda piece: not piece[1], pieces)
+        return takewhile(lambda piece: not piece[1], self.pieces([*messages, reply]))
 
     def _shown(self, messages: list[Message]) -> tuple[list[str], list[str]]:
         """What the template prints before each content and after the last, and the contents as it

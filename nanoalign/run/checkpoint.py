@@ -44,7 +44,10 @@ def data_fingerprint(examples: Examples) -> str:
     """SHA-256 of what is trained on: ids, masks and labels, in order."""
     data = hashlib.sha256()
     for e in examples:
-        data.update(json.dumps([e.prompt, e.completions, e.label]).encode())
+        texts = [([*ids], [bool(trains) for trains in mask]) for ids, mask in e.texts]
+        more = [] if e.completions is None else [e.completions]
+        more += [e.pairs] if e.count > 2 else []
+        data.update(json.dumps([[*e.prompt], texts, e.label, *more]).encode())
     return data.hexdigest()
 
 

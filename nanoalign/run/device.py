@@ -147,7 +147,7 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
         taken += sum(size for kind, size in standing.items() if kind not in COMING)
     if cfg.optim == "paged_adamw_32bit":
         standing["AdamW's states"] = 0
-    longest = max(len(e.prompt) + sum(len(ids) for ids, _ in e.completions) for e in examples)
+    longest = max(e.tokens for e in examples)
     most = longest * cfg.per_device_train_batch_size
     given = cfg.max_row_tokens, cfg.gradient_checkpointing
     left, sizes = room(free - taken, standing), sizes_of(lm.model)

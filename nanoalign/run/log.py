@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoalign.data import split
 from nanoalign.logps import Scores
 from nanoalign.model import Policy, sample
 from nanoalign.packing import Example
@@ -132,7 +133,7 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
 
 def replies(policy: Policy, examples: list[Example]) -> str:
     """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
-    prompts = [example.prompt for example in examples]
+    prompts = [list(split(example)[0]) for example in examples]
     columns = {"prompt": [prompt[-64:] for prompt in prompts]}
     columns["policy"] = sample(policy, prompts, max_new_tokens=64)
     if policy.reference is not None:

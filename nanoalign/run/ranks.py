@@ -123,7 +123,7 @@ def share(things: list, length: Callable = len) -> list:
 
 def rows(examples: list[Example], size: int, tokens: int) -> Batches:
     """train.fitting, of this rank's share of the examples."""
-    return level(fitting(share(examples), size, tokens))
+    return level(fitting(share(examples, lambda e: e.tokens), size, tokens))
 
 
 def level(batches: Batches) -> Batches:

@@ -44,7 +44,7 @@ def reference_of(
     if not compares(loss):
         device = policy.lm.device
         return lambda batches: [
-            torch.zeros(sum(len(e.completions) for e in batch), device=device) for batch in batches
+            torch.zeros(sum(e.count for e in batch), device=device) for batch in batches
         ]
     logps = _logps_of(cfg, policy)
     all_train = policy.reference is None and not cfg.ref_model_name_or_path
@@ -93,8 +93,14 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
 def _keys(examples: list[Example]) -> list[str]:
     """A digest of each completion, with its prompt and mask: what a log-prob is a function of. With
     the ids themselves a table would be larger than the data."""
-    parts = [(e.prompt, ids, mask) for e in examples for ids, mask in e.completions]
-    return [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
+    keys = []
+    for e in examples:
+        digests = [hashlib.sha256() for _ in range(e.count)]
+        for _, ids, (_, mask), completion in e.whole_texts():
+            trained = [j for j, trains in enumerate(mask, len(e.prompt)) if trains]
+            digests[completion].update(json.dumps([[*ids], trained]).encode())
+        keys += [digest.hexdigest() for digest in digests]
+    return keys
 
 
 def _table(
@@ -103,7 +109,7 @@ def _table(
     """The same function, from a table: it knows prompts and completions by what they are."""
     once = {tuple(_keys([example])): example for example in examples}
     rows = long_rows([*once.values()], cfg, lm)
-    mine, known = ranks.level(ranks.share(rows, lambda row: sum(map(len, row)))), {}
+    mine, known = ranks.level(ranks.share(rows, lambda row: sum(e.tokens for e in row))), {}
     for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
         known |= zip(_keys(row), logps_of([row])[0].tolist())
     known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}

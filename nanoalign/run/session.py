@@ -14,7 +14,7 @@ import transformers
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.data import Examples, Lazy, Limits
+from nanoalign.data import Examples, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint, ranks
@@ -183,11 +183,8 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
     if size >= len(rows):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
     chosen = set(random.Random(cfg.seed).sample(rows, size))
-    places: dict[bool, list[int]] = {True: [], False: []}  # of those held out, and the others
-    for place, example in enumerate(examples):
-        places[example.where in chosen].append(place)
-    print(f"{len(places[True])} examples held out for evaluation")
-    held_out, rest = (Lazy(examples.__getitem__, places[out]) for out in (True, False))
+    rest, held_out = ([e for e in examples if (e.where in chosen) is out] for out in (False, True))
+    print(f"{len(held_out)} examples held out for evaluation")
     return rest, held_out
 
 

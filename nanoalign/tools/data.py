@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"advice: {line}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in examples[: args.show]:
-        for number, (ids, mask) in enumerate(example.completions, 1):
-            name = f"completion {number}" if len(example.completions) > 1 else "example"
+        for number, (ids, mask) in enumerate(example.texts, 1):
+            name = f"completion {number}" if len(example.texts) > 1 else "example"
             label = "" if example.label is None else f", label {str(example.label).lower()}"
-            whole, before = example.prompt + ids, [False] * len(example.prompt)
+            whole, before = [*example.prompt, *ids], [False] * len(example.prompt)
             print(f"--- {example.where}: {name}{label}, {len(whole)} tokens, {sum(mask)} train")
-            print(render(opened[0], whole, before + mask, colour))
+            print(render(opened[0], whole, [*before, *mask], colour))
     print("--- tokens of an example")
     print(histogram([len(example) for example in examples]), end="")
     if method == "kto":
