@@ -1,16 +1,21 @@
-"""What one GPU makes of it: speed, utilization and memory of whole training runs, in 20 minutes.
+"""What one GPU makes of it: speed, utilization and memory of whole training runs.
 
-    python benchmarks/gpu.py --out gpu.jsonl     # all of it; --parts, --shapes ... for some of it
-    python benchmarks/gpu.py --tiny              # the same code in a minute, on any machine
+    python benchmarks/gpu.py --quick --out gpu.jsonl   # what matters most, in 6 minutes
+    python benchmarks/gpu.py --out gpu.jsonl           # all, in 20; --parts, --shapes ... for some
+    python benchmarks/gpu.py --tiny                    # the same code, on any machine
 
 Nothing is downloaded: models of Llama-3's shapes with random weights, drawn on the device (in 4
 bits layer by layer, so that no dense model ever exists), and examples of random tokens. Each line
-of JSON is one measurement, made in a process of its own:
+of JSON is one measurement, made in a process of its own that is stopped at a deadline, and written
+as soon as it is there: who has a card for some minutes keeps what was done in them. The most
+telling come first.
 
+    tests     tests/test_gpu.py without its whole runs
+    compiled  layers of the models that follow, several at once: their kernels wait on disk then
     ours      a script's own run (train_sft.py ...), with the defaults of its flags
     theirs    TRL + PEFT (+ bitsandbytes), where they are installed, on the same ids and weights
-    rows      8B QLoRA SFT, with checkpointing, in rows of 2,048 to 32,768 tokens
     kernels   NF4's decode beside a copy, attention beside its definition
+    rows      8B QLoRA SFT, with checkpointing, in rows of 2,048 to 32,768 tokens
 
 Tokens are counted as TRL counts them: a DPO prompt in both its sequences, KTO's mismatches not.
 Utilization is what the mathematics of a step needs, over what the GPU could multiply in its time:
@@ -32,10 +37,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -73,13 +81,14 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "1b": (2048, 8192, 16, 32, 8, 128256, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
 }
+SHAPES |= {f"{name}'s layer": (*size[:2], 1, *size[3:]) for name, size in SHAPES.items()}
 BATCH = {"sft": 16, "dpo": 8, "kto": 16}  # examples a step: some 7,000 tokens each
 PEERS = {"lora": ("trl", "peft"), "qlora": ("trl", "peft", "bitsandbytes")}
 
 
 @dataclass
 class Case:
-    """One measurement. `part` is ours, theirs, rows or kernels; the others what it measures."""
+    """One measurement. `part` is what the top of this file lists; the others what it measures."""
 
     part: str
     method: str = "sft"
@@ -90,13 +99,7 @@ class Case:
     batch: int = 16
     warm: int = 2  # steps that are not timed
     steps: int = 6  # that are
-
-    @property
-    def name(self) -> str:
-        words = [self.part, self.method, self.base, self.shape]
-        if self.part == "kernels":
-            words = [self.part]
-        return " ".join(words + [f"in rows of {self.rows}"] * bool(self.rows))
+    seconds: float = 300  # after which it is stopped
 
 
 # ------------------------------------------------------------------- what both sides are given
@@ -156,7 +159,7 @@ def write_model(shape: str, directory: Path) -> str:
 def random_examples(case: Case) -> list[Example]:
     """Prompts of 64 to 192 random tokens and replies of 128 to 512; of a tiny model, a tenth."""
     rng, vocabulary = random.Random(1), SHAPES[case.shape][5]
-    unit = 64 if case.shape != "tiny" else 6
+    unit = 6 if case.shape.startswith("tiny") else 64
 
     def ids(low, high):
         return [rng.randrange(4, vocabulary) for _ in range(rng.randint(low * unit, high * unit))]
@@ -225,7 +228,9 @@ def ours(case: Case, home: Path) -> dict:
     """The script as it is, but that weights are drawn and examples are encoded already."""
     kind, run = SCRIPTS[case.method]
     examples = random_examples(case)
-    more = {"max_row_tokens": case.rows, "gradient_checkpointing": True} if case.rows else {}
+    more = {"max_row_tokens": case.rows}
+    if case.part == "rows":
+        more["gradient_checkpointing"] = True
     cfg = kind(
         model_name_or_path=write_model(case.shape, home / "model"), dataset_name=["random"],
         output_dir=str(home / "out"), device=case.device, load_in_4bit=case.base == "qlora",
@@ -417,43 +422,114 @@ def attention_beside_definition(case: Case, part: int) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------------- its tests
+
+
+def tests(case: Case, home: Path) -> dict:
+    """How many passed and which failed, also where there was no time for all."""
+    few = "nf4" if case.shape == "tiny" else "not run"
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider"]
+    command += [f"{ROOT}/tests/test_gpu.py", "-k", f"{case.device} and {few}"]
+    if case.device == "cuda" and find_spec("xdist"):
+        command += ["-n", "8"]  # most of the time goes into compiling
+    with open(home / "said", "w+", encoding="utf-8") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            done = process.wait(case.seconds) in (0, 1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done = False
+        file.seek(0)
+        passed, failed = outcomes(file.read())
+    return {"passed": len(passed), "failed": sorted(failed), "all": done}
+
+
+def outcomes(said: str) -> tuple[set[str], set[str]]:
+    """Names of the tests that passed and failed by what pytest -v has said, with xdist or not."""
+    found = {"PASSED": set(), "FAILED": set()}
+    for line in said.splitlines():
+        for word, names in found.items():
+            before, there, after = line.partition(word)
+            if there and "::" in line:
+                name = before if "::" in before else after
+                names.add(name.partition("::")[2].partition(" - ")[0].strip())
+    return found["PASSED"], found["FAILED"]
+
+
 # ----------------------------------------------------------------------------------- all of it
 
 
-def cases(args) -> list[Case]:
-    """The most telling first: what time does not allow is left out at the end."""
+def quick(args) -> list[Case]:
+    """What a card that is there for some minutes is used for. Some of a case's seconds go to
+    Python's imports and to weights, and on an H200 a second to each step."""
+    tiny = args.tiny
+    shared = dict(device=args.device, shape="tiny" if tiny else "8b", rows=None if tiny else 4096)
+    mine = [("dpo", "qlora"), ("dpo", "lora"), ("sft", "qlora")]
+    runs = [
+        Case("ours", method, base, **shared, batch=2 if tiny else BATCH[method], seconds=60)
+        for method, base in mine
+    ]
+    peer = [replace(runs[0], part="theirs", rows=None, seconds=75)]
+    kernel = Case("kernels", device=args.device, shape=shared["shape"], seconds=40)
+    return [replace(kernel, part="tests", seconds=100), *runs, *peer, kernel]
+
+
+def thorough(args) -> list[Case]:
     shared = dict(device=args.device)
     if args.tiny:
         shared |= dict(shape="tiny", warm=1, steps=2)
-    found = [Case("kernels", **shared)]
+    found = [Case("tests", **shared), Case("kernels", **shared)]
     shapes = ["tiny"] if args.tiny else args.shapes
     for shape in shapes:
         for base in args.bases:
             for method in args.methods:
                 more = shared | dict(shape=shape, batch=2 if args.tiny else BATCH[method])
                 found.append(Case("ours", method, base, **more))
-                if all(map(find_spec, PEERS[base])):
-                    found.append(Case("theirs", method, base, **more))
+                found.append(Case("theirs", method, base, **more))
     for rows in (64, 128) if args.tiny else (2048, 4096, 8192, 16384, 32768):
         more = shared | dict(batch=8 if args.tiny else 72, warm=1, steps=2, rows=rows)
         found.append(Case("rows", "sft", "qlora", **more))
-    return [case for case in found if case.part in args.parts]
+    return found
+
+
+def in_turn(cases: list[Case], minutes: float, here: bool) -> Iterator[dict]:
+    """The results, each as soon as it is there. Compilers work on the layers of all models while
+    the tests run; nothing else shares the device with a measurement. `here`: in this process."""
+    ends = time.monotonic() + 60 * minutes
+
+    def result(case):
+        case = replace(case, seconds=round(min(case.seconds, ends - time.monotonic())))
+        if case.seconds < 20:
+            return vars(case) | {"error": "no time left"}
+        return measure(case) if here or case.part == "tests" else spawn(case)
+
+    at_once = [case for case in cases if case.part == "tests"]
+    for case in cases if at_once else []:
+        if case.part == "ours":
+            more = dict(shape=f"{case.shape}'s layer", rows=2048, warm=0, steps=1, seconds=100)
+            at_once.append(replace(case, part="compiled", **more))
+    with ThreadPoolExecutor(4) as pool:
+        yield from map(result, at_once) if here else pool.map(result, at_once)
+    yield from (result(case) for case in cases if case.part != "tests")
 
 
 def measure(case: Case) -> dict:
     """In this process. Its memory and compilers start as fresh as the process is."""
-    kinds = {"ours": ours, "rows": ours, "theirs": theirs, "kernels": kernels}
+    kinds = dict(tests=tests, compiled=ours, ours=ours, rows=ours, theirs=theirs, kernels=kernels)
     with tempfile.TemporaryDirectory() as home:
         return vars(case) | kinds[case.part](case, Path(home))
 
 
-def spawn(case: Case, limit: float) -> dict:
-    """In a process of its own, for `limit` seconds at most; what goes wrong there is its result."""
+def spawn(case: Case) -> dict:
+    """In a process of its own, until its deadline; what goes wrong there is its result."""
     command = [sys.executable, __file__, "--case", json.dumps(vars(case))]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=case.seconds
+        )
     except subprocess.TimeoutExpired:
-        return vars(case) | {"error": f"not done after {limit:.0f} s"}
+        return vars(case) | {"error": f"not done after {case.seconds:.0f} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         print(done.stderr[-3000:], file=sys.stderr)
@@ -474,12 +550,17 @@ def table(results: list[dict], peak: float | None) -> str:
     """The results in Markdown, for benchmarks/README.md."""
     found = {(r["part"], r["shape"], r["base"], r["method"]): r for r in results if "base" in r}
     kernel = next((r for r in results if "product_tflops" in r), {})
+    tested = next((r for r in results if "passed" in r), {})
     peak = peak or kernel.get("product_tflops")
     lines = []
     for r in (r for r in results if r["part"] == "machine"):
         lines.append(
             ", ".join(f"{k} {v}" if k != "name" else v for k, v in r.items() if k != "part")
         )
+    if tested:
+        failed = ", ".join(tested["failed"]) or "none"
+        midway = "" if tested["all"] else " (stopped midway)"
+        lines += ["", f"tests/test_gpu.py: {tested['passed']} passed{midway}; failed: {failed}"]
     if kernel:
         lines += ["", "| kernel | |", "|---|---|"]
         lines.append(f"| products in bf16 | {kernel['product_tflops']} TFLOP/s |")
@@ -530,15 +611,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = ["kernels", "ours", "theirs", "rows"]
+    parts = ["tests", "kernels", "ours", "theirs", "rows"]
+    parser.add_argument("--quick", action="store_true", help="what matters most, in 6 minutes")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--shapes", nargs="+", choices=["1b", "8b"], default=["8b", "1b"])
     parser.add_argument("--bases", nargs="+", choices=["qlora", "lora"], default=["qlora", "lora"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dpo", "sft", "kto"])
-    parser.add_argument("--minutes", type=float, default=20, help="begin nothing after so many")
+    parser.add_argument("--minutes", type=float, help="end by then; none: 6 if --quick, else 20")
     parser.add_argument("--peak_tflops", type=float, help="none: what the product measures")
     parser.add_argument("--out", help="a file to append the lines of JSON to")
-    parser.add_argument("--tiny", action="store_true", help="try it all, in this process")
+    parser.add_argument("--tiny", action="store_true", help="try it all, with tiny models")
+    parser.add_argument("--here", action="store_true", help="in this process, without deadlines")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="none: CUDA where it is")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -550,18 +633,21 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cpu" and not args.tiny:
         parser.error("no GPU is here; --tiny tries everything on the CPU")
-    results, ends = [machine(args.device)], time.monotonic() + 60 * args.minutes
-    for case in cases(args):
-        left = ends - time.monotonic()
-        if left < 20:
-            result = vars(case) | {"error": "no time left"}
-        else:
-            result = measure(case) if args.tiny else spawn(case, left)
-        results.append(result)
-        print(json.dumps(result), flush=True)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
+    found = quick(args) if args.quick else thorough(args)
+    cases = [
+        case
+        for case in found
+        if case.part in args.parts
+        and (case.part != "theirs" or all(map(find_spec, PEERS[case.base])))
+    ]
+    minutes = args.minutes or (6 if args.quick else 20)
+    results = []
+    with open(args.out or os.devnull, "a", encoding="utf-8") as file:
+        for result in chain([machine(args.device)], in_turn(cases, minutes, args.here)):
+            results.append(result)
+            line = json.dumps(result)
+            print(line, flush=True)
+            print(line, file=file, flush=True)
     print(table(results, args.peak_tflops))
     return results
 

@@ -3,7 +3,12 @@
 import argparse
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -264,8 +269,9 @@ def test_threads(tmp_path, model, capsys, monkeypatch):
 
 def test_everything_for_a_gpu_on_a_cpu(tmp_path, capsys, no_curves):
     """Our side of it: one line of JSON for each measurement, and the table for the README."""
-    flags = ["--tiny", "--device", "cpu", "--bases", "qlora", "--parts", "kernels", "ours", "rows"]
-    results = gpu.main([*flags, "--out", str(tmp_path / "gpu.jsonl")])
+    flags = ["--tiny", "--here", "--device", "cpu", "--bases", "qlora"]
+    flags += ["--parts", "kernels", "ours", "rows", "--out", str(tmp_path / "gpu.jsonl")]
+    results = gpu.main(flags)
     written = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert written == json.loads(json.dumps(results))
     _, kernels, *runs = results
@@ -277,6 +283,49 @@ def test_everything_for_a_gpu_on_a_cpu(tmp_path, capsys, no_curves):
         assert run["tokens_per_second"] > 0 and run["tflops"] > 0 and run["first_step_s"] > 0
     table = capsys.readouterr().out
     assert "| TINY QLoRA DPO |" in table and "checkpointed, in rows of" in table
+
+
+def test_six_minutes_of_a_gpu(capsys, no_curves):
+    """In the order of worth; on a CPU with tiny models, and in this process."""
+    flags = ["--quick", "--tiny", "--here", "--device", "cpu"]
+    _, tests, *runs = gpu.main([*flags, "--parts", "tests", "ours", "kernels"])
+    assert tests["passed"] > 10 and not tests["failed"] and tests["all"]
+    told = [(run["part"], run["method"], run["base"]) for run in runs]
+    models = [("dpo", "qlora"), ("dpo", "lora"), ("sft", "qlora")]
+    ours = [("ours", *model) for model in models]
+    assert told == [("compiled", *model) for model in models] + ours + [("kernels", "sft", "lora")]
+    assert all(run["first_step_s"] > 0 for run in runs[:-1])
+    assert f"{tests['passed']} passed; failed: none" in capsys.readouterr().out
+    args = argparse.Namespace(tiny=False, device="cuda")
+    assert sum(case.seconds for case in gpu.quick(args)) < 400
+    assert {case.rows for case in gpu.quick(args) if case.part == "ours"} == {4096}
+
+
+def test_who_is_stopped_midway_keeps_what_was_measured(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, gpu.__file__, "--quick", "--tiny", "--device", "cpu"]
+    command += ["--parts", "ours", "kernels", "--out", str(out)]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    try:
+        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 2):
+            time.sleep(0.1)
+        assert process.poll() is None, (tmp_path / "said").read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    machine, first = [json.loads(line) for line in out.read_text().splitlines()]
+    assert machine["torch"] and first["part"] == "ours" and first["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("workers", ["", "[gw3] [ 25%] "], ids=["", "xdist"])
+def test_tests_that_passed_and_failed(workers):
+    said = ["head[in steps-cuda]", "nf4[(65, 31)-cuda]"]
+    lines = ["== test session starts ==", f"FAILED t.py::test_{said[1]} - assert 1 < 0"]
+    for word, name in zip(("PASSED", "FAILED"), said):
+        test = f"t.py::test_{name}"
+        lines.append(f"{workers}{word} {test}" if workers else f"{test} {word}  [ 25%]")
+    assert gpu.outcomes("\n".join(lines)) == ({f"test_{said[0]}"}, {f"test_{said[1]}"})
 
 
 def test_random_weights_are_those_that_are_packed():
@@ -307,13 +356,15 @@ def test_their_side_trains_the_same_tokens(method, base, tmp_path, no_curves):
 def test_a_measurement_in_a_process_of_its_own(monkeypatch):
     """What goes wrong there, a crash or too long a wait, is a result like another."""
     case = gpu.Case("ours", "sft", "lora", "tiny", "cpu", batch=2, warm=1, steps=1)
-    assert gpu.spawn(case, limit=300)["tokens_per_second"] > 0
-    assert "not done after 0 s" in gpu.spawn(case, limit=0.01)["error"]
+    assert gpu.spawn(case)["tokens_per_second"] > 0
+    assert "not done after 0 s" in gpu.spawn(replace(case, seconds=0.01))["error"]
+    [late] = gpu.in_turn([case], minutes=0.1, here=False)
+    assert late["error"] == "no time left"
     crash = argparse.Namespace(
         returncode=1, stdout="", stderr="Traceback\nOutOfMemoryError: full\n"
     )
     monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: crash)
-    failed = gpu.spawn(case, limit=300)
+    failed = gpu.spawn(case)
     assert failed["error"] == "OutOfMemoryError: full"
     assert "| TINY LoRA SFT | OutOfMemoryError: full |" in gpu.table([failed], None)
 

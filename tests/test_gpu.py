@@ -6,6 +6,7 @@ is, the CPU is compared with itself, or with the definition, so that these lines
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nanoalign.logps import Head, token_logps
 from nanoalign.model import Policy, generate, make_policy
 from nanoalign.nf4 import NF4Linear, dequantize, quantize
 from nanoalign.packing import Example, attention, pack
+from nanoalign.run.device import compile_layers
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
@@ -127,7 +129,7 @@ KINDS = {
         t.Gemma2Config, sliding_window=40, attn_logit_softcapping=5.0, query_pre_attn_scalar=16,
         final_logit_softcapping=8.0, **SMALL,
     ),
-    "qwen2": tiny(t.Qwen2Config, hidden_size=64),
+    "qwen2": tiny(t.Qwen2Config, hidden_size=64),  # heads of 8: attention without flex_attention
 }  # fmt: skip
 
 
@@ -148,17 +150,21 @@ def policy_of(kind: str, four_bits: bool, device: str, special=3) -> Policy:
     return policy
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logps_and_gradients(kind, four_bits, checkpointing, device):
-    if checkpointing and kind != "llama":
+def test_logps_and_gradients(kind, four_bits, checkpointing, compiled, device):
+    if checkpointing and kind != "llama" or compiled and kind == "qwen2":
         pytest.skip("the same for all")
     results = []
     for where in ("cpu", device):
         policy = policy_of(kind, four_bits, where)
         if checkpointing and where == device:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled and where == device:  # on a CPU nothing is by default
+            flags = dict(torch_compile=None, gradient_checkpointing=checkpointing, fsdp=False)
+            compile_layers(SimpleNamespace(**flags), policy.lm)
         policy.lm.train()
         scores = policy(examples())
         scores.logps.sum().backward()
