@@ -12,7 +12,7 @@ ROOMS = {  # room -> the rooms that it may import; a lesson file only those abov
     "world": {"lesson"},
     "formats": {"lesson", "formats"},
     "run": {"lesson", "world", "formats", "run"},
-    "tools": {"lesson", "world", "formats", "run"},
+    "tools": {"lesson", "world", "formats", "run", "tools"},
     "scripts": {"lesson", "world", "formats", "run"},
 }
 PACKAGE = {  # "formats.rows" -> its file

@@ -1,1 +1,1 @@
-"""Commands: python -m nanoalign.chat, .data, .merge, .plot."""
+"""Commands: python -m nanoalign.chat, .compare, .data, .merge, .plot."""
