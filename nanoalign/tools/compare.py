@@ -123,9 +123,10 @@ def score(policy: Policy, examples) -> dict[tuple[str, int], tuple]:
         scores = policy(batch)
         replies = iter(zip(scores.logps.tolist(), scores.tokens))
         for example in batch:
-            first, *_, last = [next(replies) for _ in example.completions]
-            scored[example.where, seen[example.where]] = first, last
-            seen[example.where] += 1
+            own = [next(replies) for _ in range(example.count)]
+            for better, worse in example.pairs:
+                scored[example.where, seen[example.where]] = own[better], own[worse]
+                seen[example.where] += 1
     return scored
 
 
@@ -280,10 +281,11 @@ def compare(args) -> None:
 
 
 def first_prompts(args, places: set[str]) -> list[list[dict]]:
-    """The first prompts of these places in the data, each once."""
+    """The first prompts of these places in the data, each once; generation has no tools."""
     how = dict(split=args.dataset_test_split, input_as_system=args.input_as_system)
     cases = read_cases(args.dataset_name, DPO, Counter(), [], **how)
-    once = {json.dumps(case.prompt): case.prompt for case in cases if case.where in places}
+    read = [case.prompt for case in cases if case.where in places and not case.tools]
+    once = {json.dumps(prompt): prompt for prompt in read}
     return list(once.values())[: args.generate]
 
 
