@@ -10,6 +10,7 @@ import pytest
 import transformers as t
 from conftest import tiny
 from huggingface_hub import ModelCard
+from scripts import write_rows
 
 from nanoalign import InputError
 from nanoalign.data import Example
@@ -162,6 +163,27 @@ def test_the_command(model_dir, tmp_path, capsys):
 
 def examples(up, down):
     return [Example([1], [([2], [True])], i < up) for i in range(up + down)]
+
+
+def test_show_draws_the_tree_of_an_example(model_dir, tmp_path, capsys):
+    """What texts share stands once, each branch under what it continues."""
+    thinks = {"role": "assistant", "content": "B", "reasoning_content": "hm"}
+    talk = [{"role": "user", "content": "Q"}, thinks, {"role": "user", "content": "R"}]
+    path = write_rows(tmp_path / "sft.jsonl", [{"messages": [*talk, {**thinks, "content": "C"}]}])
+    show.main([str(path), "--model_name_or_path", model_dir, "--method", "sft"])
+    out = capsys.readouterr().out
+    body = out[out.index("\n", out.index("--- ")) + 1 : out.index("--- tokens of")]
+    assert body == (
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n\n"
+        "    [[<think>\n    hm\n    </think>\n\n    B<|im_end|>]]\n"
+        "    B<|im_end|>\n    <|im_start|>user\n    R<|im_end|>\n    <|im_start|>assistant\n"
+        "    [[<think>\n    hm\n    </think>\n\n    C<|im_end|>]]\n"
+    )
+    row = {"prompt": "Q", "responses": ["B1", "A1", "B2"]}
+    path = write_rows(tmp_path / "dpo.jsonl", [row])
+    show.main([str(path), "--model_name_or_path", model_dir, "--method", "dpo"])
+    out = capsys.readouterr().out
+    assert "\n    [[B]]\n        [[1<|im_end|>]]\n        [[2<|im_end|>]]\n    [[A1<|im" in out
 
 
 @pytest.mark.parametrize(

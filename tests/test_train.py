@@ -475,3 +475,71 @@ def test_a_scale_that_is_too_high_costs_steps_and_nothing_else(method, run, monk
     lines = run(method, "--fp16", "true", "--max_steps", "40")
     skipped = [line for line in lines if "loss" not in line]
     assert 0 < len(skipped) < 40 and all(math.isfinite(ln["loss"]) for ln in lines if "loss" in ln)
+
+
+# ---------------------------------------------------------------------------------- ranked replies
+
+
+def ranked_rows(rng):
+    """Four replies each, with their scores."""
+    words = "Paris is the capital of France. Light is scattered, thank you.".split()
+
+    def replies():
+        return [f"{i} {' '.join(rng.choices(words, k=rng.randint(1, 9)))}" for i in range(4)]
+
+    return [
+        {"prompt": "Why is the sky blue?", "responses": replies(), "scores": [9, 1, 0, -1]},
+        {"prompt": "How?", "responses": replies(), "scores": [0.1, 3, 2, 0.1]},
+        {"prompt": "Hello!", "responses": replies(), "scores": [4, 3, 2, 1]},
+    ]
+
+
+def exploded(rows):
+    """Each pair in which one reply is better, as a row of its own."""
+    pairs = []
+    for row in rows:
+        ranked = sorted(zip(row["scores"], row["responses"]), key=lambda pair: -pair[0])
+        pairs += [
+            {"prompt": row["prompt"], "chosen": good, "rejected": bad}
+            for i, (a, good) in enumerate(ranked)
+            for b, bad in ranked[i + 1 :]
+            if a > b
+        ]
+    return pairs
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo", "orpo"])
+def test_ranked_replies_train_as_all_their_pairs(loss_type, run, tmp_path):
+    rows = ranked_rows(random.Random(0))
+    pairs = exploded(rows)
+    assert len(pairs) == 6 + 5 + 6  # one tie
+    lines, weights = [], []
+    for name, data, size in (("ranked", rows, 2), ("pairs", pairs, 7)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in data))
+        steps = str(math.ceil(len(data) / size))  # batches a step: a step has all there is
+        flags = ("--dataset_name", str(path), "--per_device_train_batch_size", str(size))
+        flags += ("--gradient_accumulation_steps", steps, "--loss_type", loss_type)
+        lines.append(run("dpo", *flags, "--max_grad_norm", "0"))
+        weights.append(load_file(run.directory / "adapter_model.safetensors"))
+    for one, other in zip(*lines):
+        clock = {"num_tokens", "tokens_per_second", "time"}
+        one, other = ({k: v for k, v in x.items() if k not in clock} for x in (one, other))
+        assert one == pytest.approx(other, rel=2e-5, abs=2e-6)
+        assert one["rewards/accuracies"] <= 1 and one["grad_norm"] > 0
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=2e-4), name
+
+
+def test_a_ranked_row_counts_its_replies_and_not_its_pairs(run, tmp_path):
+    """num_tokens: each reply with its prompt, once."""
+    rows = ranked_rows(random.Random(0))[:1]
+    path = tmp_path / "ranked.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    [line] = run("dpo", "--dataset_name", str(path), "--max_steps", "1")
+    tokens = 0
+    tokenizer = make_tokenizer()
+    for reply in rows[0]["responses"]:
+        text = f"<|im_start|>user\n{rows[0]['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        tokens += len(tokenizer(text)["input_ids"]) + len(tokenizer(reply)["input_ids"]) + 1
+    assert line["num_tokens"] == tokens

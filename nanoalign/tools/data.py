@@ -3,18 +3,22 @@
     python -m nanoalign.data DATASET --model_name_or_path M --show 3
 
 Trained tokens are green, markers blue, context grey; without colour (a pipe, NO_COLOR) trained text
-stands between [[ and ]].
+stands between [[ and ]]. What several texts of an example begin with is shown once, and under it,
+indented, how each goes on.
 """
 
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice, pairwise
+from textwrap import indent
 
 from nanoalign import InputError
 from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_row, renamed
 from nanoalign.formats.rows import files_of, rows_of
+from nanoalign.packing import Example, Ids
 from nanoalign.run.advice import ONE_LABEL, advice_on_prompts, suggested_weights
 from nanoalign.run.command import command
 from nanoalign.run.flags import Parser, add_flags
@@ -43,6 +47,20 @@ def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
         else:
             text += f"[[{piece}]]" if trained else piece
     return text
+
+
+def branches(example: Example) -> Iterator[tuple[int, Ids, list[bool]]]:
+    """An example as its row has it, from branching to branching: on how many branches it stands,
+    the ids, and which of them train."""
+    texts, path = example.whole_texts(), set()  # path: where the text so far branches
+    shared = [common for common, *_ in texts]
+    for i, (common, ids, (_, mask), _) in enumerate(texts):
+        later = {n for n in accumulate(shared[i + 1 :], min) if n > common}
+        path = {n for n in path if n < common} | {common} | later
+        mask = [False] * len(example.prompt) + [*map(bool, mask)]
+        for level, (start, end) in enumerate(pairwise([*sorted(path), len(ids)])):
+            if start >= common and start < end:
+                yield level, ids[start:end], mask[start:end]
 
 
 def histogram(lengths: list[int]) -> str:
@@ -90,12 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"advice: {line}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in examples[: args.show]:
-        for number, (ids, mask) in enumerate(example.texts, 1):
-            name = f"completion {number}" if len(example.texts) > 1 else "example"
-            label = "" if example.label is None else f", label {str(example.label).lower()}"
-            whole, before = [*example.prompt, *ids], [False] * len(example.prompt)
-            print(f"--- {example.where}: {name}{label}, {len(whole)} tokens, {sum(mask)} train")
-            print(render(opened[0], whole, [*before, *mask], colour))
+        label = "" if example.label is None else f", label {str(example.label).lower()}"
+        train = sum(sum(mask) for _, mask in example.texts)
+        print(f"--- {example.where}{label}: {example.tokens} tokens, {train} train")
+        for level, ids, mask in branches(example):
+            print(indent(render(opened[0], ids, mask, colour), "    " * level))
     print("--- tokens of an example")
     print(histogram([len(example) for example in examples]), end="")
     if method == "kto":
