@@ -464,8 +464,6 @@ def test_ranked_replies_without_a_pair(read):
     row = {"prompt": "Q", "responses": ["A", "B"], "scores": [1, 1]}
     for layouts in (DPO, KTO):
         assert read(layouts, row) == [] and read.count["no reply above another"] == 1
-        assert read(layouts, {"prompt": "Q", "responses": ["A"]}) == []
-        assert read.count["no reply above another"] == 1
     assert read(DPO, {"prompt": "Q", "responses": ["A", "A", "A"]}) == []
     assert read.count["chosen equal to rejected"] == 1
     assert read(DPO, {"prompt": "Q", "responses": ["A", "", " "]}) == []
@@ -476,17 +474,21 @@ def test_an_empty_reply_leaves_the_others(read):
     row = {"prompt": "Q", "responses": ["A", "", "B"], "scores": [1, 9, 2]}
     case = read.one(DPO, row)
     assert texts(case) == ["B", "A"] and case.ranks == [-2, -1]
-    assert read.count == {"rows": 1, "empty replies beside others": 1}
+    assert read.count == {"rows": 1, "replies left out": 1}
 
 
 BAD_RANKS = {
-    "no replies": ({"responses": []}, "0 replies"),
+    "no replies": ({"responses": []}, "a list of 0", "two replies"),
+    "one reply": ({"responses": ["A"]}, "a list of 1", "two replies"),
     "one output": ({"output": ["A"]}, "a list of 1", "two replies"),
     "an object": ({"responses": {"a": "A"}}, "responses: an object"),
-    "too few scores": ({"responses": ["A", "B"], "scores": [1]}, "2 replies, 1 scores"),
-    "a score that is null": ({"responses": ["A", "B"], "scores": [1, None]}, "null among them"),
-    "a score that is true": ({"responses": ["A", "B"], "scores": [1, True]}, "true or false"),
-    "a score that is text": ({"responses": ["A", "B"], "scores": [1, "2"]}, "a string among them"),
+    "too few scores": ({"responses": ["A", "B"], "scores": [1]}, "2 numbers"),
+    "a score that is null": (
+        {"responses": ["A", "B"], "scores": [1, None]},
+        "scores: expected 2 numbers",
+    ),
+    "a score that is true": ({"responses": ["A", "B"], "scores": [1, True]}, "2 numbers"),
+    "a score that is text": ({"responses": ["A", "B"], "scores": [1, "2"]}, "2 numbers"),
     "a reply that is null": ({"responses": ["A", None]}, "responses, reply 2: null"),
     "no rank": ({"answers": [{"answer": "A"}]}, "answers", "answer and rank"),
     "no objects": ({"completions": ["A"]}, "completions", "response and overall_score"),

@@ -12,7 +12,6 @@ wrong raises InputError, with file and line in front; what is passed over is sai
 """
 
 import gc
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -52,11 +51,9 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
 def answers(row: dict, prompt: list[Message], *replies: str) -> Case:
     """The replies to a prompt, which they may repeat, behind a system turn too."""
     completions = [turns_of(row, reply, "assistant") for reply in replies]
-    first = completions[0][:1]
-    if first[0]["role"] == "system" and all(
-        c[: len(prompt) + 1] == first + prompt for c in completions
-    ):
-        prompt = first + prompt
+    led = completions[0][:1] + prompt
+    if led[0]["role"] == "system" and all(c[: len(led)] == led for c in completions):
+        prompt = led
     n = len(prompt)
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
@@ -123,43 +120,34 @@ def alpaca(row: dict, asked: str, *replies: str) -> Case:
     return answers(row, prompt, *replies)
 
 
-def alpaca_ranked(row: dict, asked: str, replies: str) -> Case:
-    """Alpaca with a list of replies, the best first."""
+def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
+    """A list of replies: the best first, or with a score each, of which the higher is the better
+    (`sign` -1: the lower) and equal ones are a tie."""
     given = row[replies]
     if not isinstance(given, list) or len(given) < 2:
         found = f"a list of {len(given)}" if isinstance(given, list) else kind_of(given)
         raise InputError(f"{replies}: {found}; expected a list of two replies or more, best first")
-    return ranked(row, asked, replies)
-
-
-def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
-    """A list of replies to one prompt: the best first, or with a score each, of which the higher is
-    the better (`sign` -1: the lower) and equal ones are a tie."""
-    given = list_of(row, replies, "replies")
-    points = list_of(row, scores, "numbers") if scores else range(0, -len(given), -1)
-    if not given or len(points) != len(given):
-        raise InputError(f"{replies}: {len(given)} replies, {len(points)} scores; expected as many")
-    for point in points:
-        if isinstance(point, bool) or not isinstance(point, int | float) or math.isnan(point):
-            raise InputError(f"{scores}: {kind_of(point)} among them; expected numbers")
+    points = list_of(row, scores, "numbers") if scores else [-i for i in range(len(given))]
+    if len(points) != len(given) or any(type(p) not in (int, float) or p != p for p in points):
+        raise InputError(f"{scores}: expected {len(given)} numbers, one a reply")
     columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(given, 1)}
     read = alpaca if asked == "instruction" else answered
     case = read({**row, **columns}, asked, *columns)
     best = sorted(range(len(given)), key=lambda i: -sign * points[i])
-    case.completions = [case.completions[i] for i in best]
-    case.ranks = [float(-sign * points[i]) for i in best]
-    return case
+    ranks = [float(-sign * points[i]) for i in best]
+    return Case(case.prompt, [case.completions[i] for i in best], ranks=ranks)
 
 
 def scored(row: dict, asked: str, replies: str) -> Case:
     """Each reply is an object with its score (UltraFeedback) or its rank (Nectar)."""
-    nectar = "answer", "rank", -1
-    text, score, sign = nectar if replies == "answers" else ("response", "overall_score", 1)
+    sign, *keys = 1, "response", "overall_score"
+    if replies == "answers":
+        sign, *keys = -1, "answer", "rank"
     given = list_of(row, replies, "objects")
-    if not all(isinstance(reply, dict) and {text, score} <= reply.keys() for reply in given):
-        raise InputError(f"{replies}: expected objects with {text} and {score}")
-    columns = {replies: [reply[text] for reply in given], score: [reply[score] for reply in given]}
-    return ranked({**row, **columns}, asked, replies, score, sign)
+    if not all(isinstance(reply, dict) and {*keys} <= reply.keys() for reply in given):
+        raise InputError(f"{replies}: expected objects with {' and '.join(keys)}")
+    texts, points = ([reply[key] for reply in given] for key in keys)
+    return ranked({**row, replies: texts, keys[1]: points}, asked, replies, keys[1], sign)
 
 
 SFT = {
@@ -173,7 +161,7 @@ DPO = {
     ("prompt", "chosen", "rejected"): answered,
     ("question", "chosen", "rejected"): answered,
     ("instruction", "chosen", "rejected"): alpaca,
-    ("instruction", "output"): alpaca_ranked,
+    ("instruction", "output"): ranked,
     ("conversations", "chosen", "rejected"): answered,
     ("chosen", "rejected"): last_reply,
     ("messages", "rejected_response"): rejected_reply,
@@ -225,7 +213,7 @@ def read_examples(
 
 def describe(count: Counter) -> str:
     """What became of the rows, in one line."""
-    cuts = "prompts cut", "completions cut"
+    cuts = "prompts cut", "completions cut", "replies left out", "pairs tied or equal"
     said = [f"{count['rows']} rows, {count['examples']} examples"]
     said += [f"{count[key]} {key}" for key in cuts if count[key]]
     skips = [key for key in count if count[key] and key not in ("rows", "examples", *cuts)]
@@ -248,16 +236,20 @@ def read_cases(
 
     Up to `skip_bad_rows` rows that are refused, by the template too, are passed over and named.
     """
+    labelled = any("label" in columns for columns in layouts)
     for source in files_of(sources):
+        csv = source.lower().endswith((".csv", ".csv.gz"))
         columns, left, judged = None, Counter(), defaultdict(list)
         for where, row in rows_of(source, split):
             count["rows"] += 1
             try:
                 row = renamed(row)
                 columns = columns or layout_of(row, layouts)
-                cases = read_row(row, columns, layouts, input_as_system, is_csv(source))
-                if skip_bad_rows and template:
-                    for case, completion in ((x, y) for x in cases for y in x.completions):
+                cases = read_row(row, columns, layouts, input_as_system, csv)
+                for case in cases:
+                    if labelled and (n := len(case.completions)) > 2:
+                        raise InputError(f"{n} replies; expected two, a thumb up and a thumb down")
+                    for completion in case.completions if skip_bad_rows and template else ():
                         texts_of(case, completion, template)
             except InputError as error:
                 count["refused"] += 1
@@ -266,24 +258,30 @@ def read_cases(
                 notes.append(f"passed over: {where}: {error}")
                 continue
             count["no reply is judged"] += not cases
-            extra = ["input"] * ("instruction" in columns or input_as_system)
-            extra += ["label"] * any(case.label is not None for case in cases)
-            left.update(unread(row, {*columns, *BESIDE, *extra}))
+            known = {*columns, *BESIDE, *["input"] * (input_as_system or "instruction" in columns)}
+            known |= {"label"} if any(case.label is not None for case in cases) else set()
+            left.update(unread(row, known))
             for case in cases:
                 case.where = where
-                for completion in case.completions if train_on == "last_reply" else ():
-                    for message in completion[:-1]:
-                        message |= {"train": False} if message["role"] == "assistant" else {}
-                if isinstance(case, feedback.Judged) and not has_labels(layouts):
+                if train_on == "last_reply":
+                    case.completions = [only_last(completion) for completion in case.completions]
+                if isinstance(case, feedback.Judged) and not labelled:
                     judged[case.answers].append(case)  # until the other replies are known
                 else:
-                    yield from worth_training(case, layouts, count)
+                    yield from worth_training(case, labelled, count)
         for replies in judged.values():
-            yield from worth_training(feedback.siblings(replies), layouts, count)
-        for said in "not read", "read":
-            names = [name for name in left if name.startswith("role ") == (said == "read")]
-            listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
-            notes += [f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}"] * bool(names)
+            yield from worth_training(feedback.siblings(replies), labelled, count)
+        for said, is_role in (("not read", False), ("read", True)):
+            names = [name for name in left if name.startswith("role ") is is_role]
+            if names:
+                listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
+                notes.append(f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}")
+
+
+def only_last(completion: list[Message]) -> list[Message]:
+    """A completion of which only the last turn trains."""
+    *before, last = completion
+    return [m if m["role"] != "assistant" else {**m, "train": False} for m in before] + [last]
 
 
 def renamed(row: dict | InputError) -> dict:
@@ -293,15 +291,6 @@ def renamed(row: dict | InputError) -> dict:
     if "kto_tag" in row and "label" not in row:
         return {"label" if name == "kto_tag" else name: value for name, value in row.items()}
     return row
-
-
-def has_labels(layouts: Layouts) -> bool:
-    """Does the method learn from thumbs (KTO)?"""
-    return any("label" in columns for columns in layouts)
-
-
-def is_csv(source: str) -> bool:
-    return source.lower().endswith((".csv", ".csv.gz"))
 
 
 def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
@@ -331,8 +320,6 @@ def read_row(
     found = layouts[columns](row, *(c for c in columns if c != "label"))
     cases = [found] if isinstance(found, Case) else list(found)
     for case in cases:
-        if len(case.completions) > 2 and has_labels(layouts):
-            raise InputError(f"{len(case.completions)} replies; expected two: one up, one down")
         if "label" in columns:
             case.label = label_of(row["label"], csv)
         elif "label" in row and len(case.completions) == 1:  # a thumb that SFT must not pass over
@@ -367,7 +354,7 @@ def _check_turns(prompt: list[str], completion: list[str]) -> None:
         raise InputError(f"a completion {found} after the prompt; expected the assistant")
 
 
-def worth_training(case: Case, layouts: Layouts, count: Counter) -> Iterator[Case]:
+def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]:
     """A case without replies that teach nothing, which are counted; for labels, a pair is two."""
     faults = [nothing_to_learn(completion) for completion in case.completions]
     kept = [i for i, fault in enumerate(faults) if not fault]
@@ -379,9 +366,9 @@ def worth_training(case: Case, layouts: Layouts, count: Counter) -> Iterator[Cas
         count["chosen equal to rejected"] += 1
     elif ranks and len(set(ranks)) < 2:
         count["no reply above another"] += 1
-    elif not has_labels(layouts):
+    elif not labelled:
         count["label false"] += case.label is False
-        count["empty replies beside others"] += len(faults) - len(kept)
+        count["replies left out"] += len(faults) - len(kept)
         if case.label is not False:
             yield replace(case, completions=replies, ranks=ranks, label=None)
     elif len(replies) == 2:
