@@ -25,6 +25,7 @@ from nanoalign.formats.rows import parsed
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
 CALL_ROLES = "function_call", "tool_call"  # the content is the call, in JSON
 SHAREGPT = {"human": "user", "gpt": "assistant"}
+KNOWN_ROLES = {*ROLES, *SHAREGPT}
 OTHER_ROLES = {  # in any case: "Human"
     **SHAREGPT, **dict.fromkeys(CALL_ROLES, "assistant"), "developer": "system",
     **dict.fromkeys(("function", "observation", "tool_response"), "tool"),
@@ -32,13 +33,13 @@ OTHER_ROLES = {  # in any case: "Human"
 THOUGHTS = "reasoning_content", "reasoning", "thinking"
 CALLS = "tool_calls", "function_call"
 TRAINS = "weight", "train", "loss", "loss_mask", "trainable"  # 0 or 1: does the reply train?
-MESSAGE_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *THOUGHTS, *CALLS, *TRAINS}
+REPLY_KEYS = {*THOUGHTS, *CALLS}
+MESSAGE_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *REPLY_KEYS, *TRAINS}
 CALL_KEYS = {"id", "type", "index", "function", "name", "arguments"}
-UNSUPPORTED = (  # columns and keys without which a conversation would mean something else
-    "images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio", "files",
+UNSUPPORTED = {  # columns and keys without which a conversation would mean something else
+    "images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio",
     "chat_template_kwargs",
-)  # fmt: skip
-NOTHING = None, "", [], {}
+}  # fmt: skip
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 
@@ -63,7 +64,9 @@ def text_of(row: dict, column: str) -> str:
 
 def list_of(row: dict, column: str, what: str) -> list:
     """A list, or JSON of one; empty where the column is missing, null or empty."""
-    value = _json(row.get(column) or [], column) or []
+    value = row.get(column) and _json(row[column], column)
+    if not value:
+        return []
     if not isinstance(value, list):
         raise InputError(f"{column}: {kind_of(value)}; expected a list of {what}")
     return value
@@ -107,63 +110,75 @@ def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
     turns = []
     for i, message in enumerate(value):
         where = f"{column}, message {i + 1}"
-        turns.append(_message(message, where, mask[i]))
-        if _said_role(message) in CALL_ROLES and [t["role"] for t in turns[-2:-1]] == ["assistant"]:
-            call, reply = turns.pop(), turns[-1]  # a call as a message of its own ends its reply
-            if ("train" in call) != ("train" in reply):
+        turn = _message(message, where, mask[i])
+        own = "tool_calls" in turn and message[_key(message, ROLE_KEYS)].lower() in CALL_ROLES
+        if own and turns and (reply := turns[-1])["role"] == "assistant":
+            if ("train" in turn) != ("train" in reply):
                 raise InputError(f"{where}: expected it to train as its reply does")
-            reply["tool_calls"] = reply.get("tool_calls", []) + call.get("tool_calls", [])
+            reply["tool_calls"] = reply.get("tool_calls", []) + turn["tool_calls"]
+        else:
+            turns.append(turn)
     return turns
 
 
 def unread(row: dict, columns: set[str]) -> Iterator[str]:
     """What is passed over in a row of which these columns are read; and roles read as others."""
     for column, value in row.items():
-        if column not in columns and value not in NOTHING:
-            yield f"column {column}"
-        for message in (value if isinstance(value, list) else [value]) if column in columns else ():
+        if column not in columns:
+            yield from (f"column {name}" for name in filled({column: value}))
+            continue
+        for message in value if isinstance(value, list) else [value]:
             role = message.get(_key(message, ROLE_KEYS)) if isinstance(message, dict) else None
             if isinstance(role, str):
-                keys = [key for key in message if message[key] not in NOTHING]
-                yield from (f"key {key}" for key in keys if key not in MESSAGE_KEYS)
-                if role not in (*ROLES, *SHAREGPT):
-                    yield f"role {role} as {OTHER_ROLES.get(role.lower(), role.lower())}"
+                if not message.keys() <= MESSAGE_KEYS:
+                    yield from (f"key {key}" for key in filled(message) if key not in MESSAGE_KEYS)
+                if role not in KNOWN_ROLES:
+                    yield f"role {role} as {_role(role)}"
+
+
+def filled(given: dict) -> dict:
+    """Without what is null or empty; 0 and false are neither."""
+    return {key: value for key, value in given.items() if value or value == 0}
 
 
 def refuse_unsupported(given: dict, where: str = "") -> None:
     """InputError for columns or keys that hold more than text."""
-    for key in UNSUPPORTED:
-        if given.get(key) not in NOTHING:
+    for key in [] if UNSUPPORTED.isdisjoint(given) else filled(given):
+        if key in UNSUPPORTED:
             raise InputError(f"{where}{key}: {kind_of(given[key])}; expected text alone")
 
 
 def _message(message, where: str, mask=None) -> Message:
     """A message in its one form; `mask` is its entry in the column loss_mask."""
     keyed = isinstance(message, dict)
-    given = {k: v for k, v in message.items() if v not in NOTHING} if keyed else {}
-    more = [key for key in (*THOUGHTS, *CALLS) if key in given]
-    role_key, text_key = (
-        _key(message, names) if keyed else None for names in (ROLE_KEYS, TEXT_KEYS)
-    )
-    if role_key is None or (text_key is None and not more):
+    given = filled(message) if keyed else {}
+    more = [] if REPLY_KEYS.isdisjoint(given) else [key for key in given if key in REPLY_KEYS]
+    role_key, text_key = keyed and _key(message, ROLE_KEYS), keyed and _key(message, TEXT_KEYS)
+    if not role_key or not (text_key or more):
         found = f"keys {listed(message)}" if keyed else kind_of(message)
         raise InputError(f'{where}: {found}; expected {{"role": ..., "content": ...}}')
-    said, content = _said_role(message), message.get(text_key)
-    role = OTHER_ROLES.get(said, said)
+    said, content = message[role_key], message.get(text_key)
+    role = _role(said) if isinstance(said, str) else None
     if role not in ROLES:
         expected = ", ".join(ROLES)
-        raise InputError(f"{where}: {role_key} is {_shown(message[role_key])}; expected {expected}")
+        raise InputError(f"{where}: {role_key} is {_shown(said)}; expected {expected}")
     refuse_unsupported(message, f"{where}: ")
-    content = _joined(content, f"{where}: {text_key}") if isinstance(content, list) else content
+    if isinstance(content, list):
+        content = _joined(content, f"{where}: {text_key}")
     if not isinstance(content, str) and not (content is None and more):
         raise InputError(f"{where}: {text_key} is {kind_of(content)}; expected a string")
     turn = {"role": role, "content": content or ""}
-    if role == "assistant":
-        turn |= _reply(given, content or "", said in CALL_ROLES, where)
-    elif more:
+    if more and role != "assistant":
         raise InputError(f"{where}: {more[0]} in the {role}'s turn; expected the assistant's")
+    if role == "assistant" and (more or "<t" in turn["content"] or said.lower() in CALL_ROLES):
+        turn |= _reply(given, turn["content"], said.lower() in CALL_ROLES, where)
     flags = {key: given[key] for key in TRAINS if key in given}
     flags |= {} if mask is None else {"the column loss_mask": mask}
+    return turn if _trains(flags, role, where) else {**turn, "train": False}
+
+
+def _trains(flags: dict, role: str, where: str) -> bool:
+    """What the flags say of a turn; it trains where there are none."""
     for key, flag in flags.items():
         if flag not in (0, 1):
             raise InputError(f"{where}: {key} is {_shown(flag)}; expected 0 or 1")
@@ -171,7 +186,7 @@ def _message(message, where: str, mask=None) -> Message:
             raise InputError(f"{where}: {key} is 1; expected that of the assistant's turns alone")
     if len(set(map(bool, flags.values()))) > 1:
         raise InputError(f"{where}: {' and '.join(flags)} disagree; expected one of them")
-    return turn if role != "assistant" or all(flags.values()) else {**turn, "train": False}
+    return all(flags.values()) or role != "assistant"
 
 
 def _reply(given: dict, content: str, is_call: bool, where: str) -> Message:
@@ -261,13 +276,14 @@ def _joined(parts: list, where: str) -> str:
 
 def _key(message: dict, names: tuple) -> str | None:
     """Which of the names the message has: if two, one that is not null."""
-    there = [name for name in names if name in message]
-    return min(there, key=lambda name: message[name] is None, default=None)
+    for name in names:
+        if message.get(name) is not None:
+            return name
+    return next((name for name in names if name in message), None)
 
 
-def _said_role(message: dict):
-    role = message.get(_key(message, ROLE_KEYS))
-    return role.lower() if isinstance(role, str) else None
+def _role(said: str) -> str:
+    return said if said in ROLES else OTHER_ROLES.get(said.lower(), said.lower())
 
 
 def kind_of(value) -> str:

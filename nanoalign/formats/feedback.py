@@ -50,6 +50,8 @@ def open_webui(row: dict, *columns: str) -> Judged:
     while at not in path:
         up = inside(messages, at, "parentId")
         path[at] = dict(messages[at])
+        if path[at].get("files"):
+            raise InputError(f"snapshot: message {at[:40]} has files; expected text alone")
         if found := THOUGHT.match(str(path[at].get("content"))):
             thought = re.sub("^> ?", "", html.unescape(found[1]), flags=re.MULTILINE)
             path[at] |= {"reasoning_content": thought, "content": found.string[found.end() :]}

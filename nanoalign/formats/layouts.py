@@ -309,7 +309,7 @@ def read_row(
     for column in columns:
         if column not in row:
             raise InputError(f"no column {column}; expected one, as in the file's first row")
-    refuse_unsupported({name: value for name, value in row.items() if name not in columns})
+    refuse_unsupported(row)
     if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
         raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
     system, tools, history = text_of(row, "system"), tools_of(row), history_of(row)
@@ -362,7 +362,7 @@ def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]
     ranks = case.ranks and [case.ranks[i] for i in kept]
     if any(faults) and len(kept) < 2:
         count[next(filter(None, faults))] += 1
-    elif replies[1:] and len(set(map(repr, replies))) == 1:
+    elif replies[1:] and all(r == replies[0] and repr(r) == repr(replies[0]) for r in replies):
         count["chosen equal to rejected"] += 1
     elif ranks and len(set(ranks)) < 2:
         count["no reply above another"] += 1
