@@ -474,7 +474,8 @@ def test_an_empty_reply_leaves_the_others(read):
     row = {"prompt": "Q", "responses": ["A", "", "B"], "scores": [1, 9, 2]}
     case = read.one(DPO, row)
     assert texts(case) == ["B", "A"] and case.ranks == [-2, -1]
-    assert read.count == {"rows": 1, "replies left out": 1}
+    assert read.count == {"rows": 1, "empty replies left out": 1}
+    assert describe(read.count) == "1 rows, 0 examples; 1 empty replies left out"
 
 
 BAD_RANKS = {

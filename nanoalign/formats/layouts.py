@@ -213,7 +213,8 @@ def read_examples(
 
 def describe(count: Counter) -> str:
     """What became of the rows, in one line."""
-    cuts = "prompts cut", "completions cut", "replies left out", "pairs tied or equal"
+    cuts = "prompts cut", "completions cut", "pairs tied or equal", "empty replies left out"
+    cuts += ("replies with no trained token left",)
     said = [f"{count['rows']} rows, {count['examples']} examples"]
     said += [f"{count[key]} {key}" for key in cuts if count[key]]
     skips = [key for key in count if count[key] and key not in ("rows", "examples", *cuts)]
@@ -368,7 +369,7 @@ def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]
         count["no reply above another"] += 1
     elif not labelled:
         count["label false"] += case.label is False
-        count["replies left out"] += len(faults) - len(kept)
+        count["empty replies left out"] += len(faults) - len(kept)
         if case.label is not False:
             yield replace(case, completions=replies, ranks=ranks, label=None)
     elif len(replies) == 2:
