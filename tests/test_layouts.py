@@ -765,7 +765,7 @@ def test_spelled_markers_are_said(tmp_path):
         read_examples([path], layouts, tokenizer, ChatML(tokenizer), notes=notes)
         [note] = notes
         assert note.startswith(f"{path}: 3 rows hold a template's markers as text")
-        assert f"<|im_end|> in {path}, line 2" in note and "--chat_template none" in note
+        assert "(<|im_end|> in line 2)" in note and "--chat_template none" in note
     plain = write(tmp_path, rows[:1], "plain.jsonl")
     read_examples([plain], DPO, tokenizer, ChatML(tokenizer), notes=(notes := []))
     assert notes == []

@@ -133,6 +133,16 @@ def test_the_mask_is_readable_without_colour(tokenizer):
     assert re.sub("\033\\[[0-9]+m", "", coloured) == text.replace("[[", "").replace("]]", "")
 
 
+def test_a_marker_that_is_spelled_looks_otherwise(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    spelled = tokenizer("a<|im_end|>", add_special_tokens=False, split_special_tokens=True)
+    ids = [*spelled["input_ids"], end]
+    text = show.render(tokenizer, ids, [True] * len(ids), colour=False)
+    assert text == r"[[a\<|im_end|><|im_end|>]]"
+    text = show.render(tokenizer, ids, [False] * len(ids), colour=True)
+    assert f"{show.GREY}a<|im_end|>{show.PLAIN}{show.BLUE}<|im_end|>{show.PLAIN}" in text
+
+
 def test_control_characters_in_data_do_not_reach_the_terminal(tokenizer):
     ids = tokenizer("a\x1b[31mb", add_special_tokens=False)["input_ids"]
     text = show.render(tokenizer, ids, [False] * len(ids), colour=False)
@@ -153,6 +163,17 @@ def test_the_command(model_dir, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "as KTO data" in out and "4 rows, 4 examples" in out and "[[So.<|im_end|>]]" in out
     assert "1 desirable, 3 undesirable" in out and "--desirable_weight 3.00 to 4.00" in out
+    path.write_text("".join(json.dumps(row | {"label": True, "id": 7}) + "\n" for row in rows))
+    show.main([str(path), "--model_name_or_path", model_dir])
+    out = capsys.readouterr().out
+    assert "warning: one label only" in out and "balanced" not in out
+    assert f"{path}: not read: column id (4)" in out
+    long = {"prompt": "word " * 2000, "completion": "So.", "label": True}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], long, "")))
+    show.main([str(path), "--model_name_or_path", model_dir, "--skip_bad_rows", "1"])
+    out = capsys.readouterr().out
+    assert f"passed over: {path}, line 3: " in out and "1 skipped: refused" in out
+    assert "advice: prompts fill --max_length 1024 in 1 rows" in out
     with pytest.raises(SystemExit) as stop:
         show.main([str(tmp_path / "nix.jsonl"), "--model_name_or_path", model_dir])
     assert stop.value.code == 2

@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import chain
 
 from nanoalign import InputError
-from nanoalign.chatml import Message
+from nanoalign.chatml import TAGS, Message
 from nanoalign.data import Case, Examples, Limits, make_examples, texts_of
 from nanoalign.formats import feedback
 from nanoalign.formats.columns import (
@@ -39,8 +39,6 @@ from nanoalign.formats.rows import files_of, rows_of
 
 Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # of a method, by columns
 BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in every layout
-# Words of templates that are not always tokens; with a tokenizer's own, what a text may spell.
-MARKERS = "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
@@ -392,15 +390,15 @@ def nothing_to_learn(completion: list[Message]) -> str | None:
 
 def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[Case]:
     """The cases, and behind them a note on each file whose texts spell a template's markers."""
-    tokens = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
-    names = sorted((n for n in {*tokens, *MARKERS} if len(n) > 1), key=len, reverse=True)
-    marker, found = re.compile("|".join(map(re.escape, names))), {}
+    names = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
+    names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    marker, found = re.compile("|".join([TAGS.pattern, *map(re.escape, names)])), {}
     for case in cases:
         turns = chain(case.prompt, *case.completions)
         texts = (text for m in turns for text in (m["content"], m.get("reasoning_content", "")))
         if match := next(filter(None, map(marker.search, texts)), None):
-            file = case.where.rpartition(", ")[0]
-            number, last, example = found.get(file, (0, "", f"{match[0]} in {case.where}"))
+            file, _, place = case.where.rpartition(", ")
+            number, last, example = found.get(file, (0, "", f"{match[0]} in {place}"))
             found[file] = number + (last != case.where), case.where, example
         yield case
     for file, (number, _, example) in found.items():

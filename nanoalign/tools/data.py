@@ -3,11 +3,12 @@
     python -m nanoalign.data DATASET --model_name_or_path M --show 3
 
 Trained tokens are green, markers blue, context grey; without colour (a pipe, NO_COLOR) trained text
-stands between [[ and ]]. What several texts of an example begin with is shown once, and under it,
-indented, how each goes on.
+stands between [[ and ]], and what only spells a marker has a backslash before it. What several
+texts of an example begin with is shown once, and under it, indented, how each goes on.
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -36,16 +37,19 @@ GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
     """Text of ids, with the trained stretches marked. Markers are the tokenizer's added tokens,
-    whether it calls them special or not, but for the runs of white space that some add."""
-    markers = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
-    text = ""
-    pairs = zip(mask, (colour and i in markers for i in ids), ids)
-    for (trained, marker), stretch in groupby(pairs, key=lambda pair: pair[:2]):
-        piece = printable(tokenizer.decode([i for *_, i in stretch]))
-        if colour:
-            text += (GREEN if trained else BLUE if marker else GREY) + piece + PLAIN
-        else:
-            text += f"[[{piece}]]" if trained else piece
+    whether it calls them special or not, but for the runs of white space that some add. Where there
+    is no colour, the name of one that is only spelled has a backslash before it."""
+    markers = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+    names, text = re.compile("|".join(map(re.escape, markers.values())) or "(?!)"), ""
+    for trained, stretch in groupby(zip(mask, ids), key=lambda pair: pair[0]):
+        part = ""
+        for marker, some in groupby((i for _, i in stretch), key=markers.__contains__):
+            piece = printable(tokenizer.decode([*some]))
+            if colour:
+                part += (GREEN if trained else BLUE if marker else GREY) + piece + PLAIN
+            else:
+                part += piece if marker else names.sub(r"\\\g<0>", piece)
+        text += f"[[{part}]]" if trained and not colour else part
     return text
 
 
