@@ -180,7 +180,7 @@ class Config:
     lora_bias: Literal["none", "lora_only", "all"] = flag("none", "biases that train", idle=goes_on)
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", idle=goes_on)
     # data
-    dataset_name: list[str] = flag([], "JSON, JSONL or CSV files, or a data set of the hub")
+    dataset_name: list[str] = flag([], "files (JSON, JSONL, CSV, Parquet) or a data set of the hub")
     dataset_train_split: str = flag(
         "train", "split of a hub data set", idle=lambda c: not any(map(on_hub, c.dataset_name)))
     dataset_test_split: str = flag(
