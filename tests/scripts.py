@@ -46,10 +46,10 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def command(folder: Path, script: str, *flags) -> tuple[int, str, str]:
+def command(folder: Path, script: str, *flags, first=lambda: None) -> tuple[int, str, str]:
     """`python script flags` in a folder -> (exit code, standard output, standard error).
 
-    "-m nanoalign.chat" is a script too.
+    "-m nanoalign.chat" is a script too. `first` is called in the process before it begins.
     """
     outputs = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
 
@@ -57,6 +57,7 @@ def command(folder: Path, script: str, *flags) -> tuple[int, str, str]:
         os.chdir(folder)
         for stream, output in zip(("stdout", "stderr"), outputs):
             setattr(sys, stream, open(output, "w", encoding="utf-8"))
+        first()
         sys.stdin = open(os.devnull)
         if script.startswith("-m "):
             sys.argv = [script, *map(str, flags)]
@@ -68,6 +69,13 @@ def command(folder: Path, script: str, *flags) -> tuple[int, str, str]:
 
     code = wait(child(action))
     return code, *(output.read_text(encoding="utf-8") for output in outputs)
+
+
+def no_reader():
+    """Standard output becomes a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = open(writer, "w", encoding="utf-8")
 
 
 def files(folder: Path) -> dict[str, bytes | None]:

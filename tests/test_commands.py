@@ -4,6 +4,7 @@ with exit code 2 and one line on standard error, and nothing is written or overw
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
-from scripts import METHODS, ROOT, argv, command, files, metrics, write_rows
+from scripts import METHODS, ROOT, argv, command, files, metrics, no_reader, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import dynamic_module_utils as remote
@@ -33,7 +34,7 @@ from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import check_output_dir, git_commit, start, use_threads
-from nanoalign.tools import merge
+from nanoalign.tools import chat, merge, plot
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -388,6 +389,29 @@ def test_nor_what_lies_below_the_output_directory(script, model_dir):
     assert script("sft", "--overwrite_output_dir", model_name_or_path="other")[0] == 0
 
 
+def test_nor_the_data_that_it_reads(script, data):
+    """In a checkpoint's directory, which would be deleted, by a link too, or under a name that is
+    written; a file of its own beside them stays."""
+    assert script("sft", save_steps=1)[0] == 0
+    out = script.folder / "out"
+    for place in ("checkpoint-1/mine.jsonl", "metrics.jsonl", "mine.jsonl"):
+        shutil.copy(data / "sft.jsonl", out / place)
+    (script.folder / "link.jsonl").symlink_to(out / "checkpoint-1" / "mine.jsonl")
+    for changes in (
+        {"dataset_name": "out/checkpoint-1/mine.jsonl"},
+        {"dataset_name": [data / "sft.jsonl", out / "checkpoint-1" / "mine.jsonl"]},
+        {"dataset_name": "link.jsonl"},
+        {"dataset_name": "out"},
+        {"dataset_name": "out/metrics.jsonl"},
+        {"eval_dataset": "out/../out/checkpoint-1/mine.jsonl"},
+    ):
+        words = ["--output_dir out: would overwrite what training starts from: "]
+        refused(script, "sft", "--overwrite_output_dir", **changes, expected=words)
+    code, _, errors = script("sft", "--overwrite_output_dir", dataset_name="out/mine.jsonl")
+    assert code == 0 and not errors
+    assert (out / "mine.jsonl").read_bytes() == (data / "sft.jsonl").read_bytes()
+
+
 def test_to_resume_is_no_leave_to_overwrite(script):
     """A directory of somebody else's, or another run's, is not taken over by a checkpoint that
     isn't its own, nor where there is none."""
@@ -587,6 +611,97 @@ def test_the_commit_is_that_of_our_own_code(tmp_path):
     head = git("rev-parse", "HEAD").stdout.strip()
     assert len(head) == 40 and git_commit(tmp_path / "theirs.py") == head
     assert git_commit(tmp_path / "ours.py") is None
+
+
+def test_a_reader_who_has_had_enough(data, model_dir, tmp_path):
+    """`| head`: that is no error."""
+    words = {
+        "-m nanoalign.memory": ["sft", "--model_name_or_path", model_dir],
+        "-m nanoalign.data": [data / "sft.jsonl", "--model_name_or_path", model_dir],
+        "train_sft.py": ["--help"],
+    }
+    for name, more in words.items():
+        code, said, errors = command(tmp_path, name, *more, first=no_reader)
+        assert code in (0, 141) and not said and not errors
+
+
+def test_home(tmp_path, monkeypatch):
+    """No shell replaces the ~ of --output_dir=~/out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = "output_dir", "adapter_name_or_path", "ref_model_name_or_path", "resume_from_checkpoint"
+    words = [f"--{name}=~/{name}" for name in names]
+    cfg = parse(DPOConfig, [*words, "--dataset_name=~/a", "--eval_dataset", "b", "~/c"], {})
+    assert [vars(cfg)[name] for name in names] == [str(tmp_path / name) for name in names]
+    assert cfg.dataset_name == [str(tmp_path / "a")]
+    assert cfg.eval_dataset == ["b", str(tmp_path / "c")]
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda runs, out: drawn.append(out) or True)
+    (tmp_path / "metrics.jsonl").write_text("")
+    plot.main(["~", "--out=~/a.png"])
+    assert drawn == [tmp_path / "a.png"]
+    said = []
+    monkeypatch.setattr(chat, "open_policy", lambda args: said.append(args.directory))
+    monkeypatch.setattr(chat, "say", lambda policy, system, turns, args: said.append(turns))
+    chat.main(["~/m", "--prompt=~/x"])
+    assert said == [str(tmp_path / "m"), [{"role": "user", "content": "~/x"}]]
+
+
+def test_variables_that_other_launchers_set():
+    """RANK alone does not make a process one of torchrun's."""
+    code = "from nanoalign.run import ranks; print(ranks.LAUNCHED, ranks.RANK, ranks.WORLD)"
+    env = {**os.environ, "RANK": "3", "WORLD_SIZE": "none", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "False 0 1\n", done.stderr
+
+
+def test_what_a_system_refuses_is_one_line(adapter, model_dir, tmp_path):
+    """A base's name of 5,000 characters, weights that are a directory, a file in the way."""
+    (tmp_path / "work").mkdir()
+    faults = {
+        "base": "File name too long",
+        "weights": "adapter_model.safetensors: damaged: ",
+        "target": "Not a directory",
+    }
+    for number, (name, words) in enumerate(faults.items()):
+        broken, target = shutil.copytree(adapter, tmp_path / str(number)), tmp_path / "merged"
+        if name == "base":
+            field(base_model_name_or_path="x" * 5000)(broken)
+        elif name == "weights":
+            (broken / "adapter_model.safetensors").unlink()
+            (broken / "adapter_model.safetensors").mkdir()
+        else:
+            target = broken / "adapter_config.json"
+        before = files(tmp_path)
+        code, _, errors = command(tmp_path / "work", "-m nanoalign.merge", broken, target)
+        assert code == 2 and words in errors and errors.count("\n") == 1 and len(errors) < 500
+        now = {name: text for name, text in files(tmp_path).items() if not name.startswith("work")}
+        assert now == {n: text for n, text in before.items() if not n.startswith("work")}
+
+
+def test_a_merge_is_whole_or_not_there(adapter, tmp_path):
+    """On a full disk, in a directory that is there, or in none."""
+    place = tmp_path / "there"
+    place.mkdir()
+    (tmp_path / "work").mkdir()
+
+    def full_disk():
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+
+    for target in (tmp_path / "new", place):
+        code, _, errors = command(
+            tmp_path / "work", "-m nanoalign.merge", adapter, target, first=full_disk
+        )
+        assert code == 2 and errors.count("\n") == 1
+        assert errors.startswith(f"nanoalign.merge: error: {target}: not saved: ")
+        assert "File too large" in errors and not files(place)
+        assert not (tmp_path / "new").exists()
+    (place / "tmp-final").mkdir()  # a merge that was killed
+    assert command(tmp_path / "work", "-m nanoalign.merge", adapter, place)[0] == 0
+    assert sorted(files(place)) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
 
 
 def test_tools_end_with_one_line_too(tmp_path):

@@ -1,34 +1,44 @@
 """Nothing is lost: runs that are killed, stopped, out of disk or out of numbers, and go on."""
 
 import ast
+import errno
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from scripts import ROOT, argv, call, child, files, metrics, tensors, tops, wait
+from scripts import ROOT, argv, call, child, files, metrics, no_reader, tensors, tops, wait
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+import nanoalign.formats.peft
 import nanoalign.run.record
 import nanoalign.train
 import train_dpo
 import train_kto
 import train_sft
 from nanoalign import InputError
+from nanoalign.chatml import ChatML
 from nanoalign.run import paged, session
 from nanoalign.run.checkpoint import fingerprint
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.run.log import Log
+from nanoalign.tools import merge
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -251,17 +261,50 @@ def test_a_second_signal_stops_at_once(flags, whole, tmp_path, monkeypatch):
     assert (metrics(tmp_path), tensors(tmp_path)) == whole("sft")
 
 
-def test_a_signal_in_the_last_step_ends_the_run_as_usual(flags, whole, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_ends_the_run_as_usual(flags, tmp_path, monkeypatch):
+    """If no evaluation is left."""
     before = signal.getsignal(signal.SIGTERM)
-    at_step(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    call("sft", flags("sft", tmp_path))
-    assert tensors(tmp_path) == whole("sft")[1] and (tmp_path / "run.json").exists()
+    given = flags("sft", tmp_path, eval_dataset=None, eval_steps=None)
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call("sft", given)
+    assert (tmp_path / "README.md").exists() and tops(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@ALL
+@pytest.mark.parametrize("full", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_whose_last_weights_are_saved_is_finished(
+    number, full, method, flags, whole, tmp_path, monkeypatch, capsys
+):
+    """Whatever ends it in its last evaluation: the run that goes on does that and no step."""
+    given, real = flags(method, tmp_path, **full), nanoalign.run.record.evaluate
+
+    def signalled(lm, batches, *more):
+        if (tmp_path / "run.json").exists():
+            os.kill(os.getpid(), number)
+        return real(lm, batches, *more)
+
+    def action():
+        nanoalign.run.record.evaluate = signalled
+        call(method, given)
+
+    assert wait(child(action)) == (-9 if number == signal.SIGKILL else 143)
+    assert tensors(tmp_path) == whole(method, **full)[1] and "README.md" not in files(tmp_path)
+    for left in ("its evaluation is left", "nothing to do"):
+        with monkeypatch.context() as patch:
+            patch.setattr(nanoalign.train, "optimizer_step", None)
+            call(method, given | LAST)
+        said = capsys.readouterr().out
+        assert f"step 8: this run is finished; {left}" in said
+        assert (metrics(tmp_path), tensors(tmp_path)) == whole(method, **full)
+        assert tops(tmp_path) == [] and (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize("owner, name, code", [(Log, "close", 0), (session, "draw", -15)])
 def test_a_signal_after_the_last_step_leaves_a_finished_run(
-    owner, name, code, flags, whole, tmp_path, capsys
+    owner, name, code, flags, whole, tmp_path, monkeypatch, capsys
 ):
     """While the log is closed, which may wait for a server, or while the curves are drawn: the run
     is not trained again."""
@@ -276,10 +319,11 @@ def test_a_signal_after_the_last_step_leaves_a_finished_run(
         call("sft", given)
 
     assert wait(child(action)) == code
-    with pytest.raises(SystemExit) as stop:
-        call("sft", given | LAST)
-    assert not stop.value.code and "this run is finished" in capsys.readouterr().out
-    assert tensors(tmp_path) == whole("sft")[1]
+    monkeypatch.setattr(nanoalign.train, "optimizer_step", None)
+    call("sft", given | LAST)
+    assert "this run is finished; nothing to do" in capsys.readouterr().out
+    assert (metrics(tmp_path), tensors(tmp_path)) == whole("sft")
+    assert (tmp_path / "README.md").exists()
 
 
 def test_the_command_is_stopped_killed_and_goes_on(flags, whole, tmp_path):
@@ -477,16 +521,31 @@ def test_from_a_given_checkpoint(flags, whole, tmp_path, monkeypatch, capsys):
     assert not (first / "run.json").exists()
 
 
-def test_a_finished_run(flags, tmp_path, capsys):
-    given = flags("sft", tmp_path)
+def test_a_finished_run(flags, data, model_dir, tmp_path, capsys):
+    """It is known by its flags, its data and its base, like one that is not finished."""
+    directory, rows, base = tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "base"
+    shutil.copy(data / "sft.jsonl", rows)
+    shutil.copytree(model_dir, base)
+    given = flags("sft", directory, dataset_name=rows, model_name_or_path=base)
     call("sft", given)
-    before = files(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        call("sft", given | LAST)
-    assert not stop.value.code and "this run is finished" in capsys.readouterr().out
-    with pytest.raises(InputError, match="finished run with other flags: --max_steps was 8, is 9"):
+    before = files(directory)
+    for which in ("last", directory, directory / ".." / "run"):
+        call("sft", given | {"resume_from_checkpoint": which})
+        assert "this run is finished; nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another run, which is finished: --max_steps was 8, is 9"):
         call("sft", given | LAST | {"max_steps": 9})
-    assert files(tmp_path) == before
+    rows.write_text(rows.read_text().replace("France", "Spain", 1))
+    with pytest.raises(InputError, match="another run, which is finished: other data$"):
+        call("sft", given | LAST)
+    shutil.copy(data / "sft.jsonl", rows)
+    shutil.rmtree(base)
+    shutil.move(other_base(model_dir, tmp_path / "other"), base)
+    with pytest.raises(InputError, match="another run, which is finished: other base$"):
+        call("sft", given | LAST)
+    shutil.rmtree(base)
+    shutil.copytree(model_dir, base)
+    assert files(directory) == before
+    tmp_path = directory
     for broken in ("{", "[]", "{}", '{"flags": 3}'):
         (tmp_path / "run.json").write_text(broken)
         with pytest.raises(InputError, match="run.json: damaged"):
@@ -731,8 +790,8 @@ def room():
     "size, step, more, words",
     [
         (1000, 4, {}, "checkpoint-4: not saved: .*File too large"),  # safetensors' own error
-        (8000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large"),  # tokenizers' own
-        (10000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large"),  # state.safetensors
+        (8000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large.*its weights are in"),
+        (10000, 4, {"lora_r": 1}, "checkpoint-4: not saved: .*File too large.*its weights are in"),
         (100, 3, {}, "metrics.jsonl: not saved: File too large"),
         (1000, 8, {}, "run: not saved: .*File too large"),  # the adapter at the end
         (1000, 4, {"use_peft": "false"}, "checkpoint-4: not saved: .*File too large"),
@@ -747,8 +806,13 @@ def test_a_full_disk(size, step, more, words, flags, whole, tmp_path, room, monk
         with pytest.raises(InputError, match=words) as error:
             call("sft", given)
     room(resource.RLIM_INFINITY)
-    assert "older checkpoints stand" in str(error.value) and "\n" not in str(error.value)
+    assert ("older checkpoints stand" in str(error.value)) == ("metrics" not in words)
+    assert "\n" not in str(error.value)
     last = (step - 1) // 2 * 2
+    if "its weights are in" in words:  # tokenizers, or the state, failed when they were whole
+        place = directory / "rescued-checkpoint-4"
+        assert f"its weights are in {place}; older" in str(error.value)
+        load_file(place / "adapter_model.safetensors")
     assert tops(directory) == [f"checkpoint-{i}" for i in range(2, last + 1, 2)]
     assert not (directory / "run.json").exists()
     capsys.readouterr()
@@ -758,7 +822,7 @@ def test_a_full_disk(size, step, more, words, flags, whole, tmp_path, room, monk
 
 
 def test_what_can_not_be_written(flags, tmp_path, monkeypatch):
-    """No permission to rename, a file in the way, a run.json that can't be."""
+    """No permission to rename."""
     real = os.rename
 
     def denied(source, target):
@@ -771,14 +835,276 @@ def test_what_can_not_be_written(flags, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="checkpoint-4: not saved: Permission denied"):
             call("sft", flags("sft", tmp_path / "a", save_steps=2))
     assert tops(tmp_path / "a") == ["checkpoint-2"]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.jsonl").mkdir()
-    with pytest.raises(InputError, match="metrics.jsonl: not saved: Is a directory"):
-        call("sft", flags("sft", tmp_path / "b", overwrite_output_dir="true"))
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "tmp-run.json").mkdir()
-    with pytest.raises(InputError, match="run.json: not saved: Is a directory"):
-        call("sft", flags("sft", tmp_path / "c", overwrite_output_dir="true"))
+
+
+def refused_sync(monkeypatch):
+    """A file system that can flush no directory."""
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def with_templates(tokenizer):
+    tokenizer.chat_template = {"default": ChatML.jinja, "tool_use": ChatML.jinja}
+
+
+def with_temperature(directory):
+    config = {"temperature": 0.9, "top_p": 0.6}
+    (directory / "generation_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("full", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+def test_what_some_models_and_disks_have(full, flags, model_dir, tmp_path, monkeypatch):
+    """Named templates, sampling without do_sample, directories that can't be flushed: all is saved,
+    by checkpoints, at the end and by a merge."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with_templates(tokenizer)
+    tokenizer.save_pretrained(base)
+    with_temperature(base)
+    refused_sync(monkeypatch)
+    given = flags("sft", tmp_path / "run", model_name_or_path=base, save_steps=4, **full)
+    call("sft", given | {"chat_template": "native"})
+    places = ["run", "run/checkpoint-4"]
+    if not full:
+        merge.main([str(tmp_path / "run"), str(tmp_path / "merged")])
+        places.append("merged")
+    for place in [tmp_path / place for place in places]:
+        assert (place / "additional_chat_templates" / "tool_use.jinja").exists()
+        assert AutoTokenizer.from_pretrained(place).chat_template.keys() == {"default", "tool_use"}
+        if full or place.name == "merged":
+            generation = GenerationConfig.from_pretrained(place)
+            assert (generation.temperature, generation.top_p) == (0.9, 0.6)
+            assert generation.do_sample and generation.eos_token_id
+
+
+@pytest.mark.parametrize("full", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+def test_what_can_not_be_saved_is_known_before_step_1(full, flags, tmp_path, monkeypatch):
+    """And nothing has been touched; a merge is refused in the same way."""
+    call("sft", flags("sft", tmp_path / "run", **full))
+    before = files(tmp_path)
+
+    def broken(*given, **more):
+        raise AttributeError("'dict' object has no\nattribute 'replace'")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", broken)
+    monkeypatch.setattr(nanoalign.train, "optimizer_step", None)
+    words = ": what is to be saved there can't be: 'dict' object has no attribute 'replace'$"
+    for name in ("new", "run"):
+        given = flags("sft", tmp_path / name, overwrite_output_dir="true", **full)
+        with pytest.raises(InputError, match=name + words):
+            call("sft", given)
+    with pytest.raises(InputError, match="its path is not UTF-8"):
+        call("sft", flags("sft", os.fsdecode(bytes(tmp_path) + b"/\xff\xfe"), **full))
+    if not full:
+        with pytest.raises(SystemExit):
+            merge.main([str(tmp_path / "run"), str(tmp_path / "merged")])
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("full", [{}, {"use_peft": "false"}], ids=["lora", "full"])
+@pytest.mark.parametrize("what", ["tokenizer", "disk", "fault"])
+def test_a_last_save_that_fails_leaves_the_weights(
+    what, full, flags, whole, tmp_path, monkeypatch, capsys
+):
+    """In the directory if they got there, else among the temporary files; the run that goes on does
+    not take them away."""
+    given, spare = flags("sft", tmp_path / "run", save_steps=4, **full), tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    real = safetensors.torch.save_file
+
+    def broken(tensors, path, **more):
+        if "final" not in str(path):
+            return real(tensors, path, **more)
+        if what == "fault":
+            raise RuntimeError("a fault of ours")
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def no_room(tokenizer, place, real=PreTrainedTokenizerFast.save_pretrained):
+        if "final" in str(place):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tokenizer, place)
+
+    with monkeypatch.context() as patch:
+        if what == "tokenizer":
+            patch.setattr(PreTrainedTokenizerFast, "save_pretrained", no_room)
+        else:
+            patch.setattr(nanoalign.formats.peft, "save_file", broken)
+            patch.setattr("transformers.modeling_utils.safe_save_file", broken)
+        with pytest.raises(RuntimeError if what == "fault" else InputError) as error:
+            call("sft", given)
+    said = capsys.readouterr().out if what == "fault" else str(error.value)
+    place = Path(re.search("its weights are in (.*?); older checkpoints stand", said)[1])
+    assert place.parent == (tmp_path / "run" if what == "tokenizer" else spare)
+    expected = whole("sft", **full)
+    assert tensors(place) == expected[1] and not (tmp_path / "run" / "run.json").exists()
+    call("sft", given | LAST)
+    assert (metrics(tmp_path / "run"), tensors(tmp_path / "run")) == expected
+    assert tensors(place) == expected[1] and tops(tmp_path / "run") == ["checkpoint-4"]
+
+
+def test_a_terminal_that_is_gone_costs_no_step(flags, tmp_path):
+    given = flags("sft", tmp_path / "run", eval_steps=None)
+
+    def action():
+        at_step(pytest.MonkeyPatch(), 3, no_reader)
+        with pytest.raises(BrokenPipeError):
+            call("sft", given)
+        sys.stdout = sys.stderr
+
+    assert wait(child(action)) == 0 and tops(tmp_path / "run") == ["checkpoint-3"]
+
+
+def test_a_line_of_metrics_that_can_not_be_written_costs_no_step(flags, tmp_path, monkeypatch):
+    """The last weights too are saved, though the line comes before them."""
+    for step in (3, 8):
+        given = flags("sft", tmp_path / str(step), eval_steps=None)
+
+        def broken(log, line, step=step):
+            if line["step"] == step:
+                raise InputError("metrics.jsonl: not saved: No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="metrics.jsonl"):
+            patch.setattr(Log, "line", broken)
+            call("sft", given)
+        assert tops(tmp_path / str(step)) == (["checkpoint-3"] if step == 3 else [])
+        assert (tmp_path / str(step) / "run.json").exists() == (step == 8)
+
+
+# ------------------------------------------------------------------------ an earlier run's result
+
+
+@pytest.mark.parametrize("before, after", [("lora", "full"), ("full", "lora")])
+def test_an_earlier_result_stands_until_the_new_one_does(before, after, flags, whole, tmp_path):
+    """Killed at any moment that is there, whole, or the new one is; at the end nothing of it is,
+    and so nothing that another tool would open in the place of the new one."""
+    kinds = {"lora": {}, "full": {"use_peft": "false"}}
+    call("sft", flags("sft", tmp_path / "old", save_steps=4, **kinds[before]))
+    more = dict(max_steps=2, eval_dataset=None, eval_steps=None)
+    new = flags("sft", tmp_path / "run", overwrite_output_dir="true", **more, **kinds[after])
+
+    def action(moment):
+        def run():
+            real, count = os.replace, 0
+
+            def replace(source, target):
+                nonlocal count
+                if count == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+                real(source, target)
+
+            os.replace = replace
+            call("sft", new)
+
+        return run
+
+    results, codes = [whole("sft", **kinds[before])[1]], []
+    shutil.copytree(tmp_path / "old", tmp_path / "run")
+    call("sft", new)
+    results.append(tensors(tmp_path / "run"))
+    for moment in range(0, 40, 3):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "old", tmp_path / "run")
+        codes.append(wait(child(action(moment))))
+        places = [path.parent for path in (tmp_path / "run").glob("**/*model.safetensors")]
+        assert any(tensors(place) in results for place in places)
+        call("sft", new)
+        assert tensors(tmp_path / "run") == results[1] and tops(tmp_path / "run") == []
+        left = {path.name for path in (tmp_path / "run").iterdir()}
+        adapter, model = {"adapter_config.json", "adapter_model.safetensors"}, {"model.safetensors"}
+        assert left & (adapter | model) == (adapter if after == "lora" else model)
+        assert "previous-result" not in left
+    assert codes.count(-9) > 5 and codes[-1] == 0
+
+
+def test_a_link_to_its_own_checkpoint(flags, whole, tmp_path, monkeypatch):
+    """It is one of this run, and not another's to be cleared away."""
+    given = flags("sft", tmp_path / "run", save_steps=2)
+    stopped(monkeypatch, 5, "sft", given)
+    (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoint-4")
+    for more in ({}, {"overwrite_output_dir": "true"}):
+        directory = tmp_path / "best"
+        call("sft", given | {"resume_from_checkpoint": directory} | more)
+        assert tops(tmp_path / "run")[:2] == ["checkpoint-2", "checkpoint-4"]
+        assert (metrics(tmp_path / "run"), tensors(tmp_path / "run")) == whole("sft")
+
+
+# ------------------------------------------------------------------------------------- other runs
+
+
+def test_two_runs_do_not_share_a_directory(flags, tmp_path):
+    """And one that is killed blocks nobody."""
+    given, reader = flags("sft", tmp_path / "run", save_steps=1), tmp_path / "said"
+
+    def action():
+        def stay():
+            reader.write_text("here")
+            time.sleep(600)
+
+        real = nanoalign.train.learning_rate
+
+        def rate(cfg, now, total):
+            if now == 3:
+                stay()
+            return real(cfg, now, total)
+
+        nanoalign.train.learning_rate = rate
+        call("sft", given)
+
+    pid = child(action)
+    while not reader.exists():
+        time.sleep(0.05)
+    before = files(tmp_path / "run")
+    for more in (LAST, {"overwrite_output_dir": "true"}):
+        with pytest.raises(InputError, match="run: another run is at work there$"):
+            call("sft", given | more)
+    assert files(tmp_path / "run") == before
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    call("sft", given | LAST)
+    assert tops(tmp_path / "run") == [f"checkpoint-{i}" for i in range(1, 8)]
+
+
+def test_a_checkpoint_of_an_older_version(flags, halfway, whole, tmp_path):
+    """A flag that it does not know had its default, and what it does not know of where a run stands
+    is as it was at the start."""
+    directory = shutil.copytree(halfway, tmp_path / "run")
+    for path in directory.glob("checkpoint-*/state.json"):
+        text = json.loads(path.read_text())
+        del text["fingerprint"]["flags"]["neftune_noise_alpha"], text["skipped"]
+        del text["fingerprint"]["flags"]["adam_beta1"], text["fingerprint"]["optimizer"]
+        path.write_text(json.dumps(text))
+    given = flags("sft", directory, save_steps=2, **LAST)
+    with pytest.raises(InputError, match="another run: --neftune_noise_alpha was 0.0, is 5.0$"):
+        call("sft", given)
+    for path in directory.glob("checkpoint-*/state.json"):
+        text = json.loads(path.read_text())
+        text["fingerprint"]["flags"]["neftune_noise_alpha"] = 5.0
+        path.write_text(json.dumps(text))
+    call("sft", given)
+    assert (metrics(directory), tensors(directory)) == whole("sft")
+
+
+def test_all_ranks_wait_for_what_is_being_saved(flags, tmp_path, monkeypatch):
+    """torchrun ends rank 0 half a minute after another has failed."""
+    order, real = [], nanoalign.run.record.write_whole
+
+    def noted(target, *given, **more):
+        real(target, *given, **more)
+        order.append(target.name)
+
+    monkeypatch.setattr(nanoalign.run.record, "write_whole", noted)
+    monkeypatch.setattr(nanoalign.run.record.ranks, "wait", lambda: order.append("wait"))
+    call("sft", flags("sft", tmp_path / "run", save_steps=4))
+    assert order == ["wait", "checkpoint-4", "wait", "run", "wait"]
 
 
 def test_where_a_directory_can_not_be_opened(tmp_path, monkeypatch):
@@ -854,6 +1180,7 @@ def test_what_is_not_finite_stops_the_run(method, how, flags, data, tmp_path, mo
 
     def look():
         seen.update(files(tmp_path / "run"))
+        del seen["tmp-lock"]
 
     at_step(monkeypatch, 3, look)
     with pytest.raises(InputError) as error:

@@ -319,7 +319,10 @@ def test_curves(tmp_path, capsys):
     capsys.readouterr()
     for arguments, fault in (
         ([tmp_path / "nix"], "expected a directory of a run\n"),
-        ([run, "--out", tmp_path / "nix" / "a.png"], "a.png: No such file or directory\n"),
+        (
+            [run, "--out", tmp_path / "nix" / "a.png"],
+            "a.png: not saved: No such file or directory\n",
+        ),
         ([run, "--out", tmp_path / "a.pgn"], "expected .png, .pdf or .svg\n"),
         ([run, "--out", tmp_path / "a"], "expected .png, .pdf or .svg\n"),
         ([tmp_path], "nothing to draw: no metrics yet\n"),
@@ -330,6 +333,19 @@ def test_curves(tmp_path, capsys):
         said = capsys.readouterr()
         assert said.err.startswith("plot: error: ") and said.err.endswith(fault) and not said.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run"]
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[]", "null", "{", '{"loss": 1}', '{"step": 1, "loss": "1"}', "[" * 9999, "\x00"]
+)
+def test_a_line_that_is_no_metrics(line, tmp_path, capsys):
+    text = '{"step": 1, "loss": 1.0}\n' + line + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "metrics.jsonl, line 2: not a run's metrics; expected numbers by name" in said
 
 
 def test_runs_of_one_name_are_drawn_apart(tmp_path, monkeypatch):

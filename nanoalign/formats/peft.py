@@ -230,7 +230,7 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         found = load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: not there") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # an OSError of a directory, say
         raise InputError(f"{path}: damaged: {error}") from None
     others = {"lacks": wanted.keys() - found.keys(), "also has": found.keys() - wanted.keys()}
     for what, rest in others.items():

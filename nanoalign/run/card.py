@@ -5,6 +5,7 @@ from pathlib import Path
 import nanoalign
 from nanoalign.formats.peft import LoRAConfig
 from nanoalign.formats.rows import on_hub
+from nanoalign.run.files import write_text
 from nanoalign.run.flags import Config
 
 
@@ -71,4 +72,4 @@ print(tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_to
 
 The prompt format is the tokenizer's chat template. `run.json` holds every setting.
 """
-    (directory / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_text(directory / "README.md", text)

@@ -12,6 +12,9 @@ are opened.
 
 The order of the data is a function of (seed, epoch), so the step alone says where in the data a
 run was. The fingerprint says which run it was: other data, flags or weights would not continue it.
+
+A run is finished when its last weights are saved. run.json, which comes right after them, says so;
+it holds what state.json holds, and a finished run that is resumed does only what comes after it.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import math
 import os
 import shutil
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -32,12 +36,19 @@ from nanoalign import InputError
 from nanoalign.data import Examples
 from nanoalign.formats.note import NOTE
 from nanoalign.run import paged, ranks, shards
-from nanoalign.run.files import remove, saving
+from nanoalign.run.files import install, remove, saving
 from nanoalign.run.flags import Config
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
+RESULT = (  # what a finished run leaves, and what else would be taken for it
+    "run.json", "metrics.jsonl", "README.md", "curves.png", NOTE, "config.json",
+    "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors",
+    "model.safetensors.index.json", "pytorch_model*", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "additional_chat_templates",
+)  # fmt: skip
+PREVIOUS = "previous-result"  # a directory: an earlier run's result, until this one's is whole
 
 
 def data_fingerprint(examples: Examples) -> str:
@@ -75,9 +86,10 @@ def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
     }
 
 
-def differences(ours: dict, theirs: dict) -> str:
-    """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data"."""
-    now, then = ours["flags"], theirs["flags"]
+def differences(cfg: Config, ours: dict, theirs: dict) -> str:
+    """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data". A flag that
+    was not known then had its default."""
+    now, then = ours["flags"], vars(type(cfg)()) | theirs["flags"]
     flags = sorted((now.keys() | then.keys()) - FREE)
     changed = [name for name in flags if now.get(name) != then.get(name)]
     words = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in changed]
@@ -112,16 +124,20 @@ def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None
     (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
-def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state: dict) -> None:
-    """Put weights, optimizer, random generators and `state` back as they were saved.
+def load_state(
+    directory: Path, cfg: Config, named: dict[str, nn.Parameter], optimizer, state: dict
+) -> None:
+    """Put weights, optimizer, random generators and `state` back as they were saved. What the
+    checkpoint does not know of `state`, but the step, stays as it is at the start of a run.
 
     Raises InputError when the checkpoint is one of another run, and one of UNREADABLE when it is
     damaged.
     """
     then = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    if wrong := differences(state["fingerprint"], then["fingerprint"]):
+    if wrong := differences(cfg, state["fingerprint"], then["fingerprint"]):
         raise InputError(f"{directory}: a checkpoint of another run: {wrong}")
     then["fingerprint"] = state["fingerprint"]  # free flags are those of now
+    then = state | {"step": None} | then
     for key, value in state.items():
         if type(then[key]) is not type(value):
             raise ValueError(f"{key} is {then[key]!r}")
@@ -144,13 +160,15 @@ def load_state(directory: Path, named: dict[str, nn.Parameter], optimizer, state
     state |= then
 
 
-def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> Path | None:
-    """Go on from the newest checkpoint of `directory` ("last") or from a given one, if there is one
-    yet. A damaged checkpoint is named and the one before it taken. -> the one that was taken."""
+def resume(cfg: Config, named: dict, optimizer, state: dict) -> Path | None:
+    """Go on from the newest checkpoint of the run's directory ("last") or from a given one, if
+    there is one yet. A damaged checkpoint is named and the one before it taken. -> the one that was
+    taken."""
+    which, directory = cfg.resume_from_checkpoint, Path(cfg.output_dir)
     found = checkpoints_named(which, directory)
     for path in reversed(found):
         try:
-            load_state(path, named, optimizer, state)
+            load_state(path, cfg, named, optimizer, state)
             print(f"going on from {path}")
             return path
         except UNREADABLE as error:
@@ -159,6 +177,32 @@ def resume(which: str, directory: Path, named: dict, optimizer, state: dict) -> 
                 raise InputError(f"{path}: damaged: {why}") from None
             print(f"{path}: damaged: {why}; taking the checkpoint before it")
     print(f"{directory if which == 'last' else which}: no checkpoint yet; starting at step 0")
+
+
+def finished(cfg: Config, state: dict) -> bool:
+    """Is the run that is to be resumed finished? Then `state` is that of its end."""
+    path = Path(cfg.output_dir, "run.json")
+    if not (names_own(cfg.resume_from_checkpoint, path.parent) and path.exists()):
+        return False
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        wrong = differences(cfg, state["fingerprint"], then | {"data": then["data_sha256"]})
+    except UNREADABLE as error:
+        raise InputError(f"{path}: damaged: {error!r}") from None
+    if wrong:
+        raise InputError(f"{path.parent}: another run, which is finished: {wrong}")
+    state |= then.get("state", {})
+    return True
+
+
+def names_own(which: str | None, directory: Path) -> bool:
+    """Does --resume_from_checkpoint name the run's own directory?"""
+    return which == "last" or bool(which) and same(which, directory)
+
+
+def same(path: str | Path, other: str | Path) -> bool:
+    """Links and ".." followed."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _generators() -> dict:
@@ -180,20 +224,22 @@ def checkpoints(directory: Path) -> list[Path]:
 def checkpoints_named(which: str, directory: Path) -> list[Path]:
     """The checkpoints that --resume_from_checkpoint names, oldest first: those of the run's
     directory ("last"), those of another, or just the one."""
-    path = directory if which == "last" else Path(which)
+    path = directory if names_own(which, directory) else Path(which)
     one = path.name.startswith("checkpoint-") or (path / "state.json").exists()
-    return [path] if one and which != "last" else checkpoints(path)
+    return [path] if one and path != directory else checkpoints(path)
 
 
 def lies_in(checkpoint: Path, directory: Path) -> bool:
-    return os.path.realpath(checkpoint.parent) == os.path.realpath(directory)
+    """Also if one of the two is named by a link."""
+    real = Path(os.path.realpath(checkpoint))
+    return same(checkpoint.parent, directory) or same(real.parent, directory)
 
 
 def continues(which: str | None, directory: Path) -> bool:
     """Is what --resume_from_checkpoint names a run in this directory? One that was killed before
     its first checkpoint has left its metrics only."""
-    if which == "last":
-        left = "run.json", "metrics.jsonl", "tmp-metrics.jsonl"
+    if names_own(which, directory):
+        left = "run.json", "metrics.jsonl"
         return bool(checkpoints(directory)) or any((directory / name).exists() for name in left)
     found = checkpoints_named(which, directory) if which else []
     return any(lies_in(path, directory) for path in found)
@@ -211,21 +257,51 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
 
 
 def take_over(directory: Path, fresh: bool) -> None:
-    """Make `directory` the run's own.
+    """Make `directory` a new run's own, or that of one that is resumed and not finished.
 
-    What a crash left unfinished goes, and run.json, which says that a run is finished. At a `fresh`
-    start so does what an earlier run left and this one may not write over: its checkpoints would be
-    taken for this run's by --resume_from_checkpoint, its note on a 4-bit base by merge, and its
-    events by TensorBoard.
+    At a `fresh` start what an earlier run left would be taken for this one's: its checkpoints by
+    --resume_from_checkpoint, its weights by whoever opens the directory, its events by TensorBoard.
+    Its result waits in PREVIOUS until there is a newer one.
     """
     with saving(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in [*directory.glob("tmp-*checkpoint-*"), directory / "tmp-final"]:
-            shutil.rmtree(path, ignore_errors=True)
-        (directory / "run.json").unlink(missing_ok=True)
         if fresh:
-            names = "adapter_config.json", "adapter_model.safetensors", NOTE
-            events = directory.glob("events.out.tfevents.*")
-            for path in [*(directory / name for name in names), *events]:
-                path.unlink(missing_ok=True)
+            set_aside(directory)
+            for path in directory.glob("events.out.tfevents.*"):
+                path.unlink()
             prune(directory, keep=0)
+        (directory / "run.json").unlink(missing_ok=True)
+
+
+def set_aside(directory: Path) -> None:
+    """Move an earlier run's result to PREVIOUS, weights last: a start that is killed in the midst
+    finds them here, and goes on. A run that left no weights has no result to wait in its place."""
+    left = [path for name in RESULT for path in directory.glob(name)]
+    weights = [path for path in left if path.suffix in (".safetensors", ".bin")]
+    previous = directory / PREVIOUS
+    if previous.exists() and not weights:
+        for path in left:
+            remove(path) if path.is_dir() else path.unlink()
+    elif left:
+        previous.mkdir(exist_ok=True)
+        for path in sorted(left, key=weights.__contains__):
+            os.replace(path, previous / path.name)
+
+
+def clean_up(directory: Path) -> None:
+    """After a crash: what was complete gets to its place, what was not goes, and so does an older
+    result if a newer one is there."""
+    with saving(directory):
+        for name in ("tmp-checkpoint-*", "tmp-final", "tmp-*rehearsal", "tmp-old-*"):
+            for path in directory.glob(name):
+                shutil.rmtree(path, ignore_errors=True)
+        install(directory)
+        if (directory / "run.json").exists():
+            remove(directory / PREVIOUS)
+
+
+def writes_over(directory: Path, path: str) -> bool:
+    """Would a run in `directory` delete or overwrite this file, or one in this folder?"""
+    places = [Path(os.path.abspath(path)), Path(os.path.realpath(path))]
+    inner = [p.relative_to(directory).parts for p in places if p.is_relative_to(directory)]
+    names = *RESULT, "checkpoint-*", "tmp-*", PREVIOUS
+    return any(not parts or fnmatch(parts[0], name) for parts in inner for name in names)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,16 +51,31 @@ def need_less(cfg: Config) -> str:
 @contextlib.contextmanager
 def command(name: str) -> Iterator[None]:
     """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
-    outside the loop, which has its own way to stop, with code 130. The libraries are quiet."""
+    outside the loop, which has its own way to stop, with code 130. A reader who has had enough, as
+    head has after ten lines, is no error. The libraries are quiet."""
     quiet()
     try:
         yield
-    except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        sys.exit(141)  # as SIGPIPE would have it
+    except (InputError, OSError) as error:
+        why = error if isinstance(error, InputError) else InputError(os_error(error))
+        print(f"{name}: error: {why}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted before there was anything to save", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # Python would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def os_error(error: OSError) -> str:
+    """The file, as far as its name can be shown, and what is wrong."""
+    where = f"{str(error.filename):.200}: " if error.filename else ""
+    return where + (error.strerror or str(error))
 
 
 def quiet() -> None:

@@ -5,9 +5,11 @@ there. Several runs are laid over each other. Needs matplotlib (pip install 'nan
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from nanoalign import InputError
+from nanoalign.run.files import write_file
 
 PANELS = {  # title -> the metrics in it
     "loss": ["loss"],
@@ -23,11 +25,23 @@ def read_run(directory: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     path = Path(directory) / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        texts = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a directory of a run") from None
     except ValueError as error:
         raise InputError(f"{path}: not a run's metrics: {error}") from None
+    return [read_line(text, f"{path}, line {number}") for number, text in enumerate(texts, 1)]
+
+
+def read_line(text: str, where: str) -> dict[str, float]:
+    """A line of metrics.jsonl: numbers by name, a step among them."""
+    line = None
+    with suppress(ValueError, RecursionError):
+        line = json.loads(text)
+    if isinstance(line, dict) and "step" in line:
+        if all(type(value) in (int, float) for value in line.values()):
+            return line
+    raise InputError(f"{where}: not a run's metrics; expected numbers by name, a step among them")
 
 
 def points(lines: list[dict], name: str) -> tuple[list, list]:
@@ -62,5 +76,5 @@ def draw(runs: dict[str, list[dict]], out: Path) -> bool:
         axis.grid(alpha=0.3)
         if len(runs) * len(names) > 1:
             axis.legend(fontsize=8, frameon=False)
-    figure.savefig(out, dpi=120)
+    write_file(out, lambda beside: figure.savefig(beside, dpi=120, format=out.suffix[1:]))
     return True

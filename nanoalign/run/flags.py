@@ -11,9 +11,10 @@ has to be done.
 
 import difflib
 import math
+import os
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -337,6 +338,18 @@ class Parser(HfArgumentParser):
     def add_argument(self, *names, must=None, idle=None, free=None, read=None, **how):
         """argparse gets what it knows of a flag."""
         return super().add_argument(*names, **how | ({"type": read} if read else {}))
+
+    def parse_args(self, *given):
+        """A shell leaves the ~ of --output_dir=~/out as it is; in a path it means one's home."""
+
+        def home(value):
+            if isinstance(value, list):
+                return [home(one) for one in value]
+            path = isinstance(value, (str, Path))
+            return type(value)(os.path.expanduser(value)) if path else value
+
+        args, texts = vars(super().parse_args(*given)), ("prompt", "system")
+        return Namespace(**{k: v if k in texts else home(v) for k, v in args.items()})
 
     def error(self, message):  # argparse prints forty lines of usage before it
         raise InputError(f"{message} (--help lists the flags)")

@@ -34,15 +34,17 @@ def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
     return sums
 
 
-def keep_lines(path: Path, until: int) -> None:
-    """Drop the lines of metrics.jsonl after step `until`: the run will write them again."""
+def keep_lines(path: Path, until: int) -> list[dict]:
+    """Drop the lines of metrics.jsonl after step `until`: the run will write them again. -> those
+    that stay."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and until else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a crash cut off
             if json.loads(line)["step"] <= until:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+                kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+    return [json.loads(line) for line in kept]
 
 
 class Log:

@@ -6,6 +6,7 @@ trains, and how it computes.
 
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -208,11 +209,16 @@ def stop_at(model: nn.Module, ids: list[int]) -> None:
         old = generation.eos_token_id
         old = old if isinstance(old, list) else [old]
         generation.eos_token_id = sorted({*old, *ids} - {None})
+        try:  # transformers saves what was changed only if it is right in itself
+            generation.validate(strict=True)
+        except ValueError:  # a temperature, say, and nothing that says to sample
+            generation.do_sample = True
 
 
 def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None) -> None:
     """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them. The
-    model has the weights `whole`, if it does not hold them itself (shards.whole_weights)."""
+    model has the weights `whole`, if it does not hold them itself (shards.whole_weights); if that
+    is {}, a model is saved without its weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
@@ -221,6 +227,17 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
     else:
         stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
-        policy.model.save_pretrained(directory, state_dict=whole)
+        own = whole if whole is None else dict(whole)  # which transformers empties
+        policy.model.save_pretrained(directory, state_dict=own)
         policy.model.set_attn_implementation(packed())
     policy.tokenizer.save_pretrained(directory)
+
+
+def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False) -> None:
+    """Give a policy the weights that save_policy wrote of it."""
+    if policy.lora is not None:
+        return load_adapter(policy.model, directory)
+    saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
+    for name, parameter in policy.model.named_parameters():
+        whole = saved.get_parameter(name).detach()
+        parameter.detach().copy_(shards.part_of(whole, parameter))

@@ -29,8 +29,9 @@ from nanoalign.packing import Example
 from nanoalign.run.paged import parts
 from nanoalign.train import Batches, Sums, add, fitting
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LAUNCHED = "RANK" in os.environ  # by torchrun
+# Did torchrun start this process? Other launchers set some of these variables too.
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK, WORLD = [int(os.environ[n]) for n in ("RANK", "WORLD_SIZE")] if LAUNCHED else (0, 1)
 # torch 2.7 cuts no 4-bit weights, and tells a part's gradient norm for the whole's; 2.13 was tried.
 CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 MESSAGE = 2**26  # numbers: gradients travel in messages of up to so many, LoRA's in a single one
@@ -52,7 +53,7 @@ def job() -> Iterator[None]:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     meeting = {"store": store, "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=PATIENCE, **meeting)
     try:

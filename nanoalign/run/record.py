@@ -5,6 +5,7 @@ it logs, it is stopped and resumed, its disk fills up, a loss is not finite, flo
 """
 
 import contextlib
+import json
 import math
 import signal
 import time
@@ -22,7 +23,9 @@ from nanoalign.formats.balance import balanced
 from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.checkpoint import (
+    clean_up,
     fingerprint,
+    finished,
     lies_in,
     prune,
     resume,
@@ -32,11 +35,11 @@ from nanoalign.run.checkpoint import (
 )
 from nanoalign.run.command import out_of_memory
 from nanoalign.run.device import computes_in
-from nanoalign.run.files import write_whole
+from nanoalign.run.files import locked, rehearse, write_whole
 from nanoalign.run.flags import Config
 from nanoalign.run.log import Log, keep_lines, replies
-from nanoalign.run.policy import save_policy
-from nanoalign.run.session import Run
+from nanoalign.run.policy import load_saved, save_policy
+from nanoalign.run.session import Run, facts
 from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
@@ -45,25 +48,44 @@ INITIAL_SCALE = 2.0**16  # of the loss, in float16
 def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     """Train run.policy as `cfg` says, from where it stands to its end, and save it.
 
-    A signal lets the step finish, saves a checkpoint and ends the run.
+    A signal lets the step finish, saves a checkpoint and ends the run. Once the last weights are
+    saved the run is finished: a signal in its last evaluation ends it without a checkpoint.
     """
-    method, record = balanced(method, run.policy.model, cfg.router_aux_loss_coef), Record(cfg, run)
-    with stop_signals() as record.signals, contextlib.closing(record.log), record.kept():
+    method = balanced(method, run.policy.model, cfg.router_aux_loss_coef)
+    lock = contextlib.nullcontext() if ranks.RANK else locked(Path(cfg.output_dir))
+    with stop_signals() as signals, lock, begun(cfg, run, signals) as record:
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
         for step in train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total):
             record.advance(step)
-            if record.ended:  # the weights first: whatever becomes of the evaluation, they are safe
+            if record.ended:
                 record.save()
             record.evaluate(method)
             # Asked once a step: a signal after the save must not end the run without a checkpoint.
             stop = record.stopped
-            if stop or (record.due(record.save_every) and not record.ended):
+            if not record.ended and (stop or record.due(record.save_every)):
                 record.save_checkpoint()
-            if stop:
-                hint = "--resume_from_checkpoint goes on from there"
-                record.log.say(f"stopped after step {record.step}; {hint}")
-                raise SystemExit(128 + stop)
+            if stop and not record.ended:
+                record.stop(stop, f"stopped after step {record.step}")
+        if record.left and (stop := record.stopped):
+            record.stop(stop, "stopped in the last evaluation; the weights are saved")
+
+
+@contextlib.contextmanager
+def begun(cfg: Config, run: Run, signals: list[int]) -> Iterator["Record"]:
+    """Where the disk or a pipe fails, or memory runs out, what was done is saved: that happens
+    before a step changes a weight (AdamW's own memory was taken in the first). Not on several
+    ranks: it takes all of them to save, and those that had enough are waiting for this one."""
+    record = Record(cfg, run, signals)
+    with contextlib.closing(record.log):
+        try:
+            yield record
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            mild = isinstance(error, (InputError, OSError)) or out_of_memory(error)
+            if mild and ranks.WORLD == 1:
+                with contextlib.suppress(Exception):
+                    record.save_what_is_done()
+            raise
 
 
 @contextlib.contextmanager
@@ -87,10 +109,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Record:
-    """Where a run stands; it is resumed here, if the flags say so, and the log opened."""
+    """Where a run stands; it is resumed here, if the flags say so, and the log opened. The list
+    `signals` grows when one comes."""
 
-    def __init__(self, cfg: Config, run: Run):
+    def __init__(self, cfg: Config, run: Run, signals: list[int]):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
+        self.signals, self.facts = signals, facts(cfg, run)
         ranks.own_dropout(cfg.seed)  # not before: what a script adds must start equal on all ranks
         self.per_epoch, self.total = plan(cfg, len(run.examples))
         # Steps from one evaluation, and from one checkpoint, to the next; 0: only at the end.
@@ -104,7 +128,6 @@ class Record:
             self.optimizer = paged.AdamW(self.optimizer.param_groups)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
-        self.signals: list[int] = []  # that came
         this_run = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
         this_run["optimizer"] = type(self.optimizer).__name__
         this_run["number of examples a step"] = cfg.per_step
@@ -120,19 +143,34 @@ class Record:
             "run_id": "",  # its name at Weights & Biases
             "fingerprint": this_run,
         }
-        which, found = cfg.resume_from_checkpoint, None
-        if which is not None:
-            found = resume(which, self.directory, self.named, self.optimizer, self.state)
-        fresh = found is None or not lies_in(found, self.directory)
+        ranks.once(partial(clean_up, self.directory))
+        found, done = None, finished(cfg, self.state)
+        if done:
+            self.state["step"] = self.total
+            load_saved(run.policy, self.directory, cfg.trust_remote_code)
+        elif cfg.resume_from_checkpoint is not None:
+            found = resume(cfg, self.named, self.optimizer, self.state)
+        fresh = not done and (found is None or not lies_in(found, self.directory))
         if fresh:
             self.state["run_id"] = uuid.uuid4().hex
-        ranks.wait()  # all have read the checkpoint
-        if ranks.RANK == 0:
-            take_over(self.directory, fresh)
-            prune(self.directory, cfg.save_total_limit, self.step)
-            keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
-        self.log = Log(cfg, self.total, self.step, self.state["run_id"])
+
         self.start = time.monotonic() - self.state["time"]
+
+        def begin():
+            if not done:
+                rehearse(self.directory, partial(self.write, whole={}))
+                take_over(self.directory, fresh)
+                prune(self.directory, cfg.save_total_limit, self.step)
+            return keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
+
+        ranks.wait()  # all have read the checkpoint
+        lines = ranks.once(begin)
+        if done:
+            evaluations = [n for n in lines if any(key.startswith("eval_") for key in n)]
+            self.state["evaluated"] = max((line["step"] for line in evaluations), default=0)
+            left = "its evaluation is left" if self.left else "nothing to do"
+            print(f"{self.directory}, step {self.step}: this run is finished; {left}")
+        self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
         self.saved = self.step  # in the newest checkpoint
 
@@ -147,10 +185,19 @@ class Record:
 
     @property
     def stopped(self) -> int:
-        """The signal that came, to this rank or another, 0 if none did; all ranks ask together. One
-        that comes in the last step lets the run end as usual."""
+        """The signal that came, to this rank or another, 0 if none did; all ranks ask together."""
         came = sum(ranks.gather(self.signals), [])
-        return came[0] if came and not self.ended else 0
+        return came[0] if came else 0
+
+    def stop(self, signal: int, where: str) -> None:
+        self.log.say(f"{where}; --resume_from_checkpoint goes on from there")
+        raise SystemExit(128 + signal)
+
+    @property
+    def left(self) -> bool:
+        """Is an evaluation due and not done?"""
+        due = self.due(self.eval_every) and self.state["evaluated"] < self.step
+        return due and bool(self.run.held_out) and self.cfg.eval_strategy != "no"
 
     def due(self, every: int) -> bool:
         """At the end, and each `every` steps before it."""
@@ -205,9 +252,7 @@ class Record:
         training. A signal cuts it off, and leaves it to the run that goes on; but not on several
         ranks, which need not be at the same batch."""
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
-        due = self.due(self.eval_every) and state["evaluated"] < self.step
-        due = due and cfg.eval_strategy != "no"
-        if not (due and self.run.held_out) or self.stopped:
+        if not self.left or self.stopped:
             return
         longest = row_tokens(cfg.max_row_tokens, lm.device)
         batches = method(ranks.rows(self.run.held_out, cfg.per_device_eval_batch_size, longest))
@@ -222,15 +267,24 @@ class Record:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + self.seconds() - started, self.since[1]
 
+    def write(self, directory: Path, whole: dict | None) -> None:
+        """The adapter or model, and run.json: the run is finished where that is."""
+        save_policy(self.run.policy, directory, whole)
+        state = {**self.state, "time": self.seconds()}
+        parts = {k: v for k, v in state.pop("fingerprint").items() if k != "data"}
+        text = json.dumps({**self.facts, **parts, "state": state}, indent=2)
+        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
+
     def save(self) -> None:
-        """The adapter or model, where the run's directory is."""
-        whole = shards.whole_weights(self.run.policy.lm)
+        """The end, where the run's directory is."""
+        whole, self.saved = shards.whole_weights(self.run.policy.lm), self.step
         if ranks.RANK == 0:
-            write = partial(save_policy, self.run.policy, whole=whole)
-            write_whole(self.directory, write, replace=True)
+            write_whole(self.directory, partial(self.write, whole=whole), into=True, rescue=True)
+            clean_up(self.directory)
+        ranks.wait()  # torchrun would kill rank 0 for another's fault
 
     def save_checkpoint(self) -> None:
-        self.state["time"] = self.seconds()
+        self.state["time"], self.saved = self.seconds(), self.step
         tensors = state_tensors(self.named, self.optimizer)  # of all ranks
         whole = shards.whole_weights(self.run.policy.lm)
 
@@ -239,27 +293,16 @@ class Record:
             save_state(beside, tensors, self.state)
 
         if ranks.RANK == 0:
-            write_whole(self.directory / f"checkpoint-{self.step}", write)
+            write_whole(self.directory / f"checkpoint-{self.step}", write, rescue=True)
             prune(self.directory, self.cfg.save_total_limit, self.step)
-        self.saved = self.step
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Memory that runs out does so before a step changes a weight (AdamW's own was taken in the
-        first), so what was done until then is saved. Not on several ranks: it takes all of them to
-        save, and those that had enough are waiting for this one."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error) and ranks.WORLD == 1:
-                self.save_what_is_done()
-            raise
+        ranks.wait()
 
     def save_what_is_done(self) -> None:
         """Before the run ends with an error: the steps since the last checkpoint are good."""
-        if self.saved < self.step and not self.ended:
-            self.save_checkpoint()
-            self.log.say(f"saved in checkpoint-{self.step}; --resume_from_checkpoint goes on there")
+        if self.saved < self.step:
+            self.save() if self.ended else self.save_checkpoint()
+            place = self.directory.name if self.ended else f"checkpoint-{self.step}"
+            self.log.say(f"saved in {place}; --resume_from_checkpoint goes on there")
 
 
 def rescale(state: dict, overflow: bool) -> None:

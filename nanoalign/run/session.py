@@ -1,7 +1,6 @@
 """What the scripts share at their two ends: from flags to data, and from policy to disk."""
 
 import contextlib
-import json
 import os
 import random
 import subprocess
@@ -22,7 +21,7 @@ from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
 from nanoalign.run.device import settle_rows
-from nanoalign.run.files import saving, write_text
+from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import printable
 from nanoalign.run.policy import base_of, load_policy, tokenizer_of
@@ -49,7 +48,6 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     built_in, learned = Path(cfg.dataset_name[0]).parent == world.HOME, world.HOME.parent / "sft"
     own = built_in and cfg.output_dir == str(world.HOME.parent / cfg.method)
     ranks.once(lambda: check_output_dir(cfg, may_overwrite=own))
-    end_if_finished(cfg)
     if built_in and model == str(world.BASE):
         ranks.once(world.build)
     elif built_in and model == str(learned) and not (learned / "config.json").exists():
@@ -105,16 +103,22 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
             wrong = f"{existing} is a file, not a directory"
         elif not os.access(existing, os.W_OK | os.X_OK):
             wrong = f"{existing} is not writable"
-        elif existing == real and any(real.iterdir()):
+        elif existing == real and not is_free(real):
             permitted = may_overwrite or cfg.overwrite_output_dir
-            if inside := [name for name in sources(cfg) if holds(real, name)]:
+            inside = [name for name in sources(cfg) if holds(real, name)]
+            data = [*cfg.dataset_name, *cfg.eval_dataset]
+            inside += [name for name in data if checkpoint.writes_over(real, name)]
+            if inside:
                 wrong = f"would overwrite what training starts from: {inside[0]}"
             elif which and not (permitted or checkpoint.continues(which, real)):
                 wrong = "not empty, and not the run to go on with; --overwrite_output_dir uses it"
             elif not (permitted or which):
                 wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
+        os.fspath(real).encode()
     except OSError as error:  # a name that is too long, a directory that can't be listed
         wrong = error.strerror
+    except UnicodeEncodeError:
+        wrong = "its path is not UTF-8; weights can't be saved there"
     if wrong:
         raise InputError(f"--output_dir {directory}: {wrong}")
 
@@ -129,22 +133,6 @@ def holds(directory: Path, name: str) -> bool:
     """Is the model `name` this directory, or somewhere below it?"""
     path = Path(os.path.realpath(name))
     return path.exists() and any(directory.samefile(p) for p in (path, *path.parents))
-
-
-def end_if_finished(cfg: Config) -> None:
-    """To resume a run that is finished is to do nothing, if it was this run."""
-    directory, path = cfg.output_dir, Path(cfg.output_dir, "run.json")
-    if cfg.resume_from_checkpoint != "last" or not path.exists():
-        return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        wrong = checkpoint.differences({"flags": vars(cfg)}, record)
-    except checkpoint.UNREADABLE as error:
-        raise InputError(f"{path}: damaged: {error!r}") from None
-    if wrong:
-        raise InputError(f"{directory}: a finished run with other flags: {wrong}")
-    print(f"{directory}: this run is finished; nothing to do")
-    raise SystemExit(0)
 
 
 def read_all(cfg: Config, layouts: Layouts, opened: tuple):
@@ -188,16 +176,9 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
     return rest, held_out
 
 
-def finish(cfg: Config, run: Run) -> Run:
-    """Beside the weights: run.json, the curves, a model card; and what there is to say.
-
-    run.json comes first: it marks the run as finished. What follows may take seconds, and if a
-    signal ends the run there, it need not be trained again when it is resumed.
-    """
-    if ranks.RANK:
-        return run
-    directory = Path(cfg.output_dir)
-    record = {
+def facts(cfg: Config, run: Run) -> dict:
+    """What run.json says of a run, beside where it stands."""
+    return {
         "method": cfg.method,
         "flags": vars(cfg),
         "examples": len(run.examples),
@@ -205,16 +186,21 @@ def finish(cfg: Config, run: Run) -> Run:
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
-    write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def finish(cfg: Config, run: Run) -> Run:
+    """Beside the weights and run.json: the curves, a model card; and what there is to say."""
+    if ranks.RANK:
+        return run
+    directory = Path(cfg.output_dir)
     lines = read_run(directory)
-    with saving(directory):
-        try:
-            draw({directory.name: lines}, directory / "curves.png")
-        except ImportError:
-            print("no curves.png: pip install 'nanoalign[plot]' for that")
-        if lines:
-            stops = run.policy.template.stop_ids
-            write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
+    try:
+        draw({directory.name: lines}, directory / "curves.png")
+    except ImportError:
+        print("no curves.png: pip install 'nanoalign[plot]' for that")
+    if lines:
+        stops = run.policy.template.stop_ids
+        write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
     if line := afterthought(lines):
         print(line)
     if run.before:

@@ -17,6 +17,7 @@ don't say: --load_in_4bit does.
 """
 
 from argparse import BooleanOptionalAction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import load_lm
 from nanoalign.lora import plain, tied
 from nanoalign.run.command import command
+from nanoalign.run.files import is_free, locked, rehearse, write_whole
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import TRAINED_WITH, base_of, make_room, stop_at
 
@@ -57,7 +59,6 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @command("nanoalign.merge")
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Write base + adapter to a directory, dense, in --dtype (auto: that of the base)."""
     parser = Parser(prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
@@ -67,15 +68,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
+    if not is_free(args.directory):
+        raise InputError(f"{args.directory}: not empty")
+    with locked(args.directory):
+        merge(args, args.adapter_name_or_path, args.directory)
+
+
+@torch.no_grad()
+def merge(args, adapter: str, directory: Path) -> None:
     base, with_tokenizer, lora = base_of(args)
-    adapter, directory = args.adapter_name_or_path, args.directory
     note = read_note(adapter)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise InputError(f"{directory}: not empty")
-    except OSError as error:
-        raise InputError(f"{directory}: {error.strerror}") from None
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizer = from_pretrained(AutoTokenizer, with_tokenizer, **trust)
 
@@ -94,17 +96,22 @@ def main(argv: list[str] | None = None) -> None:
     add_adapter(model, lora)
     load_adapter(model, adapter)
     model.eval()
-    ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]], device=model.device)
-    before = model(ids, use_cache=False).logits[0].float()  # (T, V)
-    merge_adapter(model, dtype)
-    change = (model(ids, use_cache=False).logits[0].float() - before).abs().max()
     template = tokenizer.init_kwargs.get(TRAINED_WITH)
     if template in [*TEMPLATES]:
         stop_at(model, TEMPLATES[template](tokenizer).stop_ids)
     elif tokenizer.eos_token_id is not None:  # another tool trained the adapter
         stop_at(model, [tokenizer.eos_token_id])
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+
+    def write(place, weights=None):
+        model.save_pretrained(place, state_dict=weights)
+        tokenizer.save_pretrained(place)
+
+    rehearse(directory, partial(write, weights={}))
+    ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]], device=model.device)
+    before = model(ids, use_cache=False).logits[0].float()  # (T, V)
+    merge_adapter(model, dtype)
+    change = (model(ids, use_cache=False).logits[0].float() - before).abs().max()
+    write_whole(directory, write, into=True)
     print(
         f"largest change of a logit on {len(before)} sample tokens: {change:.2g}; "
         f"the largest logit is {before.abs().max():.3g}"

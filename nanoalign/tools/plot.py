@@ -28,8 +28,6 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{out}: nothing to draw: no metrics yet")
     except ImportError:
         raise InputError("matplotlib is not installed; pip install 'nanoalign[plot]'") from None
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
     print(out)
 
 
