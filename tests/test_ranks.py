@@ -165,7 +165,7 @@ def test_sigterm_to_torchrun_saves_a_checkpoint(flags, tmp_path):
 
 @pytest.mark.parametrize("fault", ["row", "disk"])
 def test_what_ends_a_run_ends_it_with_one_line(fault, flags, data, tmp_path):
-    """A bad row is rank 0's to find, and so is a full disk: no file may outgrow 30,000 bytes."""
+    """A bad row is rank 0's to find, and so is a full disk: no file may outgrow 100,000 bytes."""
     given, limit = flags("kto", tmp_path / "run", save_steps=2), None
     if fault == "row":
         given["dataset_name"] = str(tmp_path / "bad.jsonl")
@@ -174,7 +174,7 @@ def test_what_ends_a_run_ends_it_with_one_line(fault, flags, data, tmp_path):
     else:
 
         def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     process = torchrun(tmp_path, "train_kto.py", *argv(given), preexec_fn=limit)
     assert process.wait(PATIENCE) != 0
