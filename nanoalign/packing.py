@@ -31,6 +31,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nanoalign import InputError
 from nanoalign.fast import attention as fast  # attention, as below but without a (T, T) matrix
 from nanoalign.fast.transfer import to_device  # torch.tensor, but a GPU is not waited for
 
@@ -216,7 +217,7 @@ def attention(
 
 def packed_attention(
     module, query, key, value, attention_mask: None, *,
-    geometry: Geometry, scaling: float, dropout: float = 0.0,
+    scaling: float, geometry: Geometry | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, softcap: float | None = None,
     position_ids=None, use_cache=None, output_router_logits=None, **unknown,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -225,7 +226,9 @@ def packed_attention(
     unless it is off."""
     unknown = [name for name, on in unknown.items() if on is not None and on is not False]
     if unknown:
-        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+        raise InputError(f"its attention takes {', '.join(unknown)}, which packing does not know")
+    if geometry is None:  # StableLM, Nemotron
+        raise InputError("its layers do not hand the row's geometry down to their attention")
     out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, dropout)
     return out.transpose(1, 2).contiguous(), None  # some models take no view
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import families
 import pytest
 import torch
 import transformers as t
@@ -63,7 +64,7 @@ ACCEPTED = {  # kind: (config, what its head does beyond a product)
     "phi": (tiny(t.PhiConfig), (1.0, None)),  # a bias, which the head's layer shows itself
 }
 SHARED = "its log-probs change where texts share a row"
-LAYERS = "its layers of kind linear_attention would read on into the row's next text"
+LAYERS = "its layers of kind linear_attention are none that packing knows"
 OLD = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 REFUSED = {  # kind: (config, why)
@@ -89,7 +90,7 @@ REFUSED = {  # kind: (config, why)
     "minimax": (tiny(t.MiniMaxConfig, **EXPERTS), LAYERS),
     "gpt_oss": (
         tiny(t.GptOssConfig, sliding_window=8, **EXPERTS),
-        "it does not run on a packed row (attention with s_aux",
+        "its attention takes s_aux, which packing does not know",
     ),
     "llama4_text": (
         tiny(t.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=32),
@@ -160,6 +161,42 @@ def test_a_notebook_trains_all_weights_in_fp32(tmp_path):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.model.parameters())
     assert policy.lm.autocast == theirs.lm.autocast == torch.bfloat16
     assert torch.equal(policy(SEQUENCES).logps, theirs(SEQUENCES).logps)
+
+
+FEW = {
+    "equal": ["llama", "gemma2", "cohere2", "granite", "mixtral", "deepseek_v3", "afmoe", "gpt2"],
+    "refused": ["bloom", "gpt_oss", "mamba", "falcon_h1", "llama4_text", "gemma3", "stablelm"],
+}
+
+
+def test_the_page_of_families_is_true():
+    """In a few places here; python tests/families.py --write tries them all."""
+    page = families.PAGE.read_text(encoding="utf-8").partition(families.MARK)[2]
+    if f"With transformers {t.__version__} " not in page:
+        pytest.skip("the page is of another transformers")
+    for found, names in FEW.items():
+        part = page.partition(f"## {found.capitalize()}")[2].partition("##")[0]
+        for name in names:
+            assert families.verdict(name)[0] == found and f"`{name}`" in part, name
+
+
+def test_the_text_model_of_a_larger_one_trains_by_itself(tmp_path):
+    """By the snippet on the page of families: Gemma 3 with its eyes."""
+    text = tiny(t.Gemma3TextConfig, sliding_window=8, pad_token_id=0)
+    eyes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    eyes |= dict(image_size=28, patch_size=14)
+    whole = t.Gemma3Config(text_config=text.to_dict(), vision_config=eyes, image_token_index=310)
+    torch.manual_seed(0)
+    model = t.Gemma3ForConditionalGeneration(whole).eval()
+    model.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    refused(tmp_path / "whole", "it is more than its text model.*docs/families.md")
+    snippet = families.PAGE.read_text(encoding="utf-8").split("```")[1].removeprefix("python")
+    exec(snippet, {"MODEL": tmp_path / "whole", "DIRECTORY": tmp_path / "text"})
+    ids = torch.arange(3, 30)[None]
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert torch.equal(alone(ids).logits, model(ids).logits)
+    assert load_policy(config(tmp_path / "text"))(SEQUENCES).logps.shape == (3,)
 
 
 def test_lora_on_a_model_without_linear_layers_is_refused(tmp_path):

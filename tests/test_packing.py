@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from nanoalign import InputError
 from nanoalign.fast import attention as fast
 from nanoalign.fast import flex as gpu
 from nanoalign.logps import PackedLM
@@ -274,8 +275,10 @@ def test_a_keyword_that_changes_attention_is_refused():
     q = torch.randn(1, 2, 7, 8)
     known = dict(geometry=geometry, scaling=1.0)
     packed_attention(None, q, q, q, None, **known, s_aux=None)  # given, but not in use
-    with pytest.raises(NotImplementedError, match="s_aux"):
+    with pytest.raises(InputError, match="its attention takes s_aux, which packing does not know"):
         packed_attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
+    with pytest.raises(InputError, match="its layers do not hand the row's geometry down"):
+        packed_attention(None, q, q, q, None, scaling=1.0)
 
 
 # --------------------------------------------------------------- against the plain padded way

@@ -30,10 +30,12 @@ def miniature(config):
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     for kind in kinds:
         if "attention" not in kind or "linear" in kind:  # a convolution, a recurrence
-            raise InputError(f"its layers of kind {kind} would read on into the row's next text")
-    config, layers = copy.deepcopy(config), max(2, len(kinds))
+            raise InputError(f"its layers of kind {kind} are none that packing knows")
+    config, shared = copy.deepcopy(config), getattr(config, "num_kv_shared_layers", None)
+    layers = max(2, len(kinds) * (2 if shared else 1))  # Gemma 4's last ones share the first's keys
     small = {key: size for size, keys in SMALL.items() for key in keys}
     small |= {"num_hidden_layers": layers, "layer_types": (kinds * 2)[:layers]}
+    small["num_kv_shared_layers"] = len(kinds)
     for key in [key for key in small if getattr(config, key, None)]:
         setattr(config, key, small[key])
     return config
