@@ -489,6 +489,7 @@ BAD_RANKS = {
         "scores: expected 2 numbers",
     ),
     "a score that is true": ({"responses": ["A", "B"], "scores": [1, True]}, "2 numbers"),
+    "a score without end": ({"responses": ["A", "B"], "scores": [1, 10**400]}, "2 numbers"),
     "a score that is text": ({"responses": ["A", "B"], "scores": [1, "2"]}, "2 numbers"),
     "a reply that is null": ({"responses": ["A", None]}, "responses, reply 2: null"),
     "no rank": ({"answers": [{"answer": "A"}]}, "answers", "answer and rank"),
@@ -910,7 +911,7 @@ def test_tables(tmp_path):
     many = str(tmp_path / "many")
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(many)
     assert contents([many], split="test") == [(["B"], f"{many}, row 1")]
-    with pytest.raises(InputError, match="can't be read: .*validation"):
+    with pytest.raises(InputError, match="no split validation; expected one of: train, test"):
         contents([many], split="validation")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="broken.parquet: it can't be read"):
@@ -919,6 +920,8 @@ def test_tables(tmp_path):
         contents([str(tmp_path / "none.parquet")])
     with pytest.raises(InputError, match="Is a directory"):
         contents([str(tmp_path)])
+    with pytest.raises(InputError, match="too long"):
+        contents([str(tmp_path / ("x" * 999 + ".jsonl"))])
 
 
 def test_datasets_fills_keys_with_null(tmp_path):

@@ -180,10 +180,9 @@ def _message(message, where: str, mask=None) -> Message:
 def _trains(flags: dict, role: str, where: str) -> bool:
     """What the flags say of a turn; it trains where there are none."""
     for key, flag in flags.items():
-        if flag not in (0, 1):
-            raise InputError(f"{where}: {key} is {_shown(flag)}; expected 0 or 1")
-        if flag and role != "assistant":
-            raise InputError(f"{where}: {key} is 1; expected that of the assistant's turns alone")
+        if flag not in (0, 1) or flag and role != "assistant":
+            expected = "0 or 1" if role == "assistant" else f"0 or none in the {role}'s turn"
+            raise InputError(f"{where}: {key} is {_shown(flag)}; expected {expected}")
     if len(set(map(bool, flags.values()))) > 1:
         raise InputError(f"{where}: {' and '.join(flags)} disagree; expected one of them")
     return all(flags.values()) or role != "assistant"

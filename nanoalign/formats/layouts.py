@@ -126,7 +126,8 @@ def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1)
         found = f"a list of {len(given)}" if isinstance(given, list) else kind_of(given)
         raise InputError(f"{replies}: {found}; expected a list of two replies or more, best first")
     points = list_of(row, scores, "numbers") if scores else [-i for i in range(len(given))]
-    if len(points) != len(given) or any(type(p) not in (int, float) or p != p for p in points):
+    numbers = [point for point in points if type(point) in (int, float) and abs(point) < 1e300]
+    if len(points) != len(given) or len(numbers) != len(given):
         raise InputError(f"{scores}: expected {len(given)} numbers, one a reply")
     columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(given, 1)}
     read = alpaca if asked == "instruction" else answered

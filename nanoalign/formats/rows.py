@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import sys
 import zlib
@@ -42,7 +43,7 @@ GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its rows lac
 
 def files_of(sources: list[str]) -> list[str]:
     """The sources, with the files that match it in place of a pattern ("data/*.jsonl")."""
-    patterns = {s for s in sources if glob.has_magic(s) and not Path(s).exists()}
+    patterns = {s for s in sources if glob.has_magic(s) and not os.path.exists(s)}
     found = {s: sorted(glob.glob(s, recursive=True)) if s in patterns else [s] for s in sources}
     if nothing := [source for source in sources if not found[source]]:
         raise InputError(f"{nothing[0]}: no such file; expected one that matches at least")
@@ -52,9 +53,14 @@ def files_of(sources: list[str]) -> list[str]:
 def rows_of(source: str, split: str) -> Rows:
     """(where, row) of a file, of a folder that datasets saved, or of a data set of the hub; the
     InputError in place of a row that is refused."""
-    path, saved = Path(source), ("state.json", "dataset_dict.json")
-    table = path.suffix.lower() == ".parquet" or any((path / name).exists() for name in saved)
-    return table_rows(source, split) if table or on_hub(source) else read_rows(source, True)
+    table = source.lower().endswith(".parquet") or has_splits(source)
+    return table_rows(source, split) if table else read_rows(source, passing=True)
+
+
+def has_splits(source: str) -> bool:
+    """Is it a data set of the hub, or a folder that datasets saved?"""
+    saved = (os.path.join(source, name) for name in ("state.json", "dataset_dict.json"))
+    return any(map(os.path.exists, saved)) or on_hub(source)
 
 
 def table_rows(source: str, split: str) -> Rows:
@@ -66,8 +72,10 @@ def table_rows(source: str, split: str) -> Rows:
 
         if hub:
             table = datasets.load_dataset(source, split=split)
-        elif Path(source).is_dir():
+        elif os.path.isdir(source):
             table = datasets.load_from_disk(source)
+            if isinstance(table, dict) and split not in table:
+                raise InputError(f"no split {split}; expected one of: {', '.join(table)}")
             table = table[split] if isinstance(table, dict) else table
         else:
             batches = ParquetFile(source).iter_batches(1000)
@@ -85,7 +93,7 @@ def table_rows(source: str, split: str) -> Rows:
 def on_hub(source: str) -> bool:
     """Is it a data set of the hub: name or owner/name, and no such path here?"""
     path, named = Path(source), re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    here = path.exists() or "/" in source and path.parent.exists()
+    here = os.path.exists(path) or "/" in source and os.path.exists(path.parent)
     return bool(named) and not here and path.suffix.lower() not in SUFFIXES
 
 
