@@ -202,6 +202,18 @@ def test_the_form_is_its_own(name, read):
         assert read.one(SFT, {"messages": [user("Q"), expected]}).completions == [[expected]]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["<think>\nT\n\n\nU\n</think>\n\nA\n", f"A\n\n{TEXT}", f"{TEXT}\n{TEXT}", "A <think>T</think>",
+     f"<think>\nT\n</think>\n\nA\n{TEXT}", f"<think>\nT\n</think>\n\n{TEXT}", "<think>", "\nA\n",
+     "<tool_call>\n{\n</tool_call>", f"{TEXT}\nA", f"A\n<tool_call>\n</tool_call>\n{TEXT}"],
+)  # fmt: skip
+def test_what_was_spelled_is_written_as_it_was(text, read):
+    """Read from a text and written by ChatML, a reply is the same text again."""
+    [[reply]] = read.one(SFT, {"prompt": "Q", "completion": text}).completions
+    assert "".join(piece for piece, _ in ChatML(make_tokenizer()).reply(reply)) == text
+
+
 TURNS = {  # other turns
     "developer": ({"role": "developer", "content": "S"}, system("S")),
     "System": ({"role": "System", "content": "S"}, system("S")),
@@ -767,6 +779,12 @@ def test_spelled_markers_are_said(tmp_path):
         [note] = notes
         assert note.startswith(f"{path}: 3 rows hold a template's markers as text")
         assert "(<|im_end|> in line 2)" in note and "--chat_template none" in note
+    tokenizer.add_tokens(["##", "[INST]"])  # of other shapes too
+    for text, marker in (("<a<|im_end|>", "<|im_end|>"), ("a##b", "##"), ("[x[INST]", "[INST]")):
+        path = write(tmp_path, [{**rows[0], "prompt": text}])
+        read_examples([path], DPO, tokenizer, ChatML(tokenizer), notes=(notes := []))
+        assert f"({marker} in line 1)" in notes[0]
+    rows[0] |= {"prompt": "# 1 < 2 <im_end> [1]"}
     plain = write(tmp_path, rows[:1], "plain.jsonl")
     read_examples([plain], DPO, tokenizer, ChatML(tokenizer), notes=(notes := []))
     assert notes == []

@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import chain
 
 from nanoalign import InputError
-from nanoalign.chatml import TAGS, Message
+from nanoalign.chatml import Message
 from nanoalign.data import Case, Examples, Limits, make_examples, texts_of
 from nanoalign.formats import feedback
 from nanoalign.formats.columns import (
@@ -38,6 +38,7 @@ from nanoalign.formats.columns import (
 from nanoalign.formats.rows import files_of, rows_of
 
 Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # of a method, by columns
+TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what most special tokens look like
 BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in every layout
 
 
@@ -271,11 +272,16 @@ def read_cases(
                     yield from worth_training(case, labelled, count)
         for replies in judged.values():
             yield from worth_training(feedback.siblings(replies), labelled, count)
-        for said, is_role in (("not read", False), ("read", True)):
-            names = [name for name in left if name.startswith("role ") is is_role]
-            if names:
-                listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
-                notes.append(f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}")
+        notes += passed_over(source, left)
+
+
+def passed_over(source: str, left: Counter) -> Iterator[str]:
+    """What of a file was not read, and which roles were read as others: a line each."""
+    for said in "not read", "read":
+        names = [name for name in left if name.startswith("role ") == (said == "read")]
+        if names:
+            listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
+            yield f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}"
 
 
 def only_last(completion: list[Message]) -> list[Message]:
@@ -392,14 +398,16 @@ def nothing_to_learn(completion: list[Message]) -> str | None:
 def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[Case]:
     """The cases, and behind them a note on each file whose texts spell a template's markers."""
     names = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
-    names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
-    marker, found = re.compile("|".join([TAGS.pattern, *map(re.escape, names)])), {}
+    names |= {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"}
+    other = [re.escape(name) for name in names if len(name) > 1 and not TAG.fullmatch(name)]
+    marker, found = re.compile("|".join([TAG.pattern, *sorted(other, key=len, reverse=True)])), {}
     for case in cases:
         turns = chain(case.prompt, *case.completions)
         texts = (text for m in turns for text in (m["content"], m.get("reasoning_content", "")))
-        if match := next(filter(None, map(marker.search, texts)), None):
+        spelled = (match[0] for text in texts for match in marker.finditer(text))
+        if name := next((name for name in spelled if name in names), None):
             file, _, place = case.where.rpartition(", ")
-            number, last, example = found.get(file, (0, "", f"{match[0]} in {place}"))
+            number, last, example = found.get(file, (0, "", f"{name} in {place}"))
             found[file] = number + (last != case.where), case.where, example
         yield case
     for file, (number, _, example) in found.items():
