@@ -50,6 +50,10 @@ def run_grpo(cfg: GRPOConfig) -> Run:
     if cfg.fsdp:
         raise InputError("--fsdp: a model in parts can't generate, and GRPO samples from it")
     run, size = start(cfg, DPO), cfg.num_generations
+    lm = run.policy.lm
+    if cfg.temperature != 1 and lm.softcap:
+        raise InputError("--temperature: must be 1 for a model that caps its logits")
+    lm.scale /= cfg.temperature  # the policy that trains is the one that samples
 
     def grpo(batches):
         """The loss is a mean over replies."""
@@ -62,11 +66,13 @@ def run_grpo(cfg: GRPOConfig) -> Run:
             advantages = (rewards - rewards.mean(1, keepdim=True)) / spread  # (prompts, size)
 
             texts = [[(array("i", ids), [True] * len(ids)) for ids in group] for group in groups]
-            scores = run.policy([replace(e, texts=t) for e, t in zip(batch, texts)])
+            sampled = [replace(e, texts=t) for e, t in zip(batch, texts)]
+            scores = run.policy(sampled)
             losses = -advantages.flatten().to(scores.logps.device) * scores.logps
             yield {
                 "loss": (losses.sum(), len(replies)),
                 "reward": (rewards.sum(), len(replies)),
+                "num_tokens": (sum(map(len, sampled)), 0),  # not those of the data's replies
             }
 
     fit(cfg, run, grpo)

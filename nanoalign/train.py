@@ -13,8 +13,9 @@ whole step counted (trained tokens for SFT, examples for DPO and KTO). So 8 x 1,
 examples give the same gradient. The usual way averages within each batch and then the averages,
 which gives a token in a short batch more weight than one in a long batch.
 
-Whatever else a method yields is a metric under its name. Since it has the whole step before it, it
-can ask first for what the batches share: the reference's log-probs, KTO's z0.
+Whatever else a method yields is a metric under its name; but "num_tokens", of none, says on how
+many it trained, if they are not those of its examples. Since a method has the whole step before it,
+it can ask first for what the batches share: the reference's log-probs, KTO's z0.
 """
 
 import math

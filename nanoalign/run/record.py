@@ -229,7 +229,8 @@ class Record:
             self.log.say(f"{what}; skipped, {state['skipped']} of {cfg.skip_nonfinite}")
         add(state["window"], step.sums or {})
         state["step"] = step.number
-        state["num_tokens"] += sum(map(len, step.examples))
+        made, _ = (step.sums or {}).get("num_tokens", (None, 0))  # by a method that samples
+        state["num_tokens"] += sum(map(len, step.examples)) if made is None else round(made)
         now, tokens = self.seconds(), state["num_tokens"]
         speed = (tokens - self.since[1]) / max(1e-3, now - self.since[0])
         self.log.advance(step, speed)
