@@ -203,6 +203,10 @@ def test_a_pass_without_gradient_is_not_asked_for_router_logits(models):
     for sums in balanced(dpo, policy.model, None)([BATCH[:1], BATCH[1:]]):
         assert "aux_loss" in sums
     assert asked == [(False, False), (True, True)] * 2
+    aux = [sums["aux_loss"][0] for sums in balanced(dpo, policy.model, 1.0)([BATCH, BATCH[1:]])]
+    (alone,) = balanced(dpo, policy.model, 1.0)([BATCH[1:]])
+    assert aux[1] == alone["aux_loss"][0] != aux[0]  # each row's is its own
+    del asked[4:]
     with torch.no_grad():
         (sums,) = balanced(dpo, policy.model, None)([BATCH])
     assert "aux_loss" not in sums and asked[4:] == [(False, False)] * 2

@@ -161,6 +161,10 @@ def test_a_notebook_trains_all_weights_in_fp32(tmp_path):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.model.parameters())
     assert policy.lm.autocast == theirs.lm.autocast == torch.bfloat16
     assert torch.equal(policy(SEQUENCES).logps, theirs(SEQUENCES).logps)
+    products = []
+    layer = policy.model.get_decoder().layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, y: products.append(y.dtype))
+    assert policy.lm.hidden(packing.pack(SEQUENCES)).dtype == torch.bfloat16 == products[0]
 
 
 FEW = {
