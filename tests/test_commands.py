@@ -786,11 +786,12 @@ def test_kto_with_one_label_is_warned(label, script):
 @pytest.mark.parametrize("full", [[], ["--use_peft=false"]], ids=["lora", "full"])
 def test_kto_with_one_prompt_is_refused(full, script):
     same = thumbs(script, [True, False] * 3, prompts="aaaaaa")
-    refused(script, "kto", *full, dataset_name=same, expected=["two different prompts"])
+    words = ["two different prompts", "--loss_type apo_zero_unpaired"]
+    refused(script, "kto", *full, dataset_name=same, expected=words)
     (script.folder / "out").mkdir()
     (script.folder / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
     refused(script, "kto", *full, "--overwrite_output_dir", dataset_name=same)
-    words = ["the examples to evaluate on: ", "two different prompts"]
+    words = ["the examples to evaluate on: ", "prompts", "--loss_type apo_zero_unpaired"]
     refused(script, "kto", *full, "--overwrite_output_dir", eval_dataset=same, expected=words)
 
 

@@ -121,7 +121,10 @@ def read_rows(path: str | Path, passing: bool = False) -> Rows:
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise InputError(f"{name}: {e}; expected a whole gzip file") from None
     except OSError as e:
-        raise InputError(f"{name}: {e.strerror}; expected a .json, .jsonl or .csv file") from None
+        expected = "a .json, .jsonl or .csv file"
+        if os.path.isdir(path):
+            expected += f": '{name}/*.jsonl' say, or a folder that datasets saved"
+        raise InputError(f"{name}: {e.strerror}; expected {expected}") from None
     if not where:
         found = "an empty list" if suffix == ".json" else "a header only"
         raise InputError(f"{name}: {found}; expected rows")

@@ -191,7 +191,7 @@ class Config:
     shuffle_dataset: bool = flag(True, "a new order in each epoch")
     input_as_system: bool = flag(False, "the column `input` holds the system turn")
     skip_bad_rows: int = flag(
-        0, "pass over up to so many rows that are refused, and name each", NOT_NEGATIVE)
+        0, "pass over up to so many rows that are refused, and name each", NOT_NEGATIVE, free=True)
     max_length: int = flag(
         1024, "tokens of prompt and completion, whose end is cut", POSITIVE,
         aliases="--max_seq_length")
