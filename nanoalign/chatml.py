@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, takewhile, zip_longest
+from pathlib import Path
 
 from nanoalign.fast.encode import encode as encode  # ids_and_mask of many, and with care
 
@@ -68,11 +69,7 @@ class ChatML:
     """
 
     markers = IM_START, IM_END
-    jinja = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-        "message['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
+    jinja = Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8")
     train_on_thoughts = True
 
     def __init__(self, tokenizer):

@@ -1120,7 +1120,7 @@ def test_a_tokenizer_without_end_and_padding(template, model_dir, script, tmp_pa
 
 
 def test_a_tokenizer_without_a_template(model_dir, script):
-    words = ["--chat_template native: the tokenizer has no template; use chatml"]
+    words = ["the tokenizer has no chat template; use --chat_template chatml"]
     refused(script, "sft", "--chat_template=native", expected=words)
     assert script("sft")[0] == 0
 

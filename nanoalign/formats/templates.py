@@ -1,119 +1,336 @@
-"""The templates there are: ChatML, the tokenizer's own, or one that you add.
+"""The templates there are: ChatML, the tokenizer's own, none at all, or one that you add.
 
 What a template is stands in chatml.ChatML. The usual way with a tokenizer's own is to render a
 conversation with and without its last reply, and to train on the difference whatever it is;
 `NativeTemplate` gives the same guarantees as ChatML, or refuses.
 """
 
+import json
 import re
-from collections.abc import Iterator
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+
+from transformers import AddedToken
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, Piece, encode
+
+KWARGS, DATE = "nanoalign_template_kwargs", "nanoalign_date"  # in tokenizer_config.json
+THOUGHT = "reasoning_content", "reasoning", "thinking"  # a template reads one of them
+TYPES = {"object", "array", "string", "number", "integer", "boolean", "null", "function"}
+BREAK = "\udfff"  # as Marked's stand-ins, half of a surrogate pair: no text holds one
+DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyY"]  # of strftime
+STRFTIME_NOW = (  # transformers hands no function to a template; this is one within it
+    "{%- macro strftime_now(format) -%}{%- set shown = namespace(text=format) -%}"
+    "{%- for name in nanoalign_date -%}"
+    "{%- set shown.text = shown.text.replace(name, nanoalign_date[name]) -%}"
+    "{%- endfor -%}{{- shown.text -}}{%- endmacro %}\n"
+)
+
+
+class Marked:
+    """Text in which the names of added tokens stand for these tokens, its markers."""
+
+    def __init__(self, tokenizer, tokens: list[AddedToken]):
+        self.ids, space = tokenizer.get_added_vocab(), r"\s*"
+        tokens = sorted(tokens, key=lambda t: len(t.content), reverse=True)
+        # some tokens take the white space beside them
+        names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
+        self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
+        self.names = "\n".join(t.content for t in tokens)
+        signs = {sign for t in tokens for sign in (t.content.strip()[0], t.content.strip()[-1])}
+        self.stand_ins = {ord(sign): 0xD800 + i for i, sign in enumerate(sorted(signs))}
+        self.signs = {i: sign for sign, i in self.stand_ins.items()} | {ord(BREAK): None}
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Texts, and the ids of the markers between them."""
+        for i, part in enumerate(self.marker.split(text)):
+            if i % 2:
+                yield self.id_of(part)
+            elif part:
+                yield part.translate(self.signs)
+
+    def id_of(self, marker: str) -> int:
+        return self.ids[marker if marker in self.ids else marker.strip()]
+
+    def hide(self, value, schema: bool = False):
+        """A value of a conversation, however deep, so that no part of it becomes a marker when a
+        template prints it; `split` shows it as it was.
+
+        The signs that markers begin and end with get stand-ins. A text that could be the middle of
+        one ("end", where a template prints "<|" and "|>" around it) is broken in two. In the
+        `schema` of a tool keys and types are not, because templates ask for them.
+        """
+        if isinstance(value, str):
+            text, inside = value.strip(), value.strip() in self.names
+            if text and inside and not (schema and text in TYPES):
+                value = re.sub(r"(?<=\S)", BREAK, value, count=1)
+            return value.translate(self.stand_ins)
+        if isinstance(value, dict):
+            keys = [key.translate(self.stand_ins) if schema else self.hide(key) for key in value]
+            return dict(zip(keys, (self.hide(v, schema) for v in value.values())))
+        return [self.hide(v, schema) for v in value] if isinstance(value, list) else value
+
+
+def added_tokens(tokenizer) -> list[AddedToken]:
+    """Those that are more than white space."""
+    return [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
+
+
+class NoTemplate:
+    """Strings as they are, for data that hold a template already: the names of added tokens are
+    read as these tokens, and nothing is added. A reply trains whole."""
+
+    markers, jinja = (), None
+
+    def __init__(self, tokenizer):
+        self.marked = Marked(tokenizer, added_tokens(tokenizer))
+        self.stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
+        """As ChatML.pieces, of a reply and the prompt before it, if there is one."""
+        *before, reply = messages
+        if len(before) > 1 or tools or reply.keys() & {"reasoning_content", "tool_calls"}:
+            fault = "takes a prompt and a reply as strings, and no turns, thoughts or tools"
+            raise InputError(f"--chat_template none {fault}")
+        yield from self.prompt(before)
+        for piece in self.marked.split(reply["content"]):
+            yield piece, True
+
+    def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
+        for message in messages:
+            for piece in self.marked.split(message["content"]):
+                yield piece, False
+
+
+# Turns to try a template with.
+ASK, ANSWER = ({"role": r, "content": c} for r, c in (("user", "Where?"), ("assistant", "Here.")))
+CALL = {"name": "find_it", "arguments": {"city": "Paris."}}
+CALL = {**ANSWER, "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "content": "Somewhere."}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
+FIND = {"name": "find_it", "description": "Finds it.", "parameters": {**CITY, "required": ["city"]}}
+TOOLS = [{"type": "function", "function": FIND}]
+
+
+def like(message: Message, i: int) -> Message:
+    """A message of the same kind as the i-th of a conversation, whose words can't be overlooked."""
+    calls = [
+        {"name": f"call_{i}_{n}_", "arguments": {"city": f"city {i} {n}."}}
+        for n in range(len(message.get("tool_calls", ())))
+    ]
+    return {
+        "role": message["role"],
+        "content": f"content {i}." if message["content"].strip() else "",
+        **({"reasoning_content": f"thought {i}."} if "reasoning_content" in message else {}),
+        **({"tool_calls": [{"type": "function", "function": c} for c in calls]} if calls else {}),
+    }
 
 
 class NativeTemplate:
     """The tokenizer's own chat template, for a model tuned on another format than ChatML.
 
-    The template is rendered with a placeholder for each content. What it prints around them is its
-    scaffold: added tokens are markers there, and plain text in the contents. White space that
-    generation would have to write before a reply (Mistral's) is part of the reply. Where the mask
-    would be a guess the template is refused with an InputError: when it drops, repeats, reorders or
-    rewrites contents (stripping them is fine), does not close a reply with a marker, or shows what
-    precedes a reply otherwise than generation would.
+    A reply is what the template writes behind the prompt that generation gets, up to the marker
+    that closes it; GLM's template closes none, and there the next turn's marker does. Markers are
+    the added tokens that the template itself writes: a conversation's own strings can't forge one.
+    Refused with an InputError is a template that drops what a conversation says, that closes a
+    reply with no marker, or that shows a reply's prompt otherwise than generation would.
+
+    What it is given besides (--chat_template_kwargs, the date) is kept with the tokenizer.
     """
 
     markers, jinja = (), None  # the tokenizer has its own
+    train_on_thoughts = True
 
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise InputError("--chat_template native: the tokenizer has no template; use chatml")
-        self.tokenizer, self.ids = tokenizer, tokenizer.get_added_vocab()
-        tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
-        tokens.sort(key=lambda t: len(t.content), reverse=True)
-        space = r"\s*"  # some tokens take the white space beside them
-        names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
-        self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
+            raise InputError("the tokenizer has no chat template; use --chat_template chatml")
+        sign = r'[^\w\s"\\]'  # a word among the added tokens is a word, whoever writes it
+        name = re.compile(rf"\s*{sign}(.*{sign})?\s*", re.DOTALL)
+        tokens = [t for t in added_tokens(tokenizer) if name.fullmatch(t.content)]
+        self.tokenizer, self.marked = tokenizer, Marked(tokenizer, tokens)
+        self.rendered, self.complete = lru_cache(maxsize=64)(self._rendered), set()
+        self.given = tokenizer.init_kwargs.get(KWARGS, {})
+        day = date.fromisoformat(tokenizer.init_kwargs.get(DATE) or str(date.today()))
+        self.date = {name: day.strftime(name) for name in DIRECTIVES}
 
-        talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-        pieces = list(self.pieces(talk))
-        self.stop_ids = sorted({p for p, trains in pieces if trains and isinstance(p, int)})
-        ordinary = tokenizer(self._render(talk), add_special_tokens=False)["input_ids"]
-        ids = encode(tokenizer, [pieces])[0][0]
-        if ids != ordinary[: len(ids)]:
-            raise self._refusal("cannot be tokenized piece by piece")
+        answer = self._tried()
+        talk = [ASK, answer, ASK, answer]
+        start, _, _ = self._written(talk, ()).rpartition(answer["content"])
+        self.opening = start if answer is ANSWER else ""  # what it writes itself before a reply
+        self.stop = self._closing(answer)
+        text = self._prompt(talk[:-1], ()) + self._reply(talk, ())
+        [(ids, _)] = encode(tokenizer, [[(piece, False) for piece in self.marked.split(text)]])
+        if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise refusal("cannot be tokenized piece by piece")
 
-    def pieces(self, messages: list[Message], tools=()) -> Iterator[Piece]:
+        ends = [list(self.pieces(talk))[-1][0]]
+        with suppress(InputError):  # it may write no calls
+            ends.append(list(self.pieces([ASK, CALL]))[-1][0])
+        self.stop_ids = list(dict.fromkeys(ends))
+        self._name_the_end()
+
+    def _tried(self) -> Message:
+        """A reply that it can write: one without a thought, or else one with."""
+        for answer in ANSWER, {**ANSWER, "reasoning_content": "A thought."}:
+            with suppress(InputError):
+                self._check([ASK, answer, ASK, answer], ())
+                return answer
+        self._check([ASK, ANSWER], ())
+        raise refusal("shows a second reply otherwise than the first")
+
+    def _name_the_end(self) -> None:
+        """Tell other tools what ends a reply, unless the template prints eos_token elsewhere."""
+        asked = json.dumps([[ASK, ANSWER], [], {}])
+        shown, old = self._rendered(asked), self.tokenizer.eos_token
+        self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
+        if self._rendered(asked) != shown:
+            self.tokenizer.eos_token = old
+
+    def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
         """As ChatML.pieces."""
-        gaps, contents = self._shown(messages)
-        shown = text = ""  # all so far, and what of it follows the last marker or reply
-        closes = False  # must a marker close a reply now?
-        for i, (gap, content) in enumerate(zip(gaps, contents)):
-            if closes and not self.marker.match(gap):
-                raise self._refusal("does not close a reply with a special token")
-            before, *parts = self.marker.split(gap)
-            text += before
-            for marker, after in zip(parts[::2], parts[1::2]):
-                if text:
-                    yield text, False
-                trains = closes and i == len(messages)  # the gap after the last content
-                yield self.ids[marker if marker in self.ids else marker.strip()], trains
-                if trains:
-                    return
-                text, closes = after, False
-            shown += gap
-            if i < len(messages) and messages[i]["role"] == "assistant":
-                space = self._space(messages[:i], text, shown)
-                if text := text.removesuffix(space):
-                    yield text, False
-                yield space + content, i == len(messages) - 1
-                text, closes = "", True
-            else:
-                text += content
-            shown += content
+        self._check(messages, tools)
+        reply = self._reply(messages, tools)
+        yield from self.prompt(messages[:-1], tools)
+        start = 0 if self.train_on_thoughts else self._after_thought(reply, messages[-1])
+        for piece in self.marked.split(reply[:start]):
+            yield piece, False
+        for piece in self.marked.split(reply[start:]):
+            yield piece, True
 
-    def prompt(self, messages: list[Message], tools=()) -> Iterator[Piece]:
-        """As ChatML.prompt: what precedes a reply."""
-        reply = {"role": "assistant", "content": "reply"}
-        return takewhile(lambda piece: not piece[1], self.pieces([*messages, reply]))
+    def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
+        """As ChatML.prompt. What precedes an earlier reply is split from it as it was then."""
+        text = self._prompt(messages, tools)
+        earlier = [
+            self._prompt(messages[:i], tools)
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and i
+        ]
+        ends = [len(prompt) for prompt in earlier if text.startswith(prompt)]
+        for start, end in pairwise([0, *ends, len(text)]):
+            for piece in self.marked.split(text[start:end]):
+                yield piece, False
 
-    def _shown(self, messages: list[Message]) -> tuple[list[str], list[str]]:
-        """What the template prints before each content and after the last, and the contents as it
-        prints them: as they are, or stripped; the last is the end's, ""."""
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters
-        scaffold = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)])
-        if re.findall("\ue000[0-9]+\ue001", scaffold) != marks:
-            raise self._refusal("drops, repeats or reorders messages")
-        gaps = re.split("\ue000[0-9]+\ue001", scaffold)
-        whole, shown, contents = self._render(messages), gaps[0], []
-        for message, gap in zip(messages, gaps[1:]):
-            content = message["content"]
-            if not whole.startswith(content + gap, len(shown)):
-                content = content.strip()
-            contents.append(content)
-            shown += content + gap
-        if whole != shown:
-            raise self._refusal("rewrites the contents of messages")
-        return gaps, [*contents, ""]
+    def _reply(self, messages: list[Message], tools: Sequence[dict]) -> str:
+        """What trains: what the template writes of the last turn, its closing marker the last."""
+        text, reply = self._written(messages, tools), messages[-1]
+        if self.stop is None:
+            text += self._next_turn("tool_calls" in reply)
+        else:
+            markers = list(self.marked.marker.finditer(text))
+            closing = [m for m in markers if self.marked.id_of(m[0]) == self.stop] or markers
+            text = text[: closing[-1].end()] if closing else ""
+        for words in (reply["content"], reply.get("reasoning_content", "")):
+            if self.marked.hide(words).strip() not in text:
+                raise refusal("does not show a reply as it is, with a special token to close it")
+        return text
 
-    def _space(self, before: list[Message], text: str, shown: str) -> str:
-        """The white space between the prompt that generation gets and the reply."""
-        prompt = self._render(before, add_generation_prompt=True)
-        space = shown[len(prompt) :]
-        if shown != prompt + space or space.strip() or not text.endswith(space):
-            raise self._refusal("shows a reply's prompt otherwise than generation would")
-        return space
+    def _written(self, messages: list[Message], tools: Sequence[dict]) -> str:
+        """What the template writes of the last turn, behind the prompt."""
+        prompt, text = self._prompt(messages[:-1], tools), self._render(messages, tools)
+        if not text.startswith(prompt):
+            thinks, cure = "reasoning_content" in messages[-1], "--chat_template chatml"
+            if "enable_thinking" in str(self.tokenizer.chat_template):
+                switch = json.dumps({"enable_thinking": thinks})
+                cure = f"--chat_template_kwargs '{switch}' or {cure}"
+            raise refusal("shows a reply's prompt otherwise than generation would", cure)
+        return text[len(prompt) :]
 
-    def _render(self, messages: list[Message], **how) -> str:
+    def _after_thought(self, text: str, message: Message) -> int:
+        """Where a reply goes on behind its thought and the marker that closes that."""
+        thought = self.marked.hide(message.get("reasoning_content", "")).strip()
+        end = text.index(thought) + len(thought) if thought else 0
+        closing = re.compile(rf"\s*{self.marked.marker.pattern}?\s*")
+        return closing.match(text, end).end() if thought else 0
+
+    def _tails(self, reply: Message, last: str, turn: Message) -> tuple[str, str]:
+        """What the template writes after the last words of a reply: at the end of a conversation,
+        and where a turn follows."""
+        end, longer = (self._render(talk, ()) for talk in ([ASK, reply], [ASK, reply, turn]))
+        return end.rpartition(last)[2], longer.rpartition(last)[2]
+
+    def _closing(self, answer: Message) -> int | None:
+        """The marker that closes a reply, None where the template writes none. Phi-3's writes one
+        more at the end of a conversation, gpt-oss's another one there."""
+        tails = map(self.marked.marker.findall, self._tails(answer, answer["content"], ASK))
+        end, longer = ([self.marked.id_of(marker) for marker in tail] for tail in tails)
+        always = [marker for marker, other in zip(end, longer) if marker == other]
+        return (always or end[:1] or [None])[-1]
+
+    def _next_turn(self, calls: bool) -> str:
+        """The marker that begins the turn after a reply, which closes one that no other does."""
+        call, answer = (CALL, "Paris.", RESULT), (ANSWER, ANSWER["content"], ASK)
+        end, longer = self._tails(*(call if calls else answer))
+        start = longer.removeprefix(end)
+        marker = self.marked.marker.search(start)
+        if not marker or start[: marker.start()].strip():
+            raise refusal("does not close a reply with a special token")
+        return start[: marker.end()]
+
+    def _check(self, messages: list[Message], tools: Sequence[dict]) -> None:
+        """Does the template show all that a conversation of this kind says? Earlier thoughts, and
+        words beside earlier calls, are the template's to forget."""
+        talk = [like(message, i) for i, message in enumerate(messages)]
+        if (kind := str([talk, bool(tools)])) in self.complete:
+            return
+        used = TOOLS if tools else ()
+        prompt, reply = self._prompt(talk[:-1], used), self._written(talk, used)
+        if tools and FIND["name"] not in prompt:
+            raise refusal("does not show the tools")
+        for message in talk:
+            last = message is talk[-1]
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            names = [word for c in calls for word in (c["name"], c["arguments"]["city"])]
+            said = {"the tool calls": names}
+            if last or not calls:
+                said[f"what the {message['role']} says"] = [message["content"]]
+            if last:
+                said["the thought (reasoning_content)"] = [message.get("reasoning_content", "")]
+            for what, words in said.items():
+                if any(word not in (reply if last else prompt) for word in words):
+                    raise refusal(f"does not show {what}")
+        self.complete.add(kind)
+
+    def _prompt(self, messages: list[Message], tools: Sequence[dict]) -> str:
+        """The prompt that generation gets."""
+        if not messages:
+            raise refusal("has no prompt for a conversation that begins with the assistant")
+        return self._render(messages, tools, add_generation_prompt=True)
+
+    def _render(self, messages: list[Message], tools: Sequence[dict], **how) -> str:
+        return self.rendered(json.dumps([messages, list(tools), how]))
+
+    def _rendered(self, asked: str) -> str:
+        messages, tools, how = json.loads(asked)
+        messages = list(map(self._hidden, messages))
+        tools = self.marked.hide(tools, schema=True) or None
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+            template = self.tokenizer.get_chat_template(tools=tools)
+            if "strftime_now" in template:
+                template, how["nanoalign_date"] = STRFTIME_NOW + template, self.date
+            how |= {**self.given, "chat_template": template, "tokenize": False}
+            return self.tokenizer.apply_chat_template(messages, tools, **how)
         except Exception as error:  # a template is a program, and says no in its own words
             why = " ".join(str(error).split())[:200]
-            raise self._refusal(f"says: {why!r}") from None
+            raise refusal(f"says: {why!r}") from None
 
-    def _refusal(self, what: str) -> InputError:
-        return InputError(f"--chat_template native: the tokenizer's template {what}; use chatml")
+    def _hidden(self, message: Message) -> dict:
+        """A message as the template gets it."""
+        hide = self.marked.hide
+        hidden = {"role": message["role"], "content": hide(message["content"])}
+        if thought := message.get("reasoning_content"):
+            hidden |= dict.fromkeys(THOUGHT, hide(thought))
+        if calls := [call["function"] for call in message.get("tool_calls", ())]:
+            calls = [{"name": hide(c["name"]), "arguments": hide(c["arguments"])} for c in calls]
+            hidden["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return hidden
 
 
-TEMPLATES = {"chatml": ChatML, "native": NativeTemplate}  # --chat_template
+def refusal(what: str, cure: str = "--chat_template chatml") -> InputError:
+    return InputError(f"the tokenizer's own chat template {what}; use {cure}")
+
+
+TEMPLATES = {"chatml": ChatML, "native": NativeTemplate, "none": NoTemplate}  # --chat_template
