@@ -106,6 +106,7 @@ def prepare(args, method: str, directory: Path) -> tuple[int, float]:
     kind = {"sft": layouts.SFT, "dpo": layouts.DPO, "kto": layouts.KTO}[method]
     torch_seed()
     cfg = SFTConfig(model_name_or_path=args.model, lora_dropout=args.lora_dropout, device="cpu")
+    cfg.chat_template = "chatml"
     policy = load_policy(cfg)
     save_policy(policy, directory / "adapter")
     source = getattr(args, f"{method}_data") or write_rows(

@@ -122,7 +122,7 @@ def worker(args) -> None:
             model_name_or_path=args.model, dataset_name=[args.data], output_dir=directory,
             overwrite_output_dir=True, device="cpu", dtype="bfloat16", max_length=512,
             per_device_train_batch_size=args.batch, max_steps=args.steps + 1, save_steps=0,
-            shuffle_dataset=False, **flags,
+            shuffle_dataset=False, chat_template="chatml", **flags,
         ))  # fmt: skip
     print("\n" + json.dumps({"seconds": clock.seconds(), "peak": peak_memory("cpu")}))
 

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args(argv)
     common = ["--model_name_or_path", args.model, "--dataset_name", args.data, "--device", "cpu"]
-    common += ["--max_length", "512", "--max_steps", str(args.steps), "--logging_steps", "1"]
+    common += ["--chat_template", "chatml", "--max_length", "512"]
+    common += ["--max_steps", str(args.steps), "--logging_steps", "1"]
     print("| | one process, 2 threads | two processes, 1 thread each | waiting | wire |")
     print("|---|---|---|---|---|")
     for name, flags in CASES.items():

@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {"built-in": ["--max_steps", str(args.steps), "--logging_steps", "2"]}
     if args.model:
         kinds[Path(args.model).name] = ["--model_name_or_path", args.model, "--dataset_name",
-            args.data, "--max_length", "512", "--per_device_train_batch_size", "4",
-            "--max_steps", "6", "--logging_steps", "1"]  # fmt: skip
+            args.data, "--chat_template", "chatml", "--max_length", "512", "--max_steps", "6",
+            "--per_device_train_batch_size", "4", "--logging_steps", "1"]  # fmt: skip
     threads = [1]
     while threads[-1] < (os.cpu_count() or 1):
         threads.append(min(2 * threads[-1], os.cpu_count()))

@@ -107,7 +107,8 @@ def sft_model(small: bool) -> str:
 
 def load(directory: str) -> Policy:
     with quietly():
-        return load_policy(Config(model_name_or_path=directory, use_peft=False, device="cpu"))
+        how = dict(use_peft=False, device="cpu", chat_template="chatml")
+        return load_policy(Config(model_name_or_path=directory, **how))
 
 
 def pairs(part: str, small: bool = False) -> list[dict]:

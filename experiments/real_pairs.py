@@ -43,6 +43,7 @@ HELD_OUT = 500  # pairs
 ERRORS = 2  # standard errors make a difference
 FLAGS = dict(learning_rate=2e-4, lr_scheduler_type="cosine", warmup_ratio=0.1, weight_decay=0.0)
 FLAGS |= dict(num_train_epochs=1, max_steps=-1, per_device_train_batch_size=16, device="auto")
+FLAGS["chat_template"] = "chatml"
 
 
 def turns(text: str) -> list[dict]:

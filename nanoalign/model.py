@@ -122,8 +122,8 @@ def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
         tokenizer.chat_template, tokenizer.eos_token = kind.jinja, kind.markers[-1]
     template = kind(tokenizer)
     if tokenizer.pad_token_id is None:  # generation pads; training never does
-        stops = tokenizer.convert_ids_to_tokens(template.stop_ids)
-        tokenizer.pad_token = tokenizer.eos_token or stops[0]
+        any_id = [*template.stop_ids, 0][0]
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(any_id)
     return template, tokenizer.convert_tokens_to_ids(missing)
 
 

@@ -1142,7 +1142,7 @@ def test_the_template_of_training_is_that_of_the_next_stage(use_peft, model_dir,
         assert type(next_stage.template) is kind
     save_policy(next_stage, tmp_path / "two")  # in ChatML, from native
     assert type(load_tokenizer(str(tmp_path / "two"))[1]) is ChatML
-    assert type(load_tokenizer(str(model))[1]) is ChatML
+    assert type(load_tokenizer(str(model))[1]) is NativeTemplate  # nobody said which, it has one
     if use_peft:
         merge.main([str(tmp_path / "one"), str(tmp_path / "merged"), "--device=cpu"])
         assert type(load_tokenizer(str(tmp_path / "merged"))[1]) is NativeTemplate

@@ -1,20 +1,25 @@
 """The tokenizer's own template, none, and one that is added: ids, replies, and no forged turn."""
 
 import importlib.util
+import json
 import re
+import shutil
 from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, make_tokenizer
+import torch
+from conftest import TEXT, make_tokenizer, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import call, metrics, tensors, write_rows
 from test_chatml import FUZZ, ORDINARY, content, decoded, make_bpe, sentencepiece, spans, talk
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nanoalign import InputError
 from nanoalign.chatml import IM_END, IM_START, ChatML, encode
+from nanoalign.formats.layouts import DPO, SFT, read_examples
 from nanoalign.formats.templates import DATE, KWARGS, TEMPLATES, NativeTemplate, NoTemplate
 from nanoalign.run.policy import load_tokenizer
 
@@ -789,6 +794,156 @@ def test_strings_as_they_are():
     for odd in (talk("a", "b", "c", "d"), [turn("assistant", "b", "thought")], TOLD[:2]):
         with pytest.raises(InputError, match="a prompt and a reply as strings"):
             list(template.pieces(odd))
+
+
+# ------------------------------------------------------------------------------ in the commands
+
+DATED = "{{ strftime_now('%d %B %Y') + '\n' }}" + ChatML.jinja  # as SmolLM3's
+
+
+@pytest.fixture
+def dated(model_dir, data, tmp_path):
+    """Flags of four steps on a model whose own template prints the date."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(model)
+    return {
+        "model_name_or_path": model, "dataset_name": data / "sft.jsonl", "max_steps": 4,
+        "save_steps": 2, "output_dir": tmp_path / "run", "device": "cpu",
+    }  # fmt: skip
+
+
+def on(monkeypatch, day):
+    """Runs begin on that day."""
+
+    class Day(date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(day)
+
+    monkeypatch.setattr("nanoalign.run.policy.date", Day)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_is_resumed_after_midnight(dated, monkeypatch, tmp_path, capsys):
+    """Its data are those of its first day, and a run that is not resumed has the new day's."""
+    on(monkeypatch, "2024-02-29")
+    call("sft", dated)
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        "template: native (the tokenizer's own; --chat_template chatml writes ChatML instead)"
+        in said
+    )
+    on(monkeypatch, "2024-03-01")
+    again = {
+        "output_dir": tmp_path / "again",
+        "resume_from_checkpoint": tmp_path / "run/checkpoint-2",
+    }
+    call("sft", dated | again)
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "again")
+    assert "template: native (it was trained with that)" in capsys.readouterr().out
+    _, template, _ = load_tokenizer(str(tmp_path / "again"))
+    text = [p for p, _ in template.prompt([turn("user", "q")])]
+    assert text[0] == "01 March 2024\n"
+    call("sft", dated | {"output_dir": tmp_path / "new"})
+    assert tensors(tmp_path / "run") != tensors(tmp_path / "new")
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_resumed_run_takes_its_template_from_the_checkpoint(dated, tmp_path, capsys):
+    """Not from the model, which may have got one by then."""
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.unlink()
+    call("sft", dated)
+    assert "template: chatml (the tokenizer has none of its own)" in capsys.readouterr().out
+    template.write_text(DATED)
+    which = tmp_path / "run" / "checkpoint-2"
+    call("sft", dated | {"output_dir": tmp_path / "again", "resume_from_checkpoint": which})
+    assert "template: chatml (it was trained with that)" in capsys.readouterr().out
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "again")
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_kwargs_go_to_the_template_and_are_kept(model_dir, data, tmp_path, capsys):
+    model, kwargs = shutil.copytree(model_dir, tmp_path / "model"), {"enable_thinking": False}
+    tokenizer = native_tokenizer(OPEN)
+    model_of(tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    given = {
+        "model_name_or_path": model, "dataset_name": data / "sft.jsonl", "max_steps": 1,
+        "output_dir": tmp_path / "run", "device": "cpu", "use_peft": "false",
+    }  # fmt: skip
+    call("sft", given)
+    assert "begins a reply with '\\n<think></think>\\n'" in capsys.readouterr().out
+    given["output_dir"] = tmp_path / "kept"
+    call("sft", given | {"chat_template_kwargs": json.dumps(kwargs)})
+    assert "begins a reply" not in capsys.readouterr().out
+    tokenizer, template, _ = load_tokenizer(str(tmp_path / "kept"))
+    assert trained(tokenizer, template, talk("q", "a")) == "\na<|user|>"
+    # generation ends with what ends a reply
+    saved = json.loads((tmp_path / "kept" / "generation_config.json").read_text())
+    assert set(template.stop_ids) <= set(saved["eos_token_id"])
+    assert tokenizer.eos_token == "<|user|>"
+    with pytest.raises(InputError, match="chat_template_kwargs.*expected a JSON object"):
+        call("sft", given | {"chat_template_kwargs": "[1]"})
+    _, _, _ = load_tokenizer(str(model_dir), "chatml", chat_template_kwargs=kwargs)
+    assert "--chat_template_kwargs has nothing to do in this run" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_thoughts_that_are_left_out(model_dir, tmp_path):
+    row = {"messages": [turn("user", "q"), turn("assistant", "a", "a thought")]}
+    data, found = write_rows(tmp_path / "x.jsonl", [row]), {}
+    for trains in "true", "false":
+        directory = tmp_path / trains
+        call("sft", {"model_name_or_path": model_dir, "max_steps": 1, "device": "cpu",
+                     "dataset_name": data, "output_dir": directory, "logging_steps": 1,
+                     "train_on_thoughts": trains})  # fmt: skip
+        found[trains] = metrics(directory)[0]
+    assert found["true"]["num_tokens"] == found["false"]["num_tokens"]
+    assert found["true"]["loss"] != found["false"]["loss"]
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_data_that_hold_their_template(model_dir, tmp_path, capsys):
+    """SFT's text, DPO's and KTO's strings, without a template of ours."""
+    prompt, reply = f"{IM_START}user\nHello!{IM_END}\n{IM_START}assistant\n", f"Bye.{IM_END}"
+    rows = {
+        "sft": [{"text": prompt + reply}],
+        "dpo": [{"prompt": prompt, "chosen": reply, "rejected": f"No.{IM_END}"}],
+        "kto": [
+            {"prompt": prompt + extra, "completion": reply, "label": bool(extra)}
+            for extra in ("", "So? ")
+        ],
+    }
+    given = {"model_name_or_path": model_dir, "max_steps": 1, "device": "cpu"}
+    for method, data in rows.items():
+        given["dataset_name"] = write_rows(tmp_path / f"{method}.jsonl", data)
+        given["output_dir"] = tmp_path / method
+        if method == "sft":
+            with pytest.raises(InputError, match="or text, with --chat_template none"):
+                call("sft", given)
+        call(method, given | {"chat_template": "none"})
+    assert capsys.readouterr().out.count("template: none\n") == 3
+    tokenizer, template, added = load_tokenizer(str(tmp_path / "sft"))
+    assert isinstance(template, NoTemplate) and not added
+    for layouts, file in ((SFT, "sft"), (DPO, "dpo")):
+        source = str(tmp_path / f"{file}.jsonl")
+        [example], _ = read_examples([source], layouts, tokenizer, template)
+        text = decoded(tokenizer, [*example.prompt, *example.texts[0][0]])
+        assert text == prompt + reply
+    talks = write_rows(tmp_path / "talks.jsonl", [{"messages": talk("q", "a")}])
+    with pytest.raises(InputError, match="columns messages make no known layout"):
+        call(
+            "sft",
+            given | {"dataset_name": talks, "chat_template": "none", "output_dir": tmp_path / "x"},
+        )
+
+
+def model_of(tokenizer):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny(LlamaConfig, vocab_size=len(tokenizer)))
 
 
 # ------------------------------------------------------------------------------ one more template

@@ -34,7 +34,8 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
     args = vars(opened[0])
     assert args.pop("directory") == "there" and args.pop("prompt") == "Hello"
     assert args == dict(system="", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=None,
-                        chat_template=None, load_in_4bit=True, device="auto",
+                        chat_template=None, chat_template_kwargs={}, load_in_4bit=True,
+                        device="auto",
                         trust_remote_code=False)  # fmt: skip
     with pytest.raises(SystemExit):
         chat.main(["there", "--chat_template", "llama"])

@@ -36,6 +36,7 @@ from nanoalign.formats.columns import (
     unread,
 )
 from nanoalign.formats.rows import files_of, rows_of
+from nanoalign.formats.templates import NoTemplate
 
 Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # of a method, by columns
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what most special tokens look like
@@ -150,12 +151,23 @@ def scored(row: dict, asked: str, replies: str) -> Case:
     return ranked({**row, replies: texts, keys[1]: points}, asked, replies, keys[1], sign)
 
 
+def strings(row: dict, *columns: str) -> Case:
+    """For --chat_template none: a prompt, but where there is only `text`, and replies to it, which
+    hold their template already. Nothing in them is read."""
+    asked = columns[: len(columns) > 1]
+    prompt = [{"role": "user", "content": text_of(row, column)} for column in asked]
+    replies = [text_of(row, column) for column in columns[len(asked) :]]
+    return Case(prompt, [[{"role": "assistant", "content": reply}] for reply in replies])
+
+
+STRINGS = {"text", "prompt", "question", "completion", "chosen", "rejected", "label"}
 SFT = {
     ("messages",): every_reply,
     ("prompt", "completion"): answered,
     ("instruction", "output"): alpaca,
     ("question", "chosen"): answered,
     ("conversations",): every_reply,
+    ("text",): strings,
 }
 DPO = {
     ("prompt", "chosen", "rejected"): answered,
@@ -193,8 +205,15 @@ def read_examples(
     file and line, for a malformed row, and when nothing is left to train on.
     """
     count, notes = Counter(), how.pop("notes", [])
+    templated = isinstance(template, NoTemplate)  # the data are
+    layouts = {
+        columns: strings if templated else read
+        for columns, read in layouts.items()
+        if (STRINGS.issuperset(columns) if templated else columns != ("text",))
+    }
     cases = read_cases(sources, layouts, count, notes, template=template, **how)
-    cases = say_markers(cases, tokenizer, notes)
+    if not templated:
+        cases = say_markers(cases, tokenizer, notes)
     collects = gc.isenabled()
     gc.disable()  # millions of lists come and go: looking for cycles costs a third of the time
     try:
@@ -305,6 +324,8 @@ def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
         if set(columns) <= row.keys():
             return columns
     known = "; ".join(", ".join(columns) for columns in layouts)
+    if "text" in row and ("text",) not in layouts:
+        known += "; or text, with --chat_template none"
     raise InputError(f"columns {listed(row)} make no known layout; expected one of: {known}")
 
 

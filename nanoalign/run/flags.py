@@ -10,12 +10,14 @@ has to be done.
 """
 
 import difflib
+import json
 import math
 import os
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -140,6 +142,13 @@ def numbers(text: str) -> dict[str, float]:
     raise ArgumentTypeError(f"""{text}: expected numbers by name, '{{"num_cycles": 3}}' say""")
 
 
+def json_object(text: str) -> dict:
+    with suppress(ValueError):
+        if isinstance(read := json.loads(text), dict):
+            return read
+    raise ArgumentTypeError(f"{text}: expected a JSON object, '{{\"enable_thinking\": false}}' say")
+
+
 # fmt: off
 @dataclass
 class Config:
@@ -160,8 +169,10 @@ class Config:
     threads: int | None = flag(
         None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core", POSITIVE, free=True)
     chat_template: str | None = flag(
-        None, "native: the tokenizer's own template; none: what it was trained with, else chatml",
-        choices=TEMPLATES)
+        None, "native: the tokenizer's own template; none: strings as they are; not given: what it "
+        "was trained with, else native, or chatml where the tokenizer has none", choices=TEMPLATES)
+    chat_template_kwargs: dict = flag(
+        {}, "JSON for the native template: '{\"enable_thinking\": false}'", read=json_object)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     # QLoRA
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in 4 bits (nf4.py)")
@@ -190,6 +201,7 @@ class Config:
     eval_fraction: float = flag(0.0, "share of the rows held out for evaluation", SHARE)
     shuffle_dataset: bool = flag(True, "a new order in each epoch")
     input_as_system: bool = flag(False, "the column `input` holds the system turn")
+    train_on_thoughts: bool = flag(True, "false: they are context of what follows them")
     skip_bad_rows: int = flag(
         0, "pass over up to so many rows that are refused, and name each", NOT_NEGATIVE, free=True)
     max_length: int = flag(
@@ -361,10 +373,11 @@ def add_flags(parser: ArgumentParser, *names: str) -> None:
         if f.name in names:
             kinds = get_args(f.type) or (f.type,)  # the words of a Literal; int of int | None
             words = kinds if get_origin(f.type) is Literal else f.metadata.get("choices")
-            how = {"choices": words} if words else {"type": kinds[0]}
+            how = {"choices": words} if words else {"type": f.metadata.get("read", kinds[0])}
             if bool in kinds:  # the scripts take a value after it; here that may be a directory
                 how = {"action": "store_true"}
-            parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
+            default = {} if f.default is MISSING else f.default
+            parser.add_argument(f"--{f.name}", default=default, help=f.metadata["help"], **how)
 
 
 def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:

@@ -4,6 +4,9 @@
 trains, and how it computes.
 """
 
+import json
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,12 +24,13 @@ from nanoalign.formats.peft import (
     read_adapter_config,
     save_adapter,
 )
-from nanoalign.formats.templates import TEMPLATES
+from nanoalign.formats.templates import DATE, KWARGS, TEMPLATES, NativeTemplate
 from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run import shards
+from nanoalign.run.checkpoint import checkpoints_named
 from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
 
@@ -48,24 +52,64 @@ def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     return name, adapter if own else name, lora
 
 
-def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False):
-    """-> (tokenizer, template, ids of the template's markers that had to be added).
+def load_tokenizer(
+    name: str, chat_template: str | None = None, trust_remote_code: bool = False,
+    chat_template_kwargs: dict | None = None, resumed: dict | None = None,
+):  # fmt: skip
+    """-> (tokenizer, template, ids of the template's markers that had to be added); and a printed
+    line on the template.
 
-    The template's name is saved with the tokenizer. Without a `chat_template` it is taken from
-    there, so that a chat or the next stage reads what training wrote; where none is, ChatML.
+    The template's name and what it is given are saved with the tokenizer. Without a `chat_template`
+    they are taken from there, or from what a `resumed` run saved, so that a chat or the next stage
+    reads what training wrote; where nothing is, it is the tokenizer's own, or else ChatML.
     """
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    if chat_template is None:
-        chat_template = tokenizer.init_kwargs.get(TRAINED_WITH, "chatml")
-        if chat_template not in [*TEMPLATES]:
-            fault = f"trained with the template {chat_template!r}, which is not known here"
-            raise InputError(f"{name}: {fault}; --chat_template takes {' or '.join(TEMPLATES)}")
-    tokenizer.init_kwargs[TRAINED_WITH] = chat_template
-    return tokenizer, *open_template(tokenizer, TEMPLATES[chat_template])
+    saved, own = tokenizer.init_kwargs, tokenizer.chat_template
+    saved.pop(DATE, None)  # of the run that made it
+    saved |= resumed or {}
+    kind = chat_template or saved.get(TRAINED_WITH) or ("native" if own else "chatml")
+    if kind not in [*TEMPLATES]:
+        fault = f"trained with the template {kind!r}, which is not known here"
+        raise InputError(f"{name}: {fault}; --chat_template takes {' or '.join(TEMPLATES)}")
+    why = " (the tokenizer has none of its own)"
+    if chat_template:
+        why = ""
+    elif saved.get(TRAINED_WITH):
+        why = " (it was trained with that)"
+    elif own:
+        why = " (the tokenizer's own; --chat_template chatml writes ChatML instead)"
+    print(f"template: {kind}{why}")
+    saved[TRAINED_WITH] = kind
+    if kind != "native":
+        saved.pop(KWARGS, None)
+        if chat_template_kwargs:
+            print("--chat_template_kwargs has nothing to do in this run")
+    elif chat_template_kwargs:
+        saved[KWARGS] = chat_template_kwargs
+    if kind == "native" and "strftime_now" in str(own):
+        saved.setdefault(DATE, str(date.today()))
+    template, added = open_template(tokenizer, TEMPLATES[kind])
+    if isinstance(template, NativeTemplate) and template.opening.strip():
+        print(f"the template itself begins a reply with {template.opening!r}, which trains too")
+    return tokenizer, template, added
 
 
 def tokenizer_of(cfg: Config):
-    return load_tokenizer(base_of(cfg)[1], cfg.chat_template, cfg.trust_remote_code)
+    name, chosen = base_of(cfg)[1], (cfg.chat_template, cfg.trust_remote_code)
+    opened = load_tokenizer(name, *chosen, cfg.chat_template_kwargs, saved_template(cfg))
+    opened[1].train_on_thoughts = cfg.train_on_thoughts
+    return opened
+
+
+def saved_template(cfg: Config) -> dict:
+    """What the checkpoint that the run goes on from says of its template: its name, what it is
+    given, and the date that it prints, so that the run's data are the same after midnight."""
+    which = cfg.resume_from_checkpoint
+    for path in reversed(checkpoints_named(which, Path(cfg.output_dir)) if which else []):
+        with suppress(OSError, ValueError, TypeError):  # damaged, as `resume` will say
+            saved = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+            return {key: saved[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in saved}
+    return {}
 
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig | None) -> None:
@@ -202,6 +246,8 @@ def configure(model: nn.Module, cfg: Config) -> None:
 def stop_at(model: nn.Module, ids: list[int]) -> None:
     """Let transformers' own generate end a text at these tokens too: it goes by the configs, which
     know only the end that the base model had. In some models' config.json there is room for one."""
+    if not ids:
+        return
     config, generation = model.config, model.generation_config
     several = isinstance(config.eos_token_id, list)
     config.eos_token_id = sorted({*config.eos_token_id, *ids}) if several else ids[0]

@@ -26,7 +26,7 @@ from nanoalign.run.flags import POSITIVE, Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
 
-FLAGS = "device", "chat_template", "load_in_4bit", "trust_remote_code"
+FLAGS = "device", "chat_template", "chat_template_kwargs", "load_in_4bit", "trust_remote_code"
 BOUNDS = {  # what a number must do, and whether it does
     "temperature": ("be at least 0 and finite", lambda x: 0 <= x < math.inf),
     "top_p": ("be above 0 and at most 1", lambda x: 0 < x <= 1),

@@ -29,8 +29,8 @@ from nanoalign.run.session import read
 
 METHODS = {"sft": SFT, "dpo": DPO, "kto": KTO}
 FLAGS = (
-    "max_length max_prompt_length truncation_mode chat_template input_as_system train_on "
-    "skip_bad_rows"
+    "max_length max_prompt_length truncation_mode chat_template chat_template_kwargs "
+    "input_as_system train_on skip_bad_rows"
 ).split()
 GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=3, help="examples to print")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
-    opened = load_tokenizer(args.model_name_or_path, args.chat_template)
+    kwargs = args.chat_template_kwargs
+    opened = load_tokenizer(args.model_name_or_path, args.chat_template, False, kwargs)
     method = args.method or method_of(args.dataset[0])
     print(f"as {method.upper()} data")
     examples, count = read(args, METHODS[method], opened, args.dataset)
