@@ -55,7 +55,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> nn.Module:
         """The linear layer of weight W + scaling * B A, in fp32. It uses base_layer up."""
         base = plain(self.base_layer).float()
-        base.weight.data += self.delta()
+        base.weight = nn.Parameter(base.weight + self.delta(), requires_grad=False)  # W may be tied
         return base
 
 
@@ -68,7 +68,8 @@ class TokenRows(nn.Module):
     """An embedding, or an output head, of which only the rows of some tokens train.
 
     The rows' fp32 values are `row_weight` (k, d), the parameter; the frozen table holds a copy in
-    its own dtype, brought up to date at each use. Tied tables share one parameter.
+    its own dtype, brought up to date at each use. Tied tables share one parameter. Some embeddings
+    scale what they read: Gemma's, by its buffer `embed_scale`.
     """
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: list[int], tied: Tensor | None):
@@ -85,9 +86,11 @@ class TokenRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        with torch.no_grad():
-            self.base_layer.weight[self.rows] = self.row_weight.to(self.base_layer.weight.dtype)
-        return self.base_layer.weight
+        table = self.base_layer.weight
+        if not hasattr(table, "placements"):  # with --fsdp, outside of forward: a part of the table
+            with torch.no_grad():
+                table[self.rows] = self.row_weight.to(table.dtype)
+        return table
 
     @property
     def bias(self) -> Tensor | None:
@@ -99,13 +102,19 @@ class TokenRows(nn.Module):
         out = F.embedding(x, self.weight)  # (..., d)
         here = x[..., None] == self.rows  # (..., k)
         new = F.embedding(here.int().argmax(-1), self.row_weight).to(out.dtype)
-        return torch.where(here.any(-1, keepdim=True), new, out)
+        out = torch.where(here.any(-1, keepdim=True), new, out)
+        return out * self.base_layer.embed_scale.to(out.dtype) if scales(self.base_layer) else out
 
     def merge(self) -> nn.Module:
         """The embedding or head with the trained rows in their places, in fp32."""
         table = plain(self.base_layer).float()
         table.weight.data[self.rows] = self.row_weight.data
         return table
+
+
+def scales(table: nn.Module) -> bool:
+    """Does an embedding multiply what it reads with its buffer `embed_scale`?"""
+    return "embed_scale" in dict(table.named_buffers())
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -123,9 +132,14 @@ def add_lora(model: nn.Module, r: int, scaling: float, dropout: float = 0.0, nam
     """Freeze the model, and put LoRA on the linear layers `names` (None: on all but the head)."""
     model.requires_grad_(False)
     for name in linear_names(model) if names is None else names:
-        base = model.get_submodule(name)
-        device = next(t for t in (*base.parameters(), *base.buffers())).device
-        model.set_submodule(name, LoRALinear(base, r, scaling, dropout).to(device))
+        put(model, name, LoRALinear(model.get_submodule(name), r, scaling, dropout))
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Let a wrapper take the place of its base_layer, on that one's device."""
+    base = layer.base_layer
+    device = next(t for t in (*base.parameters(), *base.buffers())).device
+    model.set_submodule(name, layer.to(device))
 
 
 def tied(model: nn.Module) -> bool:
@@ -144,7 +158,7 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
             table = head
         else:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
-        if type(table) not in (nn.Embedding, nn.Linear):  # they might do more with their weight
+        if type(table) not in (nn.Embedding, nn.Linear) and not scales(table):  # it may do more
             raise InputError(f"new tokens can't be trained in a {type(table).__name__}")
         if wrong := [row for row in rows if row >= len(table.weight)]:
             raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")

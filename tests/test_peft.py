@@ -17,6 +17,7 @@ from conftest import make_tokenizer, tiny  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -312,15 +313,18 @@ def rows(directory, **columns):
     return [str(path)]
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "spare rows"])
+@pytest.fixture(scope="module", params=["tied", "untied", "spare rows", "scaled"])
 def unmarked(request, tmp_path_factory):
-    """A model whose tokenizer knows no ChatML; without spare rows its embeddings have to grow."""
+    """A model whose tokenizer knows no ChatML; without spare rows its embeddings have to grow.
+    "Scaled" is Gemma 2, whose embedding multiplies what it reads by the root of its width."""
     directory = tmp_path_factory.mktemp("unmarked")
     tokenizer = make_tokenizer(special=("<|endoftext|>",))
     size = len(tokenizer) + (20 if request.param == "spare rows" else 0)
     torch.manual_seed(0)
-    config = tiny(LlamaConfig, vocab_size=size, tie_word_embeddings=request.param == "tied")
-    LlamaForCausalLM(config).save_pretrained(directory)
+    kind = Gemma2Config if request.param == "scaled" else LlamaConfig
+    one_table = request.param in ("tied", "scaled")
+    config = tiny(kind, vocab_size=size, tie_word_embeddings=one_table)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
 

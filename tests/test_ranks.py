@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file
 from scripts import ROOT, argv, call, metrics, tensors
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanoalign.run import ranks
 
@@ -27,6 +29,7 @@ SHARDED = {  # with --fsdp
     "lora-fsdp": {"gradient_checkpointing": "true", **LORA},
     "adapter": {},  # that goes on: its reference is a copy of what trains
     "nf4": {"load_in_4bit": "true", "use_bnb_nested_quant": "true", **LORA},
+    "markers": LORA,  # of a base that lacks them: rows of its tables train too
 }
 
 
@@ -194,11 +197,18 @@ def parts(flags, tmp_path_factory, no_curves):
         pytest.skip("--fsdp needs a newer torch")
     home, runs = tmp_path_factory.mktemp("parts"), []
     call("dpo", flags("dpo", home / "alone", per_device_train_batch_size=10, **LORA))
+    tokenizer = make_tokenizer(special=("<|endoftext|>",))
+    config = tiny(LlamaConfig, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    for part in (tokenizer, LlamaForCausalLM(config)):
+        part.save_pretrained(home / "unmarked")
     for kind, more in SHARDED.items():
         for method in METHODS:
             given = flags(method, home / f"{method}-{kind}", fsdp="true", **more)
             if kind == "adapter":
                 given |= {"adapter_name_or_path": str(home / "alone"), "learning_rate": 5e-4}
+            if kind == "markers":
+                given |= {"model_name_or_path": str(home / "unmarked")}
             runs.append((method, given))
     full = flags("dpo", home / "whole-again", fsdp="true", **SHARDED["fsdp"])
     runs.append(("dpo", full | {"resume_from_checkpoint": str(home / "dpo-fsdp/checkpoint-2")}))
@@ -215,6 +225,8 @@ def test_a_sharded_model_takes_the_steps_of_a_whole_one(method, kind, parts, fla
     more = SHARDED[kind] | {"per_device_train_batch_size": 10}
     if kind == "adapter":
         more |= {"adapter_name_or_path": str(parts / "alone"), "learning_rate": 5e-4}
+    if kind == "markers":
+        more |= {"model_name_or_path": str(parts / "unmarked")}
     call(method, flags(method, tmp_path, **more))
     assert close(parts / f"{method}-{kind}", tmp_path) < 1e-6
     if method != "sft":
