@@ -9,6 +9,12 @@ __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/tools")  # python -m nanoalign.chat finds tools/chat.py
 
 
+def one_line(text: str) -> str:
+    """A text for the terminal: a file's name, or what stands in it, must not break the line, move
+    the cursor or set colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class InputError(Exception):
     """A mistake in what the user gave us: data, flags, a directory.
 
@@ -17,5 +23,4 @@ class InputError(Exception):
     """
 
     def __str__(self) -> str:
-        """A file's name, or what stands in it, must not break the line nor colour the terminal."""
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return one_line(super().__str__())

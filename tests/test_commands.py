@@ -1,6 +1,7 @@
 """Nothing bad is let in: flags, directories, data, models and adapters that are wrong end a script
 with exit code 2 and one line on standard error, and nothing is written or overwritten."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -950,6 +951,20 @@ def test_more_tensors_than_the_model_has_are_said(model_dir, tmp_path, capsys):
     assert "9 tensors are not the model's and left out, e.g. model.layers.1." in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_tensor_s_name_does_not_reach_the_terminal(in_4bit, model_dir, tmp_path, capsys):
+    """As it is: its control characters are shown escaped."""
+    directory, name = shutil.copytree(model_dir, tmp_path / "model"), "a\x1b]0;title\x07"
+    tensors = load_file(directory / "model.safetensors")
+    norm = tensors.pop("model.norm.weight") if in_4bit else torch.ones(1)
+    save_file(tensors | {name: norm}, directory / "model.safetensors", {"format": "pt"})
+    flags = ["--load_in_4bit"] if in_4bit else []
+    with contextlib.suppress(InputError):  # then the dense model lacks it too
+        load_policy(config(directory, *flags))
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\\x1b]0;title\\x07" in said
 
 
 class Evil:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from nanoalign import InputError
+from nanoalign import InputError, one_line
 from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import PACKED, STATE, from_bitsandbytes, is_nf4
 from nanoalign.formats.experts import in_model, unstack
@@ -77,7 +77,8 @@ def auto_dtype(name: str, config, device: torch.device) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or torch.float32
     if dtype == torch.bfloat16 and device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
-            print(f"{name}: is in bfloat16, which this card can't multiply; float16 is used")
+            text = "is in bfloat16, which this card can't multiply; float16 is used"
+            print(one_line(f"{name}: {text}"))
             return torch.float16
     return dtype
 
@@ -110,7 +111,8 @@ def load_dense(name: str, dtype: torch.dtype, device="cpu", trust_remote_code=Fa
     if faults:
         raise InputError(f"{name}: {faults[0]}")
     if extra := info["unexpected_keys"]:
-        print(f"{name}: {len(extra)} tensors are not the model's and left out, e.g. {min(extra)}")
+        text = f"{len(extra)} tensors are not the model's and left out, e.g. {min(extra)}"
+        print(one_line(f"{name}: {text}"))
     return model.requires_grad_(False)  # until load_policy says what trains
 
 
@@ -146,7 +148,8 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
-        print(f"{name}: {reason}; so the dense model is loaded first and then quantized")
+        text = "so the dense model is loaded first and then quantized"
+        print(one_line(f"{name}: {reason}; {text}"))
         model = load_dense(name, dtype, trust_remote_code=trust_remote_code)
         freeze_linears(model, device, freeze)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoalign import InputError
+from nanoalign import InputError, one_line
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy, vocabulary
@@ -73,7 +73,7 @@ def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
     lm, at_start = policy.lm, policy.reference or nullcontext
     if name := cfg.ref_model_name_or_path:
         for line in length_advice(cfg, name):
-            print(f"advice: {line}")
+            print(one_line(f"advice: {line}"))
         lm, at_start = load_base(cfg, name), nullcontext
         lm.model.set_attn_implementation(packed())
         place(cfg, lm)
