@@ -659,7 +659,7 @@ def test_what_a_system_refuses_is_one_line(adapter, model_dir, tmp_path):
     """A base's name of 5,000 characters, weights that are a directory, a file in the way."""
     (tmp_path / "work").mkdir()
     faults = {
-        "base": "File name too long",
+        "base": "xxx; expected a name",
         "weights": "adapter_model.safetensors: damaged: ",
         "target": "Not a directory",
     }
@@ -1203,14 +1203,32 @@ BAD_ADAPTERS = {
     "targets 3": (field(target_modules=3), "target_modules is 3; expected names"),
     "targets numbers": (field(target_modules=[3]), r"target_modules is \[3\]; expected names"),
     "targets a dict": (field(target_modules={"q_proj": 1}), "target_modules is "),
-    "targets none": (field(target_modules=[]), "nothing that trains"),
+    "targets none": (field(target_modules=[]), "target_modules: no layer is left for LoRA"),
     "targets no regex": (field(target_modules="("), "no regex"),
     "targets strange": (field(target_modules=["c_attn"]), "c_attn: no linear layer"),
+    "targets left out": (field(exclude_modules=".*"), "target_modules: no layer is left for LoRA"),
+    "out a number": (field(exclude_modules=3), "exclude_modules is 3; expected names, or a regex"),
+    "out no regex": (field(exclude_modules="*"), "exclude_modules: no regex: .*nothing to repeat"),
+    "layers a word": (field(layers_to_transform="1"), "layers_to_transform is '1'; expected"),
+    "layers strange": (field(layers_to_transform=[7]), "no layer is left for LoRA"),
+    "layers before": (field(layers_to_transform=[1], layers_pattern="h"), "no layer is left"),
+    "ranks a list": (field(rank_pattern=[2]), r"rank_pattern is \[2\]; expected a rank for each"),
+    "ranks 0": (field(rank_pattern={"q_proj": 0}), "rank_pattern is {'q_proj': 0}"),
+    "ranks other": (field(rank_pattern={"q_proj": 2}), r"has shape \(4, 32\), here it is \(2, "),
+    "ranks no regex": (field(rank_pattern={"(": 2}), "rank_pattern: no regex"),
+    "alphas a word": (field(alpha_pattern={"q_proj": "x"}), "alpha_pattern is {'q_proj': 'x'}"),
+    "tying a word": (field(ensure_weight_tying="no"), "ensure_weight_tying is 'no'"),
+    "dora": (field(use_dora=True), "use_dora is not known here"),
+    "bias of B": (field(lora_bias=True), "lora_bias is not known here"),
     "bias a number": (field(bias=3), "bias is 3"),
     "bias a word": (field(bias="some"), "bias is 'some'; expected none, lora_only or all"),
     "rslora": (field(use_rslora="yes"), "use_rslora is 'yes'; expected true or false"),
     "modules 3": (field(modules_to_save=3), "modules_to_save is 3; expected a list of names"),
-    "modules strange": (field(modules_to_save=["none_such"]), "none_such"),
+    "modules strange": (field(modules_to_save=["none_such"]), "none_such: the model has no module"),
+    "modules of layers": (field(modules_to_save=["layers"]), "layers: holds whole layers"),
+    "base gone": (field(base_model_name_or_path="./none"), "its base ./none is not there"),
+    "base long": (field(base_model_name_or_path="x" * 5000), "xxx; expected a name"),
+    "base NUL": (field(base_model_name_or_path="/a\0"), r"its base /a\\x00 is not there"),
     "rows 3": (field(trainable_token_indices=3), "trainable_token_indices is 3"),
     "rows words": (field(trainable_token_indices=["x"]), "trainable_token_indices is"),
     "rows negative": (field(trainable_token_indices=[-1]), "trainable_token_indices is"),
@@ -1251,8 +1269,11 @@ def test_bad_adapters(name, adapter, model_dir, tmp_path):
         make_tokenizer().save_pretrained(model_dir)
     if name == "missing":
         load_policy(config(model_dir, "--adapter_name_or_path", str(adapter)))  # the good one
+    cfg = config(model_dir, "--adapter_name_or_path", str(directory))
+    if name.startswith("base "):
+        cfg.model_name_or_path = None
     with pytest.raises(InputError, match=words) as error:
-        load_policy(config(model_dir, "--adapter_name_or_path", str(directory)))
+        load_policy(cfg)
     assert "\n" not in str(error.value)
 
 

@@ -6,6 +6,9 @@ does not arrive, or arrives in the wrong place or at the wrong scale, shows in t
 
 import json
 import math
+import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -29,11 +32,13 @@ import train_sft  # noqa: E402
 from nanoalign import InputError  # noqa: E402
 from nanoalign.chatml import IM_END, IM_START  # noqa: E402
 from nanoalign.fast.dropout import Dropout  # noqa: E402
+from nanoalign.formats import peft as formats_peft  # noqa: E402
 from nanoalign.formats.peft import trained_tensors  # noqa: E402
 from nanoalign.lora import LoRALinear, TokenRows  # noqa: E402
 from nanoalign.losses import sigmoid  # noqa: E402
 from nanoalign.model import generation  # noqa: E402
 from nanoalign.packing import Example  # noqa: E402
+from nanoalign.run.device import computes_in  # noqa: E402
 from nanoalign.run.flags import DPOConfig, SFTConfig  # noqa: E402
 from nanoalign.run.policy import load_policy, save_policy  # noqa: E402
 from nanoalign.run.reference import reference_of  # noqa: E402
@@ -51,6 +56,11 @@ SETTINGS = {
     "all biases": dict(bias="all", target_modules=["q_proj", "up_proj"]),
     "head": dict(modules_to_save=["lm_head"]),
     "embedding": dict(modules_to_save=["embed_tokens"]),
+    "norms": dict(modules_to_save=["norm"]),  # all whose name ends so
+    "MLPs": dict(modules_to_save=["mlp"]),  # LoRA on what is left
+    "attention": dict(modules_to_save=["0.self_attn"]),
+    "LoRA on the head": dict(target_modules=["q_proj", "lm_head"]),
+    "LoRA on the embedding": dict(target_modules=["q_proj", "embed_tokens"]),
     "dropout": dict(lora_dropout=0.3),
     **{f"targets {target}": dict(target_modules=target) for target in TARGETS},
 }
@@ -82,7 +92,7 @@ FROM_PEFT = {
 
 def combinations(settings):
     """Every setting on the untied base, and on another one where that makes a difference."""
-    tied = ("plain", "head", "embedding", "token rows")
+    tied = ("plain", "head", "embedding", "token rows", "LoRA on the head", "LoRA on the embedding")
     for what, how in settings.items():
         for base in ["untied", *["tied"] * (what in tied), *["qwen2"] * ("bias" in how)]:
             yield pytest.param(base, how, id=f"{what}, {base}")
@@ -96,7 +106,7 @@ def policy_of(base, **flags):
     if isinstance(flags.get("lora_target_modules"), str):
         flags["lora_target_modules"] = [flags["lora_target_modules"]]
     cfg = dict(model_name_or_path=base, dtype="float32", device="cpu", dataset_name=["-"])
-    return load_policy(SFTConfig(**cfg, **flags))
+    return load_policy(SFTConfig(**(cfg | flags)))
 
 
 def randomize(parameters, std=0.1, seed=5):
@@ -116,7 +126,7 @@ def plain_logps(model):
     for prompt, completions in [(e.prompt, e.texts) for e in SEQUENCES]:
         for completion, _ in completions:
             ids = torch.tensor([prompt + completion])
-            logps = logits_of(model, ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             sums.append(logps.gather(1, ids[0, len(prompt) :, None]).sum())
     return torch.stack(sums)
 
@@ -148,6 +158,7 @@ def test_our_adapter_in_peft(base, how, bases, ids, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("base, how", combinations(SETTINGS | FROM_PEFT))
 def test_pefts_adapter_here(base, how, bases, ids, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(bases[base])
@@ -165,6 +176,88 @@ def test_pefts_adapter_here(base, how, bases, ids, tmp_path):
     with torch.no_grad():
         packed = policy.lm.eval()(SEQUENCES).logps
     torch.testing.assert_close(packed, plain_logps(theirs), rtol=1e-5, atol=1e-5)
+
+
+QV = ["q_proj", "v_proj"]
+TABLES = ["embed_tokens", "lm_head"]
+THERE_AND_BACK = {  # LoraConfig's words; `resize` is a number of tokens more, before training
+    "ranks": dict(rank_pattern={"layers.0.self_attn.q_proj": 4, "q_proj": 2, r"^model.*0.*v_.+": 3},
+                  alpha_pattern={"q_proj": 32.0}),
+    "ranks, rslora": dict(rank_pattern={"v_proj": 2}, alpha_pattern={r".*\.1\..*": 5},
+                          use_rslora=True),
+    "a layer": dict(layers_to_transform=[1]),
+    "a layer by name": dict(layers_to_transform=0, layers_pattern="layers"),
+    "excluded": dict(target_modules="all-linear", exclude_modules=["down_proj", "1.mlp.up_proj"]),
+    "excluded by a regex": dict(target_modules=[*QV, "k_proj"], exclude_modules=r".*\.0\..*v_proj"),
+    "absent": dict(target_modules=[*QV, "c_attn"]),  # PEFT passes over what is not there
+    "head": dict(target_modules=[*QV, "lm_head"], lora_dropout=0.1),
+    "embedding": dict(target_modules=[*QV, "embed_tokens"]),
+    "head and embedding": dict(target_modules=[*QV, *TABLES]),
+    "tables whole": dict(modules_to_save=TABLES),
+    "tied embedding whole": dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "tied tables whole": dict(modules_to_save=TABLES, ensure_weight_tying=True),
+    "tied": dict(ensure_weight_tying=True),
+    "norms": dict(modules_to_save=["norm"]),
+    "MLPs whole": dict(target_modules="all-linear", modules_to_save=["mlp"]),
+    "attention whole": dict(target_modules="all-linear", modules_to_save=["1.self_attn"]),
+    "more tokens": dict(resize=2),
+    "more tokens, LoRA on both tables": dict(resize=2, target_modules=[*QV, *TABLES]),
+    "more tokens, tables whole": dict(resize=2, modules_to_save=TABLES),
+    "more tokens, rows": dict(resize=2, trainable_token_indices={"embed_tokens": [320, 321]}),
+    "fewer tokens": dict(resize=-20),
+    "tables beside": dict(save_embedding_layers=True),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "base, case",
+    [("untied", case) for case in THERE_AND_BACK]
+    + [
+        ("tied", case) for case in THERE_AND_BACK if re.search("tokens|head|table|embed|tied", case)
+    ],
+)
+def test_an_adapter_of_peft_goes_on_and_back(base, case, bases, ids, tmp_path):
+    """Opened, trained for a step, saved, opened in PEFT and here, and merged: the same logits."""
+    how = {"target_modules": QV, **THERE_AND_BACK[case]}
+    resize, beside = how.pop("resize", 0), how.pop("save_embedding_layers", "auto")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(bases[base]), make_tokenizer()
+    if resize:
+        tokenizer.add_tokens([f"<|{i}|>" for i in range(320 + resize - len(tokenizer))])
+        plain.resize_token_embeddings(320 + resize)
+    config = peft.LoraConfig(r=8, lora_alpha=6, task_type="CAUSAL_LM", **how)
+    theirs = peft.get_peft_model(plain, config).eval()
+    torch.manual_seed(5)
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=beside)
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    ids = torch.cat([ids, ids % 2 + 320], 1).clamp(max=319 + resize)  # with the new ones
+    expected = logits_of(theirs, ids)
+
+    policy = policy_of(None, adapter_name_or_path=str(tmp_path / "theirs"))
+    with generation(policy) as ours:
+        torch.testing.assert_close(logits_of(ours, ids), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        packed = policy.lm.eval()(SEQUENCES).logps
+    torch.testing.assert_close(packed, plain_logps(theirs), rtol=1e-5, atol=1e-5)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    policy.lm.train()(SEQUENCES).logps.sum().backward()
+    for parameter in trained:
+        parameter.data.add_(parameter.grad, alpha=1e-2 / max(1e-2, parameter.grad.norm()))
+    with generation(policy) as ours:
+        moved = logits_of(ours, ids)
+    assert (moved - expected).abs().max() > 1e-3
+    save_policy(policy, tmp_path / "ours")
+    plain = AutoModelForCausalLM.from_pretrained(bases[base])
+    plain.resize_token_embeddings(320 + resize)
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+    torch.testing.assert_close(logits_of(again, ids), moved, rtol=1e-5, atol=1e-5)
+    with generation(policy_of(None, adapter_name_or_path=str(tmp_path / "ours"))) as ours:
+        assert torch.equal(logits_of(ours, ids), moved)
+    merge.main([str(tmp_path / "ours"), str(tmp_path / "merged"), "--device", "cpu"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(merged, ids), moved, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_in_training_is_pefts(bases, ids, tmp_path):
@@ -252,6 +345,36 @@ def edited(adapter, directory, edit):
     return str(directory)
 
 
+WHOLE = {  # --lora_modules_to_save -> what is wrong with it
+    "layers": "holds whole layers; expected a module inside of them",
+    "model": "holds whole layers",
+    "1": "holds whole layers",
+    "proj": "is a layer that LoRA trains",  # PEFT: all that ends so
+    "mlp up_proj": "mlp: holds another module that is named",
+    "act_fn": "has no weights",
+    "none": "the model has no module of that name",
+}
+
+
+@pytest.mark.parametrize("names", WHOLE)
+def test_modules_that_can_not_train_whole(names, bases):
+    with pytest.raises(InputError, match=f"^--lora_modules_to_save .*{WHOLE[names]}"):
+        policy_of(bases["untied"], modules_to_save=names.split())
+
+
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_regex_without_an_end(where, bases, tmp_path, monkeypatch):
+    """Each letter more nearly doubles the ways to match."""
+    monkeypatch.setattr(formats_peft, "PATIENCE", 1)
+    save_policy(policy_of(bases["untied"], r=4), tmp_path)
+    path, regex = tmp_path / "adapter_config.json", r"(.|..|...)*!"
+    change = {where: {regex: 4} if where == "rank_pattern" else regex}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    fault = f"{path}: {where}.*: as a regex it takes more than 1 seconds"
+    with pytest.raises(InputError, match=fault):
+        policy_of(bases["untied"], adapter_name_or_path=str(tmp_path))
+
+
 def test_tensors_that_do_not_fit(bases, tmp_path):
     base, good = bases["untied"], tmp_path / "good"
     save_policy(policy_of(base, r=4), good)
@@ -274,7 +397,7 @@ def test_tensors_that_do_not_fit(bases, tmp_path):
     "change, message",
     [
         (dict(use_dora=True), "use_dora"),
-        (dict(rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (dict(lora_bias=True), "lora_bias"),
         (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens"),
         (dict(some_later_variant=True), "some_later_variant"),
         (dict(init_lora_weights="pissa"), "init_lora_weights pissa"),  # another base
@@ -300,6 +423,49 @@ def test_an_adapter_of_another_base(bases, tmp_path):
     save_policy(policy_of(bases["untied"], r=4, bias="all"), tmp_path)
     with pytest.raises(InputError, match="another base"):
         policy_of(bases["qwen2"], adapter_name_or_path=str(tmp_path))
+
+
+# --------------------------------------------------------------------------- which base it is for
+
+
+def named(directory):
+    return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_names_the_base_that_it_was_trained_on(bases, tmp_path, monkeypatch):
+    """By its whole path; when it goes on, by that of the base which it goes on with."""
+    for name in ("one", "two"):
+        shutil.copytree(bases["untied"], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    save_policy(policy_of("one", r=4), tmp_path / "first")
+    assert named(tmp_path / "first") == str(tmp_path / "one")
+    save_policy(policy_of("two", adapter_name_or_path="first"), tmp_path / "second")
+    assert named(tmp_path / "second") == str(tmp_path / "two")
+    monkeypatch.chdir("/")
+    policy_of(None, adapter_name_or_path=str(tmp_path / "second"))
+
+
+@pytest.mark.parametrize(
+    "name", ["/gone/base", "../base", "./base", "models/base", "gone/a/b/base"]
+)
+def test_a_base_that_moved_together_with_its_adapter(name, bases, tmp_path, monkeypatch, capsys):
+    """Or whose path counted from another directory: this one. What could be the hub's is asked for
+    there only if no directory above the adapter has it."""
+    adapter = tmp_path / "models" / "adapter"
+    save_policy(policy_of(bases["untied"], r=4), adapter)
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace(bases["untied"], name))
+    with pytest.raises(InputError) as caught:
+        policy_of(None, adapter_name_or_path=str(adapter))
+    refused = f"{adapter}: its base {name} is not there, nor beside it; give --model_name_or_path"
+    assert (str(caught.value) == refused) == (name != "models/base")
+    base = shutil.copytree(bases["untied"], tmp_path / "models" / "base")
+    policy_of(None, adapter_name_or_path=str(adapter))
+    said = capsys.readouterr().out
+    assert re.search(f"^{name} is gone; the base is read from .*/models/.*base$", said, re.M)
+    monkeypatch.chdir(tmp_path / "models")
+    policy = policy_of(None, adapter_name_or_path="adapter")
+    assert os.path.samefile(policy.lora.base_model_name_or_path, base)
 
 
 # ------------------------------------------------------------------------------ new ChatML markers
@@ -455,9 +621,10 @@ def test_an_adapter_without_rows_for_markers_that_its_base_lacks(whole, unmarked
         {},
         dict(bias="all", target_modules=["q_proj", "v_proj"]),
         dict(modules_to_save=["lm_head"]),
+        dict(target_modules=["q_proj", "lm_head", "embed_tokens"]),
         dict(lora_dropout=0.2, disable_dropout=False),
     ],
-    ids=["plain", "all biases", "head", "dropout"],
+    ids=["plain", "all biases", "head", "LoRA on tables", "dropout"],
 )
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "new"])
 def test_the_reference_is_the_adapter_as_it_was(how, trained, bases, tmp_path):
@@ -515,3 +682,22 @@ def test_the_rows_of_tokens_are_where_their_table_is():
     """On a GPU a CPU's index could not be compared with the ids; meta stands in for one."""
     rows = TokenRows(torch.nn.Embedding(5, 3, device="meta"), [1, 4], None)
     assert rows.rows.is_meta and rows(torch.zeros(1, 2, dtype=torch.long, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("whole", [[], ["embed_tokens"]])
+def test_the_losses_of_float16_are_scaled_whatever_trains(whole, bases):
+    """A table that trains whole is in fp32, but computes in float16 as its base does."""
+    lm = policy_of(bases["untied"], modules_to_save=whole, dtype="float16").lm
+    assert computes_in(lm) == torch.float16
+
+
+def test_a_head_s_lora_gets_its_gradient_through_the_weight(bases):
+    """As through the head itself, which training does not call."""
+    policy = policy_of(bases["tied"], target_modules=["q_proj", "lm_head"], lora_dropout=0.0)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    randomize(trained)
+    got = torch.autograd.grad(policy.lm(SEQUENCES).logps.sum(), trained)
+    with generation(policy) as model:
+        expected = torch.autograd.grad(plain_logps(model).sum(), trained)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.linalg.norm(mine - theirs) < 1e-5 * torch.linalg.norm(theirs)

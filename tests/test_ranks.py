@@ -198,7 +198,8 @@ def parts(flags, tmp_path_factory, no_curves):
     home, runs = tmp_path_factory.mktemp("parts"), []
     call("dpo", flags("dpo", home / "alone", per_device_train_batch_size=10, **LORA))
     tokenizer = make_tokenizer(special=("<|endoftext|>",))
-    config = tiny(LlamaConfig, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    size = dict(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.1)
+    config = tiny(LlamaConfig, **size)
     torch.manual_seed(0)
     for part in (tokenizer, LlamaForCausalLM(config)):
         part.save_pretrained(home / "unmarked")

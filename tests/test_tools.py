@@ -7,14 +7,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as t
-from conftest import tiny
+from conftest import make_tokenizer, tiny
 from huggingface_hub import ModelCard
 from scripts import write_rows
 
 from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
+from nanoalign.model import generation
 from nanoalign.run.advice import advice, afterthought, length_advice, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
@@ -47,6 +49,57 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- chat
+
+
+def opened(directory):
+    """Through the tool's own flags."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = chat.open_policy
+        patch.setattr(chat, "open_policy", lambda args: found.append(load(args)))
+        patch.setattr(chat, "say", lambda *given: None)
+        chat.main([str(directory), "--device", "cpu", "--prompt", "Hello"])
+    return found[0]
+
+
+IDS = torch.arange(1, 25)[None]
+TRAINED = {  # what trains beside LoRA
+    "LoRA": {},
+    "the head": dict(lora_modules_to_save=["lm_head"]),
+    "embedding and norms": dict(lora_modules_to_save=["embed_tokens", "norm"]),
+    "biases": dict(lora_bias="all"),
+    "LoRA on tables": dict(lora_target_modules=["q_proj", "lm_head", "embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_the_base_in_a_comparison_is_the_base(what, tmp_path):
+    """Bit for bit; and after it the adapter is back."""
+    torch.manual_seed(0)
+    config = tiny(t.LlamaConfig, attention_bias=True)
+    for part in (t.LlamaForCausalLM(config), make_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    cfg = SFTConfig(str(tmp_path / "base"), device="cpu", **TRAINED[what])
+    trained = load_policy(cfg)
+    for parameter in trained.model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    save_policy(trained, tmp_path / "adapter")
+    base = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    policy = opened(tmp_path / "adapter")
+    with torch.no_grad(), generation(policy) as model, generation(trained) as expected:
+        before = model(IDS).logits
+        assert torch.equal(before, expected(IDS).logits)
+        assert (before - base(IDS).logits).abs().max() > 0.1
+        with policy.reference():
+            assert torch.equal(model(IDS).logits, base(IDS).logits)
+        assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_model_in_the_chat_is_only_read(model_dir):
+    policy = opened(model_dir)
+    assert policy.lora is None and not any(p.requires_grad for p in policy.model.parameters())
+    plain = t.AutoModelForCausalLM.from_pretrained(model_dir)
+    assert sorted(policy.model.state_dict()) == sorted(plain.state_dict())
 
 
 @pytest.mark.parametrize(

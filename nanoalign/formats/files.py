@@ -4,6 +4,7 @@ What goes wrong with a directory, a file or a tensor is an InputError of one lin
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +27,43 @@ class Stored(NamedTuple):
         return f"{self.path}: {self.key}"
 
 
+def is_path(name: str) -> bool:
+    """Is a model's name one that the hub can't have?"""
+    return name[0] in "./~" or name.count("/") > 1 or "\\" in name
+
+
+def full_name(name: str) -> str:
+    """A model's name as it may be read in any directory: of one that lies here, the whole path."""
+    return os.path.abspath(name) if os.path.exists(name) else str(name)
+
+
+def base_path(name: str | None, adapter: str) -> str:
+    """Where the base that an adapter names is now. A relative name may count from a directory that
+    the adapter lies in; and a path that is gone may have moved together with the adapter, so its
+    last part is looked for beside it. What was a path is never asked of the hub, where somebody
+    else's model may have that name."""
+    advice = "give --model_name_or_path"
+    if not name:
+        raise InputError(f"{adapter}: names no base model; {advice}")
+    if os.path.exists(name):
+        return name
+    here = Path(os.path.abspath(adapter))
+    places = [parent / name for parent in (here, *here.parents)]
+    places += [here.parent / Path(name).name] if is_path(name) else []
+    for place in places:
+        if os.path.isfile(place) or os.path.exists(place / "config.json"):
+            return str(place)
+    if is_path(name):
+        raise InputError(f"{adapter}: its base {name} is not there, nor beside it; {advice}")
+    return name
+
+
 def from_pretrained(kind, name: str, **more):
     """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
     source = name
     if str(name).endswith(".gguf"):
         more["gguf_file"], source = Path(name).name, Path(name).parent
-    if not Path(source).exists() and (str(name)[0] in "./~" or str(name).count("/") > 1):
+    if not os.path.exists(source) and is_path(str(name)):
         raise InputError(f"{name}: no such directory")
     try:
         return kind.from_pretrained(source, **more)

@@ -4,25 +4,39 @@
     adapter_config.json          where it belongs: rank, targets, scale (LoRAConfig)
 
 PEFT warns of a missing tensor and ignores one too many; here both are errors, and a setting that
-this code does not know is refused, never left out.
+this code does not know is refused, never left out. Where tokens were added before training, PEFT
+saves the whole embedding and head as well: such tables are read, and saved again as they came.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign import InputError
 from nanoalign.formats.experts import outside_experts
-from nanoalign.lora import LoRALinear, add_lora, add_token_rows, linear_names, plain, tied
+from nanoalign.formats.files import is_finite
+from nanoalign.lora import (
+    LoRALinear,
+    TokenRows,
+    add_token_rows,
+    linear_names,
+    plain,
+    put,
+    scales,
+    tied,
+)
 from nanoalign.nf4 import FrozenLinear
 
 PREFIX = "base_model.model."  # before every tensor's name in PEFT's files
@@ -36,45 +50,157 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.05
     target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
+    exclude_modules: list[str] | str = field(default_factory=list)  # not these: names or a regex
+    layers_to_transform: list[int] | int = field(default_factory=list)  # only these; none: all
+    layers_pattern: list[str] | str = field(default_factory=list)  # what stands before the number
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r of some: {name or regex: r}
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
     bias: str = "none"  # none, lora_only, all: the biases that train
     modules_to_save: list[str] = field(default_factory=list)  # modules that train whole
+    ensure_weight_tying: bool = False  # tied tables stay tied when they train whole
     trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-def target_names(model: nn.Module, target: list[str] | str) -> list[str]:
-    """The names of the linear layers that PEFT's target_modules means.
-
-    "all-linear": all but the output head. A name means each layer whose path ends in it; a string
-    that is no layer's name is a regex for the whole path. What hits nothing is an InputError. A
-    mixture's experts are never meant (experts.py).
-    """
-    paths, hits = outside_experts(model, linear_names(model)), set()
-    if target == "all-linear":
-        return paths
-    patterns = [target] if isinstance(target, str) else target
-    for pattern in patterns:
-        found, fault = ending_in(pattern, paths), "no linear layer; there are: "
-        try:
-            if not found and len(patterns) == 1:
-                found = [path for path in paths if re.fullmatch(pattern, path)]
-            fault += ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-        except re.error as error:
-            fault = f"no regex: {error}"
-        if not found:
-            raise InputError(f"--lora_target_modules {pattern}: {fault}")
-        hits.update(found)
-    return [path for path in paths if path in hits]
+    # What no file says:
+    source: str = "--lora_"  # what stands before a setting's name in errors: where it was given
+    tables: dict[str, Tensor] = field(default_factory=dict)  # an adapter's whole tables, frozen
 
 
 def ending_in(name: str, paths: Iterable[str]) -> list[str]:
     """The modules that a name means: `q_proj`, or as much of the path before it as you like."""
     return [path for path in paths if f".{path}".endswith(f".{name}")]
+
+
+PATIENCE = 10  # seconds for a regex
+MATCH = """import json, re, sys
+patterns, paths = json.load(sys.stdin)
+print(json.dumps([[path for path in paths if re.fullmatch(p, path)] for p in patterns]))"""
+
+
+def matches(patterns: list[str], paths: list[str], name: str) -> list[list[str]]:
+    """The paths that each regex matches; `name` is the setting's in errors.
+
+    Some regexes try more ways to match than there is time for, and Python can't stop a search. One
+    out of somebody's file might be made for that, so a process of its own does it.
+    """
+    command, given = [sys.executable, "-I", "-c", MATCH], json.dumps([patterns, paths])
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{name}: as a regex it takes more than {PATIENCE} seconds") from None
+    if done.returncode:
+        raise InputError(f"{name}: no regex: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names of the layers that LoRA goes on: linear layers, embedding and output head.
+
+    "all-linear": all but embedding and head. A name means each layer whose path ends in it; a
+    string that is no layer's name is a regex for the whole path. What a flag names and is not there
+    is an InputError; of an adapter, if nothing is there. A mixture's experts are never meant
+    (experts.py), nor what `exclude_modules` and `modules_to_save` name.
+    """
+    linear, tables = outside_experts(model, linear_names(model)), table_paths(model)
+    paths = [path for path, _ in model.named_modules() if path in {*linear, *tables}]
+    target, name = config.target_modules, f"{config.source}target_modules"
+    names = [target] if isinstance(target, str) else target
+    found = {each: ending_in(each, paths) for each in names}
+    if target == "all-linear":
+        found = {target: linear}
+    elif isinstance(target, str) and not found[target]:
+        found = {target: matches([target], paths, f"{name} {target:.80}")[0]}
+    hits = set().union(*found.values())
+    missing = [each for each in names if not found[each]]
+    if missing and (not hits or config.source == LoRAConfig.source):
+        known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+        raise InputError(f"{name} {missing[0]:.80}: no linear layer; there are: {known}")
+    hits = {path for path in hits if isinstance(target, str) or in_layers(path, config)}
+    out = config.exclude_modules
+    if isinstance(out, str):
+        hits.difference_update(*matches([out], paths, f"{config.source}exclude_modules"))
+    else:
+        hits.difference_update(*(ending_in(each, paths) for each in out))
+    whole = [f".{each}." for each in config.modules_to_save]
+    hits = {path for path in hits if not any(part in f".{path}." for part in whole)}
+    if not hits:
+        raise InputError(f"{config.source}target_modules: no layer is left for LoRA")
+    return [path for path in paths if path in hits]
+
+
+def in_layers(path: str, config: LoRAConfig) -> bool:
+    """Is a path in one of the layers that `layers_to_transform` lists? The layer's number is the
+    first in the path, or the one after a name of `layers_pattern`."""
+    wanted, before = config.layers_to_transform, config.layers_pattern
+    wanted, before = ([v] if isinstance(v, (int, str)) else v for v in (wanted, before))
+    starts = [rf"(?:.*?\.)?{re.escape(each)}" for each in before] or [r".*?\.[^.]*"]
+    number = next(filter(None, (re.match(rf"{start}\.(\d+)\.", path) for start in starts)), None)
+    listed = bool(number) and int(number[1]) in wanted
+    return not wanted or path in config.target_modules or listed
+
+
+def by_layer(pattern: dict, default: float, paths: list[str], name: str) -> dict[str, float]:
+    """Path -> the value of the first of `pattern`'s names or regexes that means it."""
+    if all(re.fullmatch(r"[\w.]+", key) for key in pattern):
+        hits = [ending_in(key, paths) for key in pattern]
+    else:
+        hits = matches([rf"(.*\.)?({key})" for key in pattern], paths, name)
+    values = dict.fromkeys(paths, default)
+    for value, meant in reversed([*zip(pattern.values(), hits)]):
+        values |= dict.fromkeys(meant, value)
+    return values
+
+
+def table_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding and the output head, by their paths."""
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    return {path: module for path, module in model.named_modules() if module in tables}
+
+
+class LoRAHead(LoRALinear):
+    """LoRA on the output head. Training multiplies by a head's weight (logps.py) and does not call
+    it: so it has one here, (V, d) in fp32, which is made at each use and knows no dropout."""
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if not self.enabled or hasattr(weight, "placements"):  # as in TokenRows.weight
+            return weight
+        return weight + self.delta()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+
+class LoRAEmbedding(nn.Module):
+    """base_layer(ids) + scaling * B A[:, ids], LoRA on an embedding. A: (r, V), zero at the start;
+    B: (d, r), normal as in PEFT."""
+
+    def __init__(self, base_layer: nn.Embedding, r: int, scaling: float):
+        super().__init__()
+        self.base_layer, self.scaling, (v, d) = base_layer, scaling, base_layer.weight.shape
+        self.lora_embedding_A = nn.Parameter(torch.zeros(r, v))
+        self.lora_embedding_B = nn.Parameter(torch.randn(d, r))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., d)
+        y = self.base_layer(ids)
+        change = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        if scales(self.base_layer):
+            change = change * self.base_layer.embed_scale
+        return (y + self.scaling * change).to(y.dtype)
+
+    def merge(self) -> nn.Module:
+        table = plain(self.base_layer).float()
+        delta = self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T  # (V, d)
+        table.weight = nn.Parameter(table.weight + delta, requires_grad=False)  # it may be tied
+        return table
 
 
 class TrainedModule(nn.Module):
@@ -110,61 +236,94 @@ class TrainedModule(nn.Module):
 
 def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
-    names = target_names(model, config.target_modules)
-    add_lora(model, config.r, config.scaling, config.lora_dropout, names)
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    for name in config.modules_to_save:
-        paths = ending_in(name, dict(model.named_modules()))
-        if not paths:
-            raise InputError(f"--lora_modules_to_save {name}: the model has no module of that name")
-        for path in paths:
-            module = model.get_submodule(path)
-            if any(isinstance(m, FrozenLinear) for m in module.modules()):
-                raise InputError(f"--lora_modules_to_save {name}: is in 4 bits, and can't train")
-            if any(module is table for table in tables) and tied(model):
-                # a head that trains on its own is no longer the embedding, nor the other way round
-                module.weight = nn.Parameter(module.weight.detach().clone())
-            every = [n for n, _ in module.named_parameters()]
-            model.set_submodule(path, TrainedModule(module, every))
-    add_token_rows(model, config.trainable_token_indices)
+    whole, names = whole_paths(model, config), target_names(model, config)
+    if both := [path for path in whole if path in names]:
+        raise InputError(f"{config.source}modules_to_save {both[0]}: is a layer that LoRA trains")
+    tables, one = table_paths(model), tied(model)
+    model.requires_grad_(False)
+    ranks = by_layer(config.rank_pattern, config.r, names, f"{config.source}rank_pattern")
+    alphas = by_layer(
+        config.alpha_pattern, config.lora_alpha, names, f"{config.source}alpha_pattern"
+    )
+    for name in names:
+        base, r = model.get_submodule(name), ranks[name]
+        scaling = alphas[name] / (math.sqrt(r) if config.use_rslora else r)
+        if isinstance(base, nn.Embedding):
+            put(model, name, LoRAEmbedding(base, r, scaling))
+        else:
+            kind = LoRAHead if name in tables else LoRALinear
+            put(model, name, kind(base, r, scaling, config.lora_dropout))
+    if one and config.ensure_weight_tying and not tables.keys().isdisjoint(whole):
+        whole = [*dict.fromkeys((*whole, *tables))]
+    for path in whole:
+        module = model.get_submodule(path)
+        if path in tables and tied(model) and not config.ensure_weight_tying:
+            # a head that trains on its own is no longer the embedding, nor the other way round
+            module.weight = nn.Parameter(module.weight.detach().clone())
+        every = [n for n, _ in module.named_parameters()]
+        model.set_submodule(path, TrainedModule(module, every))
+    if config.trainable_token_indices:
+        add_token_rows(model, config.trainable_token_indices)
     ends = {"none": (), "lora_only": ".base_layer.bias", "all": ".bias"}[config.bias]
-    for name in [n for n, _ in model.named_parameters() if n.endswith(ends)]:
-        path = name.removesuffix(".bias")
+    biases = [n for n, p in model.named_parameters() if n.endswith(ends) and not p.requires_grad]
+    for path in (name.removesuffix(".bias") for name in biases):
         model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
     return names
 
 
-@contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model: every LoRA layer switched off."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+def whole_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The modules that train whole: as in PEFT, all whose path ends in a name of `modules_to_save`,
+    so that "norm" means each "input_layernorm" too. What can't train so is an InputError."""
+    paths = [path for path, _ in model.named_modules()]
+    hits = {name: [p for p in paths if p.endswith(name)] for name in config.modules_to_save}
+    whole = [*dict.fromkeys(path for found in hits.values() for path in found)]
+    for name, found in hits.items():
+        modules = [m for path in found for m in model.get_submodule(path).modules()]
+        inside = tuple(f"{path}." for path in found)
+        if not found:
+            fault = "the model has no module of that name"
+        elif any(isinstance(m, (nn.ModuleList, GradientCheckpointingLayer)) for m in modules):
+            fault = "holds whole layers; expected a module inside of them"
+        elif any(isinstance(m, FrozenLinear) for m in modules):
+            fault = "is in 4 bits, and can't train"
+        elif any(not [*model.get_submodule(path).parameters()] for path in found):
+            fault = "has no weights"
+        elif any(path.startswith(inside) for path in whole):
+            fault = "holds another module that is named"
+        else:
+            continue
+        raise InputError(f"{config.source}modules_to_save {name:.80}: {fault}")
+    return whole
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's name of everything that trains -> the parameter."""
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return {PREFIX + n.replace(".modules_to_save.", "."): p for n, p in named.items()}
+    """PEFT's name of everything that trains -> the parameter. Tied tables that train whole are
+    listed both; the rows that they train once."""
+    found, rows = {}, set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and parameter not in rows:
+            found[PREFIX + name.replace(".modules_to_save.", ".")] = parameter
+            if name.endswith(".trainable_tokens_delta"):
+                rows.add(parameter)
+    return found
 
 
 def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them."""
-    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}
+    tensors, own = dict(config.tables), set()
+    for name, parameter in trained_tensors(model).items():
+        tensor = parameter.detach().cpu().contiguous()
+        tensors[name] = tensor.clone() if parameter in own else tensor  # in a file nothing is tied
+        own.add(parameter)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = config.target_modules
-    layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+    layers = [n for n, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))]
     if targets == "all-linear":  # PEFT reads it too, but says what it means only after loading
         targets = sorted({name.rpartition(".")[2] for name in layers})
     elif isinstance(targets, str) and ending_in(targets, layers):
         targets = [targets]  # one name: a string by itself is a regex to PEFT
     text = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    text |= {k: None if v in ([], {}) else v for k, v in vars(config).items()}
+    text |= {key: vars(config)[key] for key in FIELDS if vars(config)[key] not in ([], {}, None)}
     text["target_modules"] = targets
     (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
 
@@ -179,18 +338,38 @@ def _rows(value) -> bool:
     return lists and all(type(row) is int and row >= 0 for rows in tables for row in rows)
 
 
-NUMBER = (int, float)
+def _rank(value) -> bool:
+    return type(value) is int and 0 < value < 2**16
+
+
+def _alpha(value) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def _each(value, right: Callable) -> bool:
+    return isinstance(value, dict) and all(map(right, value.values()))
+
+
+NAMES = "names, or a regex", lambda v: isinstance(v, str) or _names(v)
+FLAG = "true or false", lambda v: isinstance(v, bool)
 FIELDS = {  # of adapter_config.json: what it may be, in words and in code
-    "r": ("a whole number from 1 to 65535", lambda v: type(v) is int and 0 < v < 2**16),
-    "lora_alpha": ("a number above 0", lambda v: type(v) in NUMBER and 0 < v < 1e30),
-    "lora_dropout": ("a number from 0 to below 1", lambda v: type(v) in NUMBER and 0 <= v < 1),
-    "target_modules": ("names", lambda v: isinstance(v, str) or _names(v)),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "r": ("a whole number from 1 to 65535", _rank),
+    "lora_alpha": ("a number above 0", _alpha),
+    "lora_dropout": ("a number from 0 to below 1",
+                     lambda v: type(v) in (int, float) and 0 <= v < 1),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "layers_to_transform": ("numbers of layers", lambda v: type(v) is int or _rows(v)),
+    "layers_pattern": ("names", lambda v: isinstance(v, str) or _names(v)),
+    "rank_pattern": ("a rank for each name", lambda v: _each(v, _rank)),
+    "alpha_pattern": ("a number above 0 for each name", lambda v: _each(v, _alpha)),
+    "use_rslora": FLAG,
     "bias": ("none, lora_only or all", lambda v: v in ("none", "lora_only", "all")),
     "modules_to_save": ("a list of names", _names),
+    "ensure_weight_tying": FLAG,
     "trainable_token_indices": ("ids, in a list or in one for each table", _rows),
-    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
-}
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str) and len(v) < 1024),
+}  # fmt: skip
 IDLE = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
         "megatron_core", "qalora_group_size")  # fmt: skip
 
@@ -213,35 +392,71 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
         raise InputError(f"{path}: init_lora_weights {start} is not known here")
     given = {k: v for k, v in text.items() if k in FIELDS and v is not None}
     for key, value in text.items():
-        if value and key not in FIELDS and key not in IDLE:  # use_dora, rank_pattern, ...
+        if value and key not in FIELDS and key not in IDLE:  # use_dora, lora_bias, ...
             raise InputError(f"{path}: {key} is not known here")
         if key in given and not FIELDS[key][1](value):
-            raise InputError(f"{path}: {key} is {value!r}; expected {FIELDS[key][0]}")
+            raise InputError(f"{path}: {key} is {value!r:.80}; expected {FIELDS[key][0]}")
     config = LoRAConfig(**{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **given})  # PEFT's own
+    config.source = f"{path}: "
     if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
         config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
     return config
 
 
-def load_adapter(model: nn.Module, directory: Path) -> None:
-    """Fill what trains from an adapter file that holds exactly that, or raise InputError."""
-    path, wanted = Path(directory) / "adapter_model.safetensors", trained_tensors(model)
+def other_tables(model: nn.Module) -> dict[str, nn.Parameter | None]:
+    """What PEFT saves of embedding and head beside what trains, where rows were added to them: its
+    name -> the frozen parameter; None: a second copy, of which nothing is needed."""
+    found = {}
+    for path, table in table_paths(model).items():
+        for name, parameter in table.named_parameters():
+            if isinstance(table, TokenRows):
+                name = name.replace("base_layer.", "token_adapter.base_layer.")
+            name = f"{PREFIX}{path}.{name}"
+            if not parameter.requires_grad:
+                found[name.replace(".modules_to_save.", ".")] = parameter
+            else:  # rows of a tied head, or a table that trains whole: as it is, and as it was
+                found[name] = found[name.replace("modules_to_save", "original_module")] = None
+    return found
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """An adapter's file, mapped into memory."""
+    path = Path(directory) / "adapter_model.safetensors"
     try:
-        found = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: not there") from None
     except (SafetensorError, OSError) as error:  # an OSError of a directory, say
         raise InputError(f"{path}: damaged: {error}") from None
-    others = {"lacks": wanted.keys() - found.keys(), "also has": found.keys() - wanted.keys()}
-    for what, rest in others.items():
+
+
+def table_rows(model: nn.Module, directory: Path) -> int | None:
+    """The number of rows of an adapter's own embedding or head, if it has one whole."""
+    starts = tuple(f"{PREFIX}{path}." for path in table_paths(model))
+    for name, tensor in read_tensors(directory).items():
+        whole = name.startswith(starts) and name.endswith(".weight") and tensor.dim() == 2
+        if whole and ".lora_" not in name:
+            return len(tensor)
+    return None
+
+
+def load_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
+    """Fill what trains from an adapter file that holds exactly that, or raise InputError. Whole
+    tables that it has beside that fill the base's, and stay with `config`."""
+    path, found = Path(directory) / "adapter_model.safetensors", read_tensors(directory)
+    wanted, tables = trained_tensors(model), other_tables(model)
+    extra = found.keys() - wanted.keys() - tables.keys()
+    for what, rest in {"lacks": wanted.keys() - found.keys(), "also has": extra}.items():
         if rest:
             what = f"{what} {len(rest)} tensors, e.g. {min(rest).removeprefix(PREFIX)}"
             raise InputError(f"{path}: {what}: an adapter of another base or configuration?")
-    for name, parameter in wanted.items():
+    kept = {name: p for name, p in tables.items() if name in found and p is not None}
+    config.tables = {name: found[name] for name in kept}
+    for name, parameter in (kept | wanted).items():
         tensor, short = found[name], name.removeprefix(PREFIX)
         if tensor.shape != parameter.shape:
             fault = f"has shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}"
             raise InputError(f"{path}: {short} {fault}: an adapter of another base?")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not is_finite(tensor.to(parameter.dtype)):
             raise InputError(f"{path}: {short} holds what is no finite number")
         parameter.data.copy_(tensor)

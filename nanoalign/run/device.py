@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign.data import Examples
+from nanoalign.formats.peft import TrainedModule
 from nanoalign.logps import PackedLM
 from nanoalign.logps import fast as head
 from nanoalign.packing import fast as attention
@@ -35,7 +36,11 @@ COMING = "its gradients", "AdamW's states"  # of standing_bytes: from the first 
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:
-    return lm.autocast or lm.model.get_input_embeddings().weight.dtype
+    if lm.autocast:
+        return lm.autocast
+    table = lm.model.get_input_embeddings()
+    trained = isinstance(table, TrainedModule)  # its weight is in fp32, whatever it computes in
+    return table.dtype if trained else table.weight.dtype
 
 
 def use_tf32(cfg: Config, lm: PackedLM) -> None:

@@ -5,24 +5,29 @@ trains, and how it computes.
 """
 
 import json
+import os
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from nanoalign import InputError
+from nanoalign import InputError, one_line
+from nanoalign.chatml import ChatML
 from nanoalign.formats import note, weights
-from nanoalign.formats.files import from_pretrained
+from nanoalign.formats.files import base_path, from_pretrained, full_name
 from nanoalign.formats.peft import (
     LoRAConfig,
+    LoRAHead,
     add_adapter,
     ending_in,
     load_adapter,
     read_adapter_config,
     save_adapter,
+    table_rows,
 )
 from nanoalign.formats.templates import DATE, KWARGS, TEMPLATES, NativeTemplate
 from nanoalign.logps import PackedLM
@@ -37,16 +42,24 @@ from nanoalign.run.flags import Config
 TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
 
 
+class Opened(NamedTuple):
+    """What is known of a policy before any weight is read."""
+
+    tokenizer: object
+    template: ChatML
+    added: list[int]  # ids of the template's markers that the tokenizer lacked
+    base: str  # the base model's directory, GGUF file or name on the hub
+    lora: LoRAConfig | None  # of the adapter that training goes on from
+
+
 def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     """The base model's name, that of the tokenizer (the adapter's own where it brings one), and the
     settings of the adapter that training goes on from."""
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
-        name = name or lora.base_model_name_or_path
-        if not name:
-            raise InputError(f"{adapter}: names no base model; give --model_name_or_path")
-    if (Path(name) / "adapter_config.json").exists():
+        name = name or base_path(lora.base_model_name_or_path, adapter)
+    if os.path.exists(Path(name) / "adapter_config.json"):
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
     own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
     return name, adapter if own else name, lora
@@ -94,11 +107,14 @@ def load_tokenizer(
     return tokenizer, template, added
 
 
-def tokenizer_of(cfg: Config):
-    name, chosen = base_of(cfg)[1], (cfg.chat_template, cfg.trust_remote_code)
-    opened = load_tokenizer(name, *chosen, cfg.chat_template_kwargs, saved_template(cfg))
-    opened[1].train_on_thoughts = cfg.train_on_thoughts
-    return opened
+def tokenizer_of(cfg: Config) -> Opened:
+    base, name, lora = base_of(cfg)
+    if lora and base not in (cfg.model_name_or_path, lora.base_model_name_or_path):
+        print(one_line(f"{lora.base_model_name_or_path} is gone; the base is read from {base}"))
+    chosen = cfg.chat_template, cfg.trust_remote_code, cfg.chat_template_kwargs
+    tokenizer, template, added = load_tokenizer(name, *chosen, saved_template(cfg))
+    template.train_on_thoughts = cfg.train_on_thoughts
+    return Opened(tokenizer, template, added, base, lora)
 
 
 def saved_template(cfg: Config) -> dict:
@@ -112,13 +128,16 @@ def saved_template(cfg: Config) -> dict:
     return {}
 
 
-def make_room(model: nn.Module, tokenizer, lora: LoRAConfig | None) -> None:
-    """Rows for the tokens of an adapter that the model lacks; the adapter fills them."""
-    tokens, table = vocabulary(tokenizer), model.get_input_embeddings()
+def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> None:
+    """As many rows as an adapter's own embedding or head has, or its rows for new tokens need; the
+    adapter fills them."""
+    table = model.get_input_embeddings()
     path = next(path for path, module in model.named_modules() if module is table)
-    names = [*lora.trainable_token_indices, *lora.modules_to_save] if lora else []
-    if tokens > len(table.weight) and any(ending_in(name, [path]) for name in names):
-        model.resize_token_embeddings(tokens, mean_resizing=False)
+    rows = table_rows(model, adapter)
+    if rows is None and any(ending_in(name, [path]) for name in lora.trainable_token_indices):
+        rows = max(vocabulary(tokenizer), len(table.weight))
+    if rows not in (None, len(table.weight)):
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list[int]]:
@@ -126,7 +145,7 @@ def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list
     trains whole. Tied tables part when one of them does, and then the other has rows too."""
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     paths = [path for path, module in model.named_modules() if module in tables]
-    trained = [path for path in paths if any(ending_in(name, [path]) for name in whole)]
+    trained = [path for path in paths if path.endswith(tuple(whole))]
     if rows and trained and tied(model):
         # the head alone: PEFT can't open such an adapter
         if all(model.get_submodule(path) is tables[1] for path in trained):
@@ -156,30 +175,41 @@ def place(cfg: Config, lm: PackedLM) -> None:
     compile_layers(cfg, lm)
 
 
-def load_policy(cfg: Config, opened: tuple | None = None) -> Policy:
+def load_policy(cfg: Config, opened: Opened | None = None, as_base: bool = False) -> Policy:
     """The model that the flags describe, on its device, with everything frozen but what trains.
 
-    `opened` is tokenizer_of(cfg), where the data was read first. Raises InputError for whatever is
-    wrong with the directory, the adapter or the flags.
+    `opened` is tokenizer_of(cfg), where the data was read first. `as_base`: no new adapter is made,
+    and one that is there is not filled yet, so that `reference` is the base model. Raises
+    InputError for whatever is wrong with the directory, the adapter or the flags.
     """
-    name, _, lora = base_of(cfg)
-    tokenizer, template, added = opened or tokenizer_of(cfg)
+    opened = opened or tokenizer_of(cfg)
+    name, lora, adapter = opened.base, opened.lora, cfg.adapter_name_or_path
     lm = load_base(cfg, name, train_all=not cfg.use_peft)
     model = lm.model
-    make_room(model, tokenizer, lora)
+    if lora:
+        make_room(model, opened.tokenizer, lora, adapter)
     try:
-        rows = fit_embeddings(model, tokenizer, added)
+        rows = fit_embeddings(model, opened.tokenizer, opened.added)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    if cfg.use_peft:
-        lora = adapt(model, cfg, lora, name, rows)
-    else:
+    if lora:
+        check_rows(lora, rows, adapter)
+    elif cfg.use_peft and not as_base:
+        lora = adapter_of(cfg, name, token_rows(model, rows, cfg.lora_modules_to_save))
+    if lora:
+        lora.base_model_name_or_path = full_name(name)
+        layers = add_adapter(model, lora)
+    if lora and not as_base:
+        if adapter:
+            load_adapter(model, lora, adapter)
+        say_what_trains(model, cfg, lora, len(layers))
+    elif not cfg.use_peft:
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
     place(cfg, lm)
     use_tf32(cfg, lm)
-    return Policy(lm, tokenizer, template, lora)
+    return Policy(lm, opened.tokenizer, opened.template, lora)
 
 
 def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
@@ -198,29 +228,33 @@ def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
     )
 
 
-def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, rows) -> LoRAConfig:
-    """Put an adapter on the model: a new one, or the one whose settings `lora` are."""
-    adapter = cfg.adapter_name_or_path
-    for table, ids in rows.items() if lora else ():
-        whole = table in (name.rpartition(".")[2] for name in lora.modules_to_save)
+def check_rows(lora: LoRAConfig, rows: dict[str, list[int]], adapter: str) -> None:
+    """Has an adapter the `rows` of the markers that its tokenizer lacks? They would be in no file,
+    and what is trained could not be opened again."""
+    for table, ids in rows.items():
+        whole = any(table.endswith(name.rpartition(".")[2]) for name in lora.modules_to_save)
         if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
             fault = f"its {table} has no rows for the markers that the tokenizer lacks"
             raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
-    lora = lora or adapter_of(cfg, name, token_rows(model, rows, cfg.lora_modules_to_save))
-    layers = add_adapter(model, lora)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(f"{name}: has nothing that trains")
-    if adapter:
-        load_adapter(model, adapter)
+
+
+def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int) -> None:
+    """Of a model with an adapter, in lines."""
+    if adapter := cfg.adapter_name_or_path:
         print(f"goes on from the adapter {adapter}")
         if note.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lora.tables:
+        print("the adapter has a whole embedding or head, which takes the place of the base's")
     total = weights.all_weights(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"LoRA r={lora.r} on {len(layers)} layers: {trained:,} trained weights "
+        f"LoRA r={lora.r} on {layers} layers: {trained:,} trained weights "
         f"({trained / total:.2%}); --use_peft false trains all weights"
     )
+    if isinstance(model.get_output_embeddings(), LoRAHead) and lora.lora_dropout:
+        if not cfg.disable_dropout:
+            print("LoRA on the output head trains without dropout")
     experts = [m for path, m in model.named_modules() if path.endswith(".experts")]
     passed_over = [m for m in experts if not any(p.requires_grad for p in m.parameters())]
     if share := sum(map(weights.all_weights, passed_over)) / total:
@@ -228,7 +262,6 @@ def adapt(model: nn.Module, cfg: Config, lora: LoRAConfig | None, name: str, row
             f"LoRA passes over its experts, {share:.0%} of all weights, and over its routers: "
             "in transformers they are no linear layers"
         )
-    return lora
 
 
 def configure(model: nn.Module, cfg: Config) -> None:
@@ -282,7 +315,7 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
 def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False) -> None:
     """Give a policy the weights that save_policy wrote of it."""
     if policy.lora is not None:
-        return load_adapter(policy.model, directory)
+        return load_adapter(policy.model, policy.lora, directory)
     saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
     for name, parameter in policy.model.named_parameters():
         whole = saved.get_parameter(name).detach()

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import nanoalign
-from nanoalign import InputError, world
+from nanoalign import InputError, one_line, world
 from nanoalign.data import Examples, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
@@ -56,8 +56,8 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     examples, count, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
     if not built_in:
         lost = count["completions cut"], count["no trained token left"]
-        for line in (*length_advice(cfg, base_of(cfg)[0]), *advice(cfg, examples, *lost)):
-            print(f"advice: {line}")
+        for line in (*length_advice(cfg, opened.base), *advice(cfg, examples, *lost)):
+            print(one_line(f"advice: {line}"))
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     threads = use_threads(cfg, built_in)
@@ -148,7 +148,7 @@ def read_all(cfg: Config, layouts: Layouts, opened: tuple):
 
 def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split: str = "train"):
     """-> the examples in `sources`, and a count; what is to be said of the files is printed."""
-    tokenizer, template, _ = opened
+    tokenizer, template, *_ = opened
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
     names, notes = ("input_as_system", "skip_bad_rows", "train_on"), []
     how = {name: value for name, value in vars(cfg).items() if name in names}

@@ -19,7 +19,7 @@ import torch
 from transformers import TextStreamer
 
 from nanoalign import InputError
-from nanoalign.formats.peft import without_adapter
+from nanoalign.formats.peft import load_adapter
 from nanoalign.model import Policy, generate
 from nanoalign.run.command import command
 from nanoalign.run.flags import POSITIVE, Config, Parser, add_flags
@@ -102,7 +102,7 @@ def talk(policy: Policy, args) -> None:
             try:
                 if compare:
                     print("[base] ", end="")
-                    with without_adapter(policy.model):
+                    with policy.reference():
                         say(policy, system, history, args)
                     print("[trained] ", end="")
                 reply = say(policy, system, history, args)
@@ -114,14 +114,15 @@ def talk(policy: Policy, args) -> None:
 
 
 def open_policy(args) -> Policy:
-    """A model or an adapter directory, loaded as the scripts load it."""
+    """A model or an adapter directory, loaded as the scripts load it, but that nothing new trains
+    and `reference` is the base model."""
     adapter = Path(args.directory, "adapter_config.json").exists()
     directory = {"adapter_name_or_path" if adapter else "model_name_or_path": args.directory}
     cfg = Config(**directory, **{name: getattr(args, name) for name in FLAGS})
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
-        policy = load_policy(cfg)
-    if not adapter:
-        policy.lora = None
+        policy = load_policy(cfg, as_base=True)
+        if adapter:
+            load_adapter(policy.model, policy.lora, args.directory)
     return policy
 
 

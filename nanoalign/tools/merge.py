@@ -90,11 +90,11 @@ def merge(args, adapter: str, directory: Path) -> None:
         base_format = {"dtype": args.dtype}
     model = load_lm(base, device=args.device, **trust, **base_format).model
     dtype = model.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    make_room(model, tokenizer, lora)
+    make_room(model, tokenizer, lora, adapter)
     if dtype == torch.float32:
         to_dtype(model, dtype)  # computes in it; 4-bit weights remain what they were
     add_adapter(model, lora)
-    load_adapter(model, adapter)
+    load_adapter(model, lora, adapter)
     model.eval()
     template = tokenizer.init_kwargs.get(TRAINED_WITH)
     if template in [*TEMPLATES]:
