@@ -65,7 +65,7 @@ def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) 
 
 
 def probe(
-    build: Callable, config, name: str, convert: Callable = lambda model: None
+    build: Callable, config, name: str, convert: Callable | None = None
 ) -> tuple[float, float | None]:
     """What the head of a kind of model does beyond a product, (scale, softcap); or InputError.
 
@@ -100,7 +100,8 @@ def probe(
             ratio = float((logits * z).sum() / (z * z).sum())
             scale = 1.0 if softcap or abs(ratio - 1) < 1e-5 else ratio
             expected = [alone(e.prompt, ids) for e in examples for ids, _ in e.texts]
-            convert(model)
+            if convert:
+                convert(model)
             model.set_attn_implementation(packed())
             got = PackedLM(model, scale, softcap)(examples).logps
         if not torch.allclose(got, torch.stack(expected), rtol=1e-5, atol=1e-5):

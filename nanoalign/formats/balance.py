@@ -91,7 +91,7 @@ def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
     of_model, kind = vars(model), model.config.model_type  # where transformers looks it up
     own = of_model.get("router_aux_loss_coef", of_model.get("aux_loss_coef"))  # JetMoE's name
     if own is None and coef:
-        if "output_router_logits" in model.config.to_dict():
+        if {"output_router_logits", "num_experts_per_tok"} & model.config.to_dict().keys():
             fault = f"transformers gives {kind} no load-balancing loss"
             raise InputError(f"--router_aux_loss_coef {coef:g}: {fault}; leave the flag out")
         print("--router_aux_loss_coef has nothing to do in this run: the model shows no routers")

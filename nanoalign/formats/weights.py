@@ -56,7 +56,7 @@ def load_lm(
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     in_few_bits = load_in_4bit or is_nf4(config)
     build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
-    scale, softcap = probe(build, config, name, *[unstack] * in_few_bits)
+    scale, softcap = probe(build, config, name, unstack if in_few_bits else None)
     device = pick_device(device)
     dtype = auto_dtype(name, config, device) if dtype == "auto" else getattr(torch, dtype)
     if in_few_bits:
