@@ -48,7 +48,8 @@ def test_dtype_auto(stored, capability, device, expected, monkeypatch, capsys):
 def test_heads_too_small_for_a_gpu_s_kernel_take_the_dense_way(monkeypatch):
     """With masks for flex_attention beside the row, and layers that are not compiled around it."""
     g = torch.Generator().manual_seed(0)
-    geometry = pack([Example([1] * 5, [([2] * 4, [True] * 4)] * 2)]).geometry
+    replies = [([n] * 4, [True] * 4) for n in (2, 3)]
+    geometry = pack([Example([1] * 5, replies)]).geometry
     plan(geometry, None)
     monkeypatch.setattr(attention, "flex", lambda query, *_: query.new_zeros(()))
     for head, takes_flex in (8, False), (15, False), (16, True):
