@@ -5,7 +5,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-import trl
 from scripts import METHODS, argv, command, metrics
 from transformers import TrainingArguments
 from transformers.training_args import SaveStrategy, SchedulerType
@@ -13,6 +12,7 @@ from transformers.training_args import SaveStrategy, SchedulerType
 from nanoalign import InputError
 from nanoalign.run.flags import FOREIGN, SCHEDULES, Config, names_of, parse
 
+trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.usefixtures("no_curves")
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d"}
 TRL = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig}

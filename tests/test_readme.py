@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_quantized
 import torch
+from scripts import METHODS, call, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
@@ -203,3 +204,28 @@ def test_the_head_example_finds_the_ends_of_replies(model_dir):
     assert torch.allclose(scope["rewards"], torch.cat(expected), atol=1e-5)
     groups = make_optimizer(SFTConfig(), policy.lm).param_groups
     assert any(p is head.weight for group in groups for p in group["params"])
+
+
+# ---------------------------------------------------------------------------------------- recipes
+
+RECIPES = sorted((ROOT / "config").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs(path, model_dir, data, tmp_path, no_curves):
+    """Two steps of each file of config/, by the command that stands in it, on a tiny model."""
+    [command] = re.findall(
+        r"^# +python train_(\w+)\.py --config (\S+) (.*)", path.read_text(), re.M
+    )
+    method, file, words = command
+    assert ROOT / file == path
+    if "--adapter_name_or_path" in words:
+        sft = dict(model_name_or_path=model_dir, dataset_name=str(data / "sft.jsonl"), device="cpu")
+        call("sft", sft | dict(output_dir=str(tmp_path / "sft"), max_steps=1))
+    names = {"MODEL": model_dir, "sft": tmp_path / "sft", words.split()[-1]: tmp_path / "out"}
+    names |= dict.fromkeys(("DATA", "PAIRS", "THUMBS"), data / f"{method}.jsonl")
+    words = [str(names.get(word, word)) for word in words.split()]
+    words += ["--max_steps", "2", "--logging_steps", "1", "--device", "cpu"]
+    kind, script = METHODS[method]
+    script(parse(kind, ["--config", str(path), *words], {}))
+    assert len([x for x in metrics(tmp_path / "out") if "loss" in x]) == 2
