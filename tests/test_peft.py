@@ -701,3 +701,26 @@ def test_a_head_s_lora_gets_its_gradient_through_the_weight(bases):
         expected = torch.autograd.grad(plain_logps(model).sum(), trained)
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.linalg.norm(mine - theirs) < 1e-5 * torch.linalg.norm(theirs)
+
+
+def test_the_mean_logit_is_that_of_the_head_as_it_is(bases):
+    """Where LoRA is on the head it changes with each step, in evaluations too."""
+    policy = policy_of(bases["untied"], target_modules=["q_proj", "lm_head"])
+    with torch.no_grad():
+        for seed in range(2):
+            randomize((p for p in policy.model.parameters() if p.requires_grad), seed=seed)
+            got = policy.lm.eval()(SEQUENCES).logits
+            with generation(policy) as model:
+                ids = torch.tensor([[60, 3, 9, *range(100, 109)]])
+                expected = model(ids).logits[0, 2:-1].mean(-1).sum()
+            torch.testing.assert_close(got[-1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_tables_that_train_whole_compute_in_the_dtype_of_their_base(bases, ids):
+    """Their one weight is in fp32 already when the second table is wrapped."""
+    model = AutoModelForCausalLM.from_pretrained(bases["tied"], dtype=torch.bfloat16)
+    expected = logits_of(model, ids)
+    how = dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    formats_peft.add_adapter(model, formats_peft.LoRAConfig(**how))
+    assert torch.equal(logits_of(model, ids), expected)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -168,7 +168,7 @@ class LoRAHead(LoRALinear):
         weight = self.base_layer.weight
         if not self.enabled or hasattr(weight, "placements"):  # as in TokenRows.weight
             return weight
-        return weight + self.delta()
+        return (weight + self.delta()).requires_grad_()  # without gradient too: its mean changes
 
     @property
     def bias(self) -> Tensor | None:
@@ -204,15 +204,14 @@ class LoRAEmbedding(nn.Module):
 
 
 class TrainedModule(nn.Module):
-    """A module of which some parameters train: kept in fp32, cast to its own dtype at each use.
+    """A module of which some parameters train: kept in fp32, cast to its `dtype` at each use.
 
     PEFT's modules_to_save train whole; of a layer whose bias trains it is the bias alone.
     """
 
-    def __init__(self, module: nn.Module, names: list[str]):
+    def __init__(self, module: nn.Module, names: list[str], dtype: torch.dtype):
         super().__init__()
-        self.dtype = next(module.parameters()).dtype
-        self.modules_to_save, self.names = module, names
+        self.modules_to_save, self.names, self.dtype = module, names, dtype
         for name in names:
             parameter = module.get_parameter(name)
             parameter.data = parameter.data.float()
@@ -255,19 +254,21 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
             put(model, name, kind(base, r, scaling, config.lora_dropout))
     if one and config.ensure_weight_tying and not tables.keys().isdisjoint(whole):
         whole = [*dict.fromkeys((*whole, *tables))]
-    for path in whole:
+    dtypes = {path: next(model.get_submodule(path).parameters()).dtype for path in whole}
+    for path, dtype in dtypes.items():
         module = model.get_submodule(path)
         if path in tables and tied(model) and not config.ensure_weight_tying:
             # a head that trains on its own is no longer the embedding, nor the other way round
             module.weight = nn.Parameter(module.weight.detach().clone())
         every = [n for n, _ in module.named_parameters()]
-        model.set_submodule(path, TrainedModule(module, every))
+        model.set_submodule(path, TrainedModule(module, every, dtype))
     if config.trainable_token_indices:
         add_token_rows(model, config.trainable_token_indices)
     ends = {"none": (), "lora_only": ".base_layer.bias", "all": ".bias"}[config.bias]
     biases = [n for n, p in model.named_parameters() if n.endswith(ends) and not p.requires_grad]
     for path in (name.removesuffix(".bias") for name in biases):
-        model.set_submodule(path, TrainedModule(model.get_submodule(path), ["bias"]))
+        layer = model.get_submodule(path)
+        model.set_submodule(path, TrainedModule(layer, ["bias"], layer.bias.dtype))
     return names
 
 
