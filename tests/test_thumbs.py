@@ -1,12 +1,16 @@
 """Rows that people made are on the disk, whole, whatever happens."""
 
 import os
+from collections import Counter
 
 import pytest
 from scripts import child, wait
 
 from nanoalign import InputError
+from nanoalign.formats.columns import turns_of
+from nanoalign.formats.layouts import DPO, KTO, read_cases
 from nanoalign.tools import thumbs
+from nanoalign.tools.thumbs import Conversation
 
 
 def test_rows_are_appended_and_replaced(tmp_path):
@@ -73,3 +77,116 @@ def test_a_disk_that_takes_nothing(tmp_path):
         thumbs.append(tmp_path / "none" / "a.jsonl", {"n": 1})
     with pytest.raises(InputError, match=": "):
         thumbs.read_rows(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ conversations
+
+
+def talk(*turns, file=None, system=""):
+    chat = Conversation("model", file, system)
+    for asked, replied in zip(turns[::2], turns[1::2]):
+        chat.ask(asked)
+        chat.answer(replied)
+    return chat
+
+
+def kept(path):
+    return [{k: v for k, v in row.items() if k != "time"} for row in thumbs.read_rows(path)]
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Yes.", said("assistant", "Yes.")),
+        ("", said("assistant", "")),
+        ("<think>\nHm.\n</think>\n\nYes.", said("assistant", "Yes.", reasoning_content="Hm.")),
+        ("Hm.\n</think>\n\nYes.", said("assistant", "Yes.", reasoning_content="Hm.")),
+        ("<think>\nnever ends", said("assistant", "<think>\nnever ends")),
+        ("<think>\n\n</think>\n\nYes.", said("assistant", "Yes.")),
+        (
+            '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
+            said("assistant", "", tool_calls=[
+                {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+            ]),
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_model_wrote_is_read_as_from_a_file(text, message):
+    assert thumbs.message_of(text) == message
+    row = {"reply": [message]}
+    assert turns_of(row, "reply") == [message]  # and again, from the row that is kept
+
+
+def test_a_thumb_is_a_row_and_a_second_one_replaces_it(tmp_path):
+    file = tmp_path / "thumbs.jsonl"
+    chat = talk("Hi", "Hm.</think>Hello", "So?", "So.", file=file, system="Be kind.")
+    first, second = [said("system", "Be kind."), said("user", "Hi")], said("user", "So?")
+    hello = said("assistant", "Hello", reasoning_content="Hm.")
+    chat.thumb(True)
+    chat.thumb(False, place=1)
+    rows = [
+        dict(model="model", prompt=[*first, hello, second],
+             completion=[said("assistant", "So.")], label=True),
+        dict(model="model", prompt=first, completion=[hello], label=False),
+    ]  # fmt: skip
+    assert kept(file) == rows and list(thumbs.read_rows(file)[0])[-1] == "time"
+    chat.thumb(False)
+    rows[0]["label"] = False
+    assert kept(file) == rows
+    assert chat.undo() == "So?" and kept(file) == rows[1:] and len(chat.turns) == 2
+    chat.ask("And?")
+    chat.answer("So.")
+    chat.thumb(True)
+    assert len(kept(file)) == 2
+    assert thumbs.tally(chat) == "2 thumbs: 1 up, 1 down; 0 choices"
+
+
+def test_a_choice_is_a_row_and_a_tie_none(tmp_path):
+    chat = talk("Hi", "Hello", file=tmp_path / "t.jsonl")
+    chat.ask("So?")
+    assert chat.offered(["One.", "Two."], ["new", "base"])
+    assert chat.turns[-1] == said("assistant", "One.")  # until there is a choice
+    chat.choose(1)
+    row = dict(
+        model="base", prompt=[said("user", "Hi"), said("assistant", "Hello"), said("user", "So?")],
+        chosen=[said("assistant", "Two.")], rejected=[said("assistant", "One.")],
+        rejected_model="new",
+    )  # fmt: skip
+    assert kept(chat.pairs) == [row] and chat.turns[-1] == said("assistant", "Two.")
+    chat.choose(0)  # a mind that changes
+    row |= dict(model="new", rejected_model="base", chosen=row["rejected"], rejected=row["chosen"])
+    assert kept(chat.pairs) == [row] and chat.turns[-1] == said("assistant", "One.")
+    chat.choose(None)
+    assert kept(chat.pairs) == []
+    chat.choose(0)
+    assert chat.undo() == "So?" and kept(chat.pairs) == []  # it goes with its question
+    chat.ask("So?")
+    assert not chat.offered(["One.", "One."], ["new", "base"])
+
+
+def test_training_reads_the_rows(tmp_path):
+    """By what the scripts take them for: no more and no less than what was said."""
+    chat = talk(
+        "Hi", "Hm.</think>Hello", "So?", "So.", file=tmp_path / "t.jsonl", system="Be kind."
+    )
+    chat.thumb(True)
+    chat.thumb(False, place=1)
+    chat.ask("And?")
+    chat.offered(["One.", "Two."], ["new", "base"])
+    chat.choose(1)
+    for path, layouts, completions in (
+        (chat.file, KTO, [["So."], ["Hello"]]), (chat.pairs, DPO, [["Two.", "One."]]),
+    ):  # fmt: skip
+        notes, count = [], Counter()
+        cases = list(read_cases([str(path)], layouts, count, notes))
+        assert [[c[0]["content"] for c in case.completions] for case in cases] == completions
+        assert cases[0].prompt[:3] == chat.prompt()[:3] and count["rows"] == len(cases)
+        assert all("key" not in note for note in notes)
+    assert [case.label for case in read_cases([str(chat.file)], KTO, Counter(), [])] == [
+        True,
+        False,
+    ]

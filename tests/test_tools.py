@@ -20,9 +20,11 @@ from nanoalign.model import generation
 from nanoalign.run.advice import advice, afterthought, length_advice, suggested_weights
 from nanoalign.run.card import write_card
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
+from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools import chat, plot
 from nanoalign.tools import data as show
+from nanoalign.tools.thumbs import read_rows
 
 # -------------------------------------------------------------------------------------------- flags
 
@@ -36,6 +38,7 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
     args = vars(opened[0])
     assert args.pop("directory") == "there" and args.pop("prompt") == "Hello"
     assert args == dict(system="", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=None,
+                        feedback=None,
                         chat_template=None, chat_template_kwargs={}, load_in_4bit=True,
                         device="auto",
                         trust_remote_code=False)  # fmt: skip
@@ -136,7 +139,7 @@ def test_what_chat_can_t_use_is_refused_before_a_model_is_read(words, fault, cap
 def test_what_is_piped_in_is_utf_8_in_any_locale(raw, read, encoding, errors, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(chat, "open_policy", lambda args: None)
-    monkeypatch.setattr(chat, "say", lambda policy, system, history, args: asked.extend(history))
+    monkeypatch.setattr(chat, "say", lambda policy, messages, args: asked.extend(messages))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding, errors))
     if "error" not in read:
         chat.main(["there"])
@@ -158,7 +161,7 @@ def test_a_conversation_goes_on_after_a_line_that_can_t_be_read_or_is_too_long(m
 
     asked = []
 
-    def reply(policy, system, history, args):
+    def reply(policy, history, args):
         if history[-1]["content"] == "long":
             raise InputError("the model has 20 learned positions")
         asked.append([message["content"] for message in history])
@@ -166,10 +169,96 @@ def test_a_conversation_goes_on_after_a_line_that_can_t_be_read_or_is_too_long(m
 
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(chat, "say", reply)
-    chat.talk(None, Namespace(system=""))
+    chat.talk(None, Namespace(system="", directory="there", feedback=None))
     assert asked == [["hi"], ["hi", "ok", "你"]]
     said = "this line is not UTF-8\nthis line is not UTF-8\nthe model has 20 learned positions\n"
     assert capsys.readouterr().out == said
+
+
+# ------------------------------------------------------------------------------------------ thumbs
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir, tmp_path_factory):
+    """One that replies otherwise than its base."""
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    policy = load_policy(SFTConfig(model_name_or_path=model_dir, device="cpu"))
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    save_policy(policy, directory)
+    return str(directory)
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys, tmp_path):
+    """terminal(directory, lines) -> what chat prints; judgements go to t.jsonl."""
+
+    def type_in(directory, *lines):
+        typed = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(typed, ""))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        flags = ["--feedback", str(tmp_path / "t.jsonl"), "--max_new_tokens=5", "--device=cpu"]
+        chat.main([directory, "--temperature=0", *flags])
+        return capsys.readouterr().out
+
+    return type_in
+
+
+def test_thumbs_at_the_terminal(terminal, model_dir, tmp_path):
+    said = terminal(model_dir, "/good", "/a", "/choose", "Hi", "/good", "/bad", "/nonsense")
+    assert said.startswith("0 thumbs: 0 up, 0 down; 0 choices\n")
+    assert said.count("there is nothing to judge yet") == 2 and "/choose TEXT asks" in said
+    assert said.count(f"kept in {tmp_path / 't.jsonl'}") == 2 and "/good /bad /choose" in said
+    (row,) = read_rows(tmp_path / "t.jsonl")
+    assert row["prompt"] == [{"role": "user", "content": "Hi"}] and row["label"] is False
+    assert printable(row["completion"][0]["content"]) in said and row["model"] == model_dir
+    assert terminal(model_dir, "Hi", "/good", "/undo").startswith("1 thumbs: 0 up, 1 down")
+    assert read_rows(tmp_path / "t.jsonl") == [row]
+
+
+def test_choices_at_the_terminal(terminal, model_dir, adapter, tmp_path):
+    """Of base and adapter, in an order of chance."""
+    for _ in range(8):
+        said = terminal(adapter, "/choose Hi", "/a", "/b", "So?", "/a")
+        row = read_rows(tmp_path / "t.pairs.jsonl")[-1]
+        assert {row["model"], row["rejected_model"]} == {adapter, model_dir}
+        a, b = said.index("[a] " + printable(row["rejected"][0]["content"])), said.index("[b] ")
+        assert a < b and "there is nothing to judge yet" in said  # the next question ends it
+    rows = read_rows(tmp_path / "t.pairs.jsonl")
+    assert len(rows) == 8 and len({row["model"] for row in rows}) == 2
+    said = terminal(model_dir, "/choose Hi", "/a")  # greedy, so both are the same
+    assert "they are equal: no pair" in said and len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
+    assert terminal(adapter, "/choose Hi", "/a", "/tie").startswith("0 thumbs: 0 up, 0 down; 8 ch")
+    assert len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
+
+
+def test_judging_needs_a_file_of_lines(model_dir, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        chat.main([model_dir, "--feedback", "thumbs.json", "--prompt", "Hi"])
+    assert "thumbs.json: expected a name that ends in .jsonl" in capsys.readouterr().err
+    typed = iter(["/good", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    chat.talk(None, Namespace(system="", directory="there", feedback=None))
+    assert capsys.readouterr().out == "start with --feedback FILE.jsonl, where it is to be kept\n"
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_thought_is_dim(size, opened, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = ["<think>", "Well", ", ", "\x1b[2J", "</think>", "\n", "Yes."]
+    printer = chat.Printer(None, thinks=opened)
+    pieces = text[opened:] if size == 1 else ["".join(text[opened:])]
+    for piece in pieces:
+        printer.on_finalized_text(piece)
+    printer.on_finalized_text("", stream_end=True)
+    said = capsys.readouterr().out
+    bright = re.sub("\033\\[2m.*?\033\\[0m", "", said, flags=re.S)
+    assert bright == "\nYes.\n" and printer.reply == "".join(text[opened:])
+    assert "\033[2J" not in said
 
 
 # ---------------------------------------------------------------------------------- the mask, shown

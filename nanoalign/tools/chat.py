@@ -1,18 +1,27 @@
-"""Talk to what you trained: python -m nanoalign.chat DIR
+"""Talk to what you trained: python -m nanoalign.chat DIR [--feedback thumbs.jsonl]
 
 DIR is a model or an adapter. Commands while talking: /reset starts over, /undo takes the last turn
 back, /system TEXT sets the system turn, /compare shows beside each reply the one of the base model
 without the adapter, an empty line or Ctrl-D ends. Ctrl-C stops a reply, not the program.
 
+With --feedback you judge: /good and /bad the last reply, a row for train_kto.py; /choose TEXT asks
+for two replies, of which /a or /b is the better one, a row for train_dpo.py in thumbs.pairs.jsonl,
+or /tie. They are the base model's and the adapter's, or two samples of one model, in an order of
+chance; what is chosen, else the first, goes on. To judge again is to change your mind.
+
 For scripts: --prompt TEXT, or text piped in, gives one reply on standard output.
 
-A reply is printed as it is made, by transformers' own generate and its KV cache. Control characters
-in it are shown escaped: a model's words must not move the cursor or set the terminal's title.
+A reply is printed as it is made, by transformers' own generate and its KV cache; a thought is dim.
+Control characters in it are shown escaped: a model's words must not move the cursor or set the
+terminal's title.
 """
 
-import contextlib
 import math
+import os
+import random
+import re
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -25,7 +34,10 @@ from nanoalign.run.command import command
 from nanoalign.run.flags import POSITIVE, Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
+from nanoalign.tools.thumbs import Conversation, tally
 
+DIM, PLAIN = "\033[2m", "\033[0m"
+JUDGE = "/good", "/bad", "/choose", "/a", "/b", "/tie"
 FLAGS = "device", "chat_template", "chat_template_kwargs", "load_in_4bit", "trust_remote_code"
 BOUNDS = {  # what a number must do, and whether it does
     "temperature": ("be at least 0 and finite", lambda x: 0 <= x < math.inf),
@@ -36,24 +48,30 @@ BOUNDS = {  # what a number must do, and whether it does
 
 
 class Printer(TextStreamer):
-    """Prints a reply piece by piece and keeps it."""
+    """Prints a reply piece by piece and keeps it; a thought is dim where there is colour."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, thinks: bool = False):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.reply = ""
+        self.reply, self.thinks = "", thinks  # is a thought open?
+        self.dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.reply += text
-        print(printable(text), end="\n" if stream_end else "", flush=True)
+        for part in re.split("(?=<think>)|(?<=</think>)", text):
+            self.thinks = self.thinks or part.startswith("<think>")
+            shown = printable(part)
+            print(DIM + shown + PLAIN if self.thinks and self.dims else shown, end="")
+            self.thinks = self.thinks and not part.endswith("</think>")
+        print(end="\n" if stream_end else "", flush=True)
 
 
-def say(policy: Policy, system: str, history: list[dict], args) -> str:
+def say(policy: Policy, messages: list[dict], args) -> str:
     """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
-    start = [{"role": "system", "content": system}] if system else []
     how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    printer = Printer(policy.tokenizer)
+    *_, (last, _) = policy.template.prompt(messages)
+    printer = Printer(policy.tokenizer, str(last).strip().endswith("<think>"))
     try:
-        generate(policy, [start + history], streamer=printer, **how)
+        generate(policy, [messages], streamer=printer, **how)
     except KeyboardInterrupt:
         print(" [stopped]")
     return printer.reply
@@ -71,7 +89,7 @@ def utf8(name: str, words: str | bytes) -> str:
 
 def talk(policy: Policy, args) -> None:
     """The conversation at the terminal."""
-    system, history, compare = args.system, [], False
+    chat, compare = Conversation(args.directory, args.feedback, args.system), False
     while True:
         try:
             line = utf8("the line", input("> ")).strip()
@@ -87,30 +105,72 @@ def talk(policy: Policy, args) -> None:
         if not line:
             return
         elif command == "/reset":
-            history = []
+            chat = Conversation(args.directory, args.feedback, chat.system)
         elif command == "/undo":
-            history = history[:-2]
+            chat.undo()
         elif command == "/system":
-            system = rest
+            chat.system = rest
         elif command == "/compare":
             compare = not compare and policy.lora is not None
             print("the base model's reply comes first" if compare else "compare is off")
+        elif command in JUDGE:
+            judge(policy, chat, command, rest, args)
         elif command.startswith("/"):
-            print("commands: /reset  /undo  /system TEXT  /compare  (an empty line ends)")
+            print(f"commands: /reset /undo /system TEXT /compare {' '.join(JUDGE)}")
         else:
-            history.append({"role": "user", "content": line})
+            chat.ask(line)
             try:
                 if compare:
                     print("[base] ", end="")
                     with policy.reference():
-                        say(policy, system, history, args)
+                        say(policy, chat.prompt(), args)
                     print("[trained] ", end="")
-                reply = say(policy, system, history, args)
+                chat.answer(say(policy, chat.prompt(), args))
             except InputError as error:  # it has become too long, say: /undo and /reset help
                 print(error)
-                history.pop()
-            else:
-                history.append({"role": "assistant", "content": reply})
+                chat.turns.pop()
+
+
+def judge(policy: Policy, chat: Conversation, command: str, rest: str, args) -> None:
+    """/good and /bad judge the last reply; /choose asks for two, and /a, /b, /tie choose."""
+    if not args.feedback:
+        print("start with --feedback FILE.jsonl, where it is to be kept")
+    elif command == "/choose" and not rest:
+        print("/choose TEXT asks for two replies")
+    elif command == "/choose":
+        chat.ask(rest)
+        try:
+            two_replies(policy, chat, args)
+        except InputError as error:
+            print(error)
+            chat.turns.pop()
+    elif command in ("/good", "/bad") and chat.turns:
+        chat.thumb(command == "/good")
+        print(f"kept in {args.feedback}")
+    elif command in ("/a", "/b", "/tie") and chat.offer:
+        chat.choose({"/a": 0, "/b": 1}.get(command))
+        print("neither" if command == "/tie" else f"kept in {chat.pairs}")
+    else:
+        print("there is nothing to judge yet")
+
+
+def two_replies(policy: Policy, chat: Conversation, args) -> None:
+    """Two replies to the last question: the base model's and the adapter's, in an order of chance,
+    or two samples of one model."""
+    writers = [(nullcontext(), args.directory)] * 2
+    if policy.lora:
+        writers[1] = policy.reference(), policy.lora.base_model_name_or_path
+    random.shuffle(writers)
+    texts = []
+    for letter, (writer, _) in zip("ab", writers):
+        print(f"[{letter}] ", end="")
+        with writer:
+            texts.append(say(policy, chat.prompt(), args))
+    if chat.offered(texts, [name for _, name in writers]):
+        print("/a, /b or /tie")
+    else:
+        print("they are equal: no pair")
+        chat.offer = None
 
 
 def open_policy(args) -> Policy:
@@ -119,7 +179,7 @@ def open_policy(args) -> Policy:
     adapter = Path(args.directory, "adapter_config.json").exists()
     directory = {"adapter_name_or_path" if adapter else "model_name_or_path": args.directory}
     cfg = Config(**directory, **{name: getattr(args, name) for name in FLAGS})
-    with contextlib.redirect_stdout(sys.stderr):  # what loading says is no reply
+    with redirect_stdout(sys.stderr):  # what loading says is no reply
         policy = load_policy(cfg, as_base=True)
         if adapter:
             load_adapter(policy.model, policy.lora, args.directory)
@@ -130,6 +190,7 @@ def open_policy(args) -> Policy:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", help="a model or an adapter")
+    parser.add_argument("--feedback", type=Path, help="JSONL file for what you judge")
     parser.add_argument("--prompt", help="one reply to this, then the end")
     parser.add_argument("--system", default="", help="the system turn")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
@@ -148,12 +209,18 @@ def main(argv: list[str] | None = None) -> None:
         prompt = sys.stdin.buffer.read().strip()
     if prompt is not None and not (prompt := utf8("the prompt", prompt)):
         raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
+    if args.feedback:
+        if args.feedback.suffix != ".jsonl":
+            raise InputError(f"--feedback {args.feedback}: expected a name that ends in .jsonl")
+        print(tally(Conversation(args.directory, args.feedback)))
     policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if prompt is None:
         return talk(policy, args)
-    say(policy, args.system, [{"role": "user", "content": prompt}], args)
+    chat = Conversation(args.directory, system=args.system)
+    chat.ask(prompt)
+    say(policy, chat.prompt(), args)
 
 
 if __name__ == "__main__":
