@@ -36,7 +36,7 @@ from nanoalign import InputError
 from nanoalign.data import Examples
 from nanoalign.formats.note import NOTE
 from nanoalign.run import paged, ranks, shards
-from nanoalign.run.files import install, remove, saving
+from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
@@ -253,7 +253,7 @@ def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
     found = [path for path in checkpoints(directory) if int(path.name[11:]) <= step]
     for path in [] if keep is None else found[: max(0, len(found) - keep)]:
         with contextlib.suppress(OSError):  # a checkpoint too many must not end a run
-            remove(path)
+            replace(path)
 
 
 def take_over(directory: Path, fresh: bool) -> None:
@@ -273,18 +273,14 @@ def take_over(directory: Path, fresh: bool) -> None:
 
 
 def set_aside(directory: Path) -> None:
-    """Move an earlier run's result to PREVIOUS, weights last: a start that is killed in the midst
-    finds them here, and goes on. A run that left no weights has no result to wait in its place."""
+    """Move a result, which has weights, to PREVIOUS. They come last: a start that is killed in the
+    midst finds them here, and goes on."""
     left = [path for name in RESULT for path in directory.glob(name)]
     weights = [path for path in left if path.suffix in (".safetensors", ".bin")]
-    previous = directory / PREVIOUS
-    if previous.exists() and not weights:
-        for path in left:
-            remove(path) if path.is_dir() else path.unlink()
-    elif left:
-        previous.mkdir(exist_ok=True)
+    if weights:
+        (directory / PREVIOUS).mkdir(exist_ok=True)
         for path in sorted(left, key=weights.__contains__):
-            os.replace(path, previous / path.name)
+            os.replace(path, directory / PREVIOUS / path.name)
 
 
 def clean_up(directory: Path) -> None:
@@ -296,7 +292,7 @@ def clean_up(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         install(directory)
         if (directory / "run.json").exists():
-            remove(directory / PREVIOUS)
+            replace(directory / PREVIOUS)
 
 
 def writes_over(directory: Path, path: str) -> bool:

@@ -79,9 +79,8 @@ def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = F
             write(beside)
             for path in [*beside.rglob("*"), beside]:
                 _flush(path)
-            with put_aside(target / WHOLE if into else target) as place:
-                os.rename(beside, place)
-            _flush(place.parent)
+            replace(target / WHOLE if into else target, beside)
+            _flush(beside.parent)
             if into:
                 install(target)
     except Exception as error:
@@ -116,7 +115,7 @@ def install(directory: Path) -> None:
     order = {".safetensors": 1, "run.json": 2}
     for path in sorted(whole.glob("*"), key=lambda p: order.get(p.name, order.get(p.suffix, 0))):
         if path.is_dir():  # of templates: an old one would be in the way
-            remove(directory / path.name)
+            replace(directory / path.name)
         os.replace(path, directory / path.name)
     if whole.exists():
         _flush(directory)
@@ -129,8 +128,7 @@ def rescued(beside: Path, write: Write) -> str:
     place = beside.with_name(beside.name.replace("tmp", "rescued", 1))
     with suppress(Exception):
         if has_weights(beside):
-            remove(place)  # of the same step
-            os.rename(beside, place)
+            replace(place, beside)
         else:
             shutil.rmtree(beside, ignore_errors=True)
             place = Path(tempfile.mkdtemp(prefix="nanoalign-"))
@@ -158,29 +156,18 @@ def has_weights(directory: Path) -> bool:
     return False
 
 
-@contextmanager
-def put_aside(path: Path) -> Iterator[Path]:
-    """Meanwhile `path`, if it is there, has another name; then it is deleted. A crash in the midst
-    must not leave half a directory under its own name, where it would be taken for a whole one."""
-    doomed = path.with_name(f"tmp-old-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    if path.is_symlink():
-        path.unlink()  # what it leads to is not ours
-    elif path.exists():
-        os.rename(path, doomed)
-    try:
-        yield path
-    except OSError:  # nothing has taken its place
-        if doomed.exists():
-            os.rename(doomed, path)
-        raise
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove(directory: Path) -> None:
-    """Delete a directory, if it is there."""
-    with put_aside(directory):
-        pass
+def replace(target: Path, new: Path | None = None) -> None:
+    """`new` takes the place of a directory, which is deleted if it is there. A crash in the midst
+    must not leave half of it under its own name, where it would be taken for a whole one."""
+    old = target.with_name(f"tmp-old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.is_symlink():
+        target.unlink()  # what it leads to is not ours
+    elif target.exists():
+        os.rename(target, old)
+    if new:
+        os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
