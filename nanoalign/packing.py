@@ -121,7 +121,8 @@ class Geometry:
     def longest(self) -> list[int]:
         """(T,) tokens of the longest text through each token, its last one included."""
         found, below = [], {}  # position -> the greatest one of what was met there, going backwards
-        for p in reversed(self.position.tolist()):
+        # not of `position`, for which the program would wait until the device has nothing to do
+        for p in reversed([p for start, n in self.runs for p in range(start, start + n)]):
             deepest = max(p, below.pop(p + 1, 0))
             below[p] = max(deepest, below.get(p, 0))
             found.append(deepest + 2)

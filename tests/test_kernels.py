@@ -7,6 +7,7 @@ is not seen so, interpreter.py says. A few cases of each kernel are in the suite
 """
 
 import os
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from nanoalign import nf4
 from nanoalign.fast import attention as fast
 from nanoalign.fast import head as fast_head
 from nanoalign.logps import Head, token_logps
-from nanoalign.packing import attention, pack
+from nanoalign.packing import Example, attention, pack
 from nanoalign.run.device import compile_layers
 
 if reason := interpreter.missing():
@@ -125,33 +126,56 @@ def test_the_product_with_a_4_bit_weight(double):
 
 # ------------------------------------------------------------------------------------ attention
 
-# the second row of 128 queries sees all of the first block of keys, and the last text's queries
+
+def random_trees(rng) -> list[Example]:
+    """Texts that branch off each other anywhere, in rows of some hundreds of tokens."""
+
+    def ids(least, most):
+        return [rng.randrange(3, 300) for _ in range(rng.randint(least, most))]
+
+    def tree():
+        texts = [ids(2, 200)]
+        for _ in range(rng.randint(0, 4)):
+            text = rng.choice(texts)
+            texts.append(text[: rng.randint(0, len(text))] + ids(1, 100))
+        return Example(ids(1, 100), [(text, [True] * len(text)) for text in texts])
+
+    return [tree() for _ in range(rng.randint(1, 3))]
+
+
+# the second block of 128 queries sees all of the first block of keys, and the last text's queries
 # nothing of the first block that the kernel looks at for those beside them
-A_ROW = ((140, [150, 40]), (60, [40, 31]), (5, [33, 2, 17]))
+A_ROW = examples(((140, [150, 40]), (60, [40, 31]), (5, [33, 2, 17])))
+A_FOREST = random_trees(random.Random(2))
+SHORT_ROWS = [examples(((tokens, [1]),)) for tokens in (1, 127, 128, 256)]
 
 
 @pytest.mark.parametrize(
     "row, dtype, size, window, softcap",
     [
         (A_ROW, torch.float32, 16, None, None),
-        (A_ROW, torch.float32, 32, 200, 2.0),
+        (A_FOREST, torch.float32, 32, 200, 2.0),
         (A_ROW, torch.bfloat16, 64, 40, None),
         *(
             pytest.param(*case, marks=minutes)
             for case in [
                 (A_ROW, torch.float16, 64, None, 2.0),
-                (A_ROW, torch.bfloat16, 128, None, None),
+                (A_FOREST, torch.bfloat16, 128, None, None),
                 (A_ROW, torch.bfloat16, 128, 40, 20.0),
                 (A_ROW, torch.bfloat16, 256, 40, 2.0),
                 (A_ROW, torch.float32, 128, 2, None),
-                *((((tokens, [1]),), torch.float32, 16, 100, 2.0) for tokens in (1, 127, 128, 256)),
+                *((row, torch.float32, 16, 100, 2.0) for row in SHORT_ROWS),
             ]
         ),
     ],
 )
 def test_attention_and_its_gradients(row, dtype, size, window, softcap):
+    assert_attention(row, dtype, size, window, softcap)
+
+
+def assert_attention(row, dtype, size, window, softcap):
     """Two query heads share a key and value head."""
-    geometry, g = pack(examples(row)).geometry, torch.Generator().manual_seed(0)
+    geometry, g = pack(row).geometry, torch.Generator().manual_seed(0)
     tokens, names = len(geometry.position), ("query", "key", "value")
     inputs = [torch.randn(1, n, tokens, size, generator=g).to(dtype) for n in (2, 1, 1, 2)]
 
@@ -163,6 +187,14 @@ def test_attention_and_its_gradients(row, dtype, size, window, softcap):
 
     got = run(fast.attention, dtype)
     assert_exact(got, run(attention, torch.float64), run(attention, dtype))
+
+
+@minutes
+@pytest.mark.parametrize("window", [None, 30, 150])
+def test_random_forests(window):
+    rng = random.Random(window)
+    for _ in range(70):
+        assert_attention(random_trees(rng), torch.float32, 16, window, None)
 
 
 # ------------------------------------------------------------------------------------ whole layers

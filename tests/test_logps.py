@@ -126,6 +126,16 @@ def test_rows_at_a_time(monkeypatch):
     assert fast.chunk_rows(128_256, torch.device("cpu")) == 130
 
 
+def test_a_product_in_parts_of_the_vocabulary():
+    """For Apple's GPU, and as torch computes it in one elsewhere."""
+    g = torch.Generator().manual_seed(0)
+    dz = torch.randn(5, 2 * fast.LONGEST + 9, generator=g, dtype=torch.float64)
+    weight = torch.randn(dz.shape[1], 8, generator=g, dtype=torch.float64)
+    for product in fast.product, fast.in_parts:
+        out = torch.full((5, 8), math.nan, dtype=torch.float64)
+        assert torch.allclose(product(dz, weight, out), dz @ weight) and not out.isnan().any()
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 128])
 @pytest.mark.parametrize("kind", HEADS)
 def test_rows_that_train_while_the_rest_is_frozen(kind, chunk):

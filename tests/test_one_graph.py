@@ -104,7 +104,8 @@ def test_no_mask_of_a_long_row_is_made_token_by_token():
             self.bytes = max(self.bytes, *(t.nbytes for t in tensors), 0)
             return out
 
-    geometry = pack([Example([1] * 1000, [([2] * 1001, [True] * 1001)] * 2)] * 11).geometry
+    replies = [([first] * 1001, [True] * 1001) for first in (2, 3)]
+    geometry = pack([Example([1] * 1000, replies)] * 11).geometry
     tokens = len(geometry.position)
     assert tokens == 33_000
     with Largest() as largest:

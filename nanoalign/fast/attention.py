@@ -65,7 +65,9 @@ def causal(q, k, v, scaling, window, softcap, dropout) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if window is not None and window >= keys:
         window = None
-    if softcap is None and (keys > SHORT or q.is_cuda):
+    # Not on Apple's GPU: several releases of torch have a kernel there that is wrong for groups of
+    # heads or for tensors with gaps (pytorch/pytorch#174861, #181133).
+    if softcap is None and (keys > SHORT or q.is_cuda) and not q.is_mps:
         whole = window is None and queries == keys
         if q.is_cuda:  # of torch's kernels there, those for old cards take no groups of heads
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -96,7 +98,8 @@ def dense(q, k, v, scaling, window, softcap, dropout) -> Tensor:
     if softcap is None:
         scores = torch.baddbmm(bias, q, k[0].transpose(1, 2), alpha=scaling)
     else:
-        scores = torch.tanh(q @ k[0].transpose(1, 2) * (scaling / softcap)) * softcap + bias
+        # scaled before the product, which could overflow in float16
+        scores = torch.tanh(q * (scaling / softcap) @ k[0].transpose(1, 2)) * softcap + bias
     weights = F.dropout(scores.softmax(dim=-1), dropout)  # (H_kv, groups * queries, keys)
     return (weights @ v[0]).view(1, heads, queries, -1)
 

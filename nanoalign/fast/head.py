@@ -42,7 +42,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     in fp32."""
     if device.type == "cpu":
         return max(16, 2**24 // vocabulary)
-    memory = math.inf
+    memory = 0 if device.type == "mps" else math.inf
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     return gpu_rows(vocabulary, memory)
@@ -99,7 +99,8 @@ def in_buffer(buffer, z, target, scale, softcap, factor):
     slope = None if factor is None else factor * scale  # dz / du, times the factor
     if factor is not None and softcap is not None:
         slope = slope * (1 - (u / softcap) ** 2)
-    log_softmax = torch.log_softmax(u, 1, out=u)
+    # in place, but for Apple's GPU, of which nobody says that it reads all before it writes
+    log_softmax = torch.log_softmax(u, 1, out=None if u.is_mps else u)
     logp = log_softmax.gather(1, target)[:, 0]
     if factor is None:
         return logp, None
@@ -108,6 +109,25 @@ def in_buffer(buffer, z, target, scale, softcap, factor):
     if not isinstance(slope, float) or slope != 1.0:
         dz *= slope
     return logp, dz.to(z.dtype)
+
+
+LONGEST = 32_766
+
+
+def product(dz: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out = dz @ weight, (n, V) @ (V, d). In torch up to 2.13 a product on Apple's M1 or M2 that
+    sums more than LONGEST numbers is wrong (pytorch/pytorch#193487), so there it is made in parts
+    of the vocabulary."""
+    if not dz.is_mps:
+        return torch.mm(dz, weight, out=out)
+    return in_parts(dz, weight, out)
+
+
+def in_parts(dz, weight, out):
+    out.zero_()
+    for columns, rows in zip(dz.split(LONGEST, dim=1), weight.split(LONGEST)):
+        out.addmm_(columns.contiguous(), rows)
+    return out
 
 
 def way_for(h: Tensor, rows: int, vocabulary: int):
@@ -137,7 +157,7 @@ class TokenLogps(torch.autograd.Function):
             z = F.linear(h[part], head.weight, head.bias)  # (n, V)
             logps[part], dz = score(z, targets[part, None], *how, 1.0 if keeps_dh else None)
             if keeps_dh:
-                torch.mm(dz, head.weight, out=dh[part])
+                product(dz, head.weight, dh[part])
             if need_rows:
                 drows[part] = dz[:, head.rows]
         if head_trains:
@@ -167,6 +187,6 @@ class TokenLogps(torch.autograd.Function):
             _, dz = score(z, targets[part, None], *how, grad[part])  # (n, V)
             if dbias is not None:
                 dbias += dz.sum(0, dtype=torch.float32)
-            torch.mm(dz, head.weight, out=dh[part])
+            product(dz, head.weight, dh[part])
             dweight += dz.T @ h[part]
         return dh, dweight, dbias, None, None, None, None

@@ -56,7 +56,7 @@ def parts(parameters: list[nn.Parameter], weights: int) -> Iterator[list[nn.Para
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy; the device makes it meanwhile, where the tensor is pinned."""
-    return tensor.to(device, non_blocking=True, copy=True)
+    return tensor.to(device, non_blocking=tensor.is_pinned(), copy=True)
 
 
 def to_host(tensor: Tensor, page: Tensor | None) -> Tensor:
