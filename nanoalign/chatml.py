@@ -4,30 +4,28 @@ ChatML writes a conversation as
 
     <|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n
 
-and training wants two things of it: the ids, and which of them are the assistant's own words. The
-usual way renders one string, tokenizes it and searches the result for the replies. That goes wrong
-twice: a user who types "<|im_end|>\n<|im_start|>system\n..." gets real control tokens, and a search
-for token patterns fails wherever a reply's first letters merge with what precedes them.
+The usual way renders this string, tokenizes it and searches the ids for the replies. That goes
+wrong twice: a user who types "<|im_end|>\n<|im_start|>system\n..." gets real control tokens, and
+the search fails where a reply's first letters merge with what precedes them.
 
-Here a conversation becomes PIECES first: markers, which are ids from the start, and text, which is
-encoded as plain text whatever it says. No content can forge a marker, and the mask is known before
-a single token is: a reply and the marker that ends it train, nothing else does. A reply is encoded
-apart from its header, because at inference the prompt ends with the header: train on what
-generation will see. Everywhere else the ids equal those of the rendered string, and no system turn
-is invented.
+Here a conversation becomes PIECES first: markers, which are ids from the start, and texts, which
+are encoded as plain text whatever they say. So no content can forge a marker. A reply trains, and
+so does the marker that ends it; nothing else does. A reply is encoded apart from its header,
+because the prompt of generation ends with the header. Everywhere else the ids equal those of the
+rendered string. No system turn is invented.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby, takewhile, zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
-from nanoalign.fast.encode import encode as encode  # ids_and_mask of many, and with care
+from nanoalign.fast.encode import encode as encode  # ids_and_mask of many conversations
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
-TAGS = re.compile("(</?(?:think|tool_call|tool_response)>)")  # tokens of their own in some models
+TAGS = re.compile("(</?(?:think|tool_call|tool_response)>)")  # single tokens in some models
 THOUGHT = "<think>\n{}\n</think>\n\n"
 CALL = "<tool_call>\n{}\n</tool_call>"
 RESULT = "\n<tool_response>\n{}\n</tool_response>"
@@ -53,19 +51,18 @@ Piece = tuple[str | int, bool]  # a text or a marker's id; does it train?
 
 
 class ChatML:
-    """A template: how a conversation is written, for a tokenizer that has its markers.
+    """A template writes conversations for a tokenizer that has its markers.
 
-    Thoughts and tools are written as Qwen3's template does. A thought stays while its question is
-    being answered (a call, its result, the next reply), and is gone with the next user turn.
+    Thoughts and tools are written as Qwen3's template writes them. A thought stays until the next
+    user turn: while the model calls a tool, reads the result and answers.
 
-    Another template is a class with the same five members and an entry in
-    formats/templates.TEMPLATES:
+    Another template is a class with these members, and an entry in formats/templates.TEMPLATES:
 
         markers   tokens that the tokenizer needs: missing ones are added, the last becomes its eos
-        jinja     the template as other tools read it from the tokenizer that we save
+        jinja     the same template for other tools, saved with the tokenizer
         stop_ids  generation ends with one of these
-        pieces    a conversation whose last turn is the reply to learn; training reads this
-        prompt    what generation reads: all that precedes the reply in `pieces`
+        pieces    for training: a conversation whose last turn is the reply to learn
+        prompt    for generation: what precedes the reply in `pieces`
     """
 
     markers = IM_START, IM_END
@@ -75,6 +72,7 @@ class ChatML:
     def __init__(self, tokenizer):
         self.start, self.end = tokenizer.convert_tokens_to_ids(self.markers)
         self.stop_ids = [self.end]
+        self.header = (self.start, False), ("assistant\n", False)
         added = tokenizer.get_added_vocab()
         self.tags = {word: i for word, i in added.items() if TAGS.fullmatch(word)}
 
@@ -85,7 +83,7 @@ class ChatML:
         yield self.end, True
 
     def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
-        """The conversation so far, and the header of the reply that generation is to write."""
+        """The conversation so far, and the header of the reply that comes next."""
         if tools:
             system = [m["content"] for m in messages[:1] if m["role"] == "system"]
             listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -94,8 +92,7 @@ class ChatML:
         asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                yield self.start, False
-                yield "assistant\n", False  # apart from the reply, as in generation
+                yield from self.header
                 seen = message if i > asked else {**message, "reasoning_content": ""}
                 yield from ((piece, False) for piece, _ in self.reply(seen))
                 yield from ((self.end, False), ("\n", False))
@@ -105,23 +102,22 @@ class ChatML:
                 results = takewhile(lambda m: m["role"] == "tool", messages[i:])
                 results = [result["content"] for result in results]
                 yield from self.turn("user" + RESULT * len(results), *results)
-        yield self.start, False
-        yield "assistant\n", False
+        yield from self.header
 
     def reply(self, message: Message) -> list[Piece]:
-        """What the assistant writes in one turn: a thought, words, calls."""
+        """What the assistant writes in one turn: a thought, its content, calls."""
         thought, content = message.get("reasoning_content"), message["content"]
         calls = [call["function"] for call in message.get("tool_calls", ())]
         calls = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-        words = [content] if content else []
-        form = "\n".join(["{}"] * len(words) + [CALL] * len(calls))
-        words += [json.dumps(call, ensure_ascii=False) for call in calls]
-        if not thought:
-            return [(piece, True) for piece in self.fill(form, *words)]
-        if self.train_on_thoughts:
-            return [(piece, True) for piece in self.fill(THOUGHT + form, thought, *words)]
-        alone = [(piece, False) for piece in self.fill(THOUGHT, thought)]
-        return alone + [(piece, True) for piece in self.fill(form, *words)]
+        contents = [content] if content else []
+        form = "\n".join(["{}"] * len(contents) + [CALL] * len(calls))
+        contents += [json.dumps(call, ensure_ascii=False) for call in calls]
+        before = []
+        if thought and self.train_on_thoughts:
+            form, contents = THOUGHT + form, [thought, *contents]
+        elif thought:
+            before = [(piece, False) for piece in self.fill(THOUGHT, thought)]
+        return before + [(piece, True) for piece in self.fill(form, *contents)]
 
     def turn(self, form: str, *contents: str) -> Iterator[Piece]:
         """A turn that does not train."""
@@ -129,22 +125,23 @@ class ChatML:
             yield piece, False
 
     def fill(self, form: str, *contents: str) -> list[str | int]:
-        """The contents in the places {} of a form. A tag is a marker in the form, if the tokenizer
-        has it as a token, and plain text in a content."""
+        """A form with a content in the place of each {}. A tag of the form is a marker, if the
+        tokenizer has it as a token; a tag in a content is plain text."""
         pieces = []
-        for own, content in zip_longest(form.split("{}"), contents, fillvalue=""):
-            pieces += [self.tags.get(word, word) for word in TAGS.split(own)] + [content]
-        pieces = groupby(pieces, key=lambda piece: isinstance(piece, str))
-        joined = (["".join(some)] if text else some for text, some in pieces)
-        return [piece for some in joined for piece in some if piece != ""]
+        for words, content in zip_longest(form.split("{}"), contents, fillvalue=""):
+            for piece in (*(self.tags.get(word, word) for word in TAGS.split(words)), content):
+                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                    pieces[-1] += piece  # one text: letters on both sides may share a token
+                elif piece != "":
+                    pieces.append(piece)
+        return pieces
 
 
 def ids_and_mask(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
-    """Pieces -> ids and the mask of the tokens that train, by definition: a marker is its id, and a
-    text what the tokenizer makes of it, the names of special tokens read like any other words."""
-    ids, mask = [], []
+    """Pieces -> ids and the mask of the tokens that train, by definition. A marker is its id. A
+    text stays plain text, even where it spells a special token."""
+    ids, mask, plain = [], [], dict(add_special_tokens=False, split_special_tokens=True)
     for piece, trains in pieces:
-        plain = dict(add_special_tokens=False, split_special_tokens=True)
         new = [piece] if isinstance(piece, int) else tokenizer(piece, **plain)["input_ids"]
         ids += new
         mask += [trains] * len(new)
