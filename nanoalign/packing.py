@@ -4,22 +4,21 @@ A batch is one row of tokens. There is no pad token, no attention mask tensor, n
 
     | prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...
 
-A row is a forest. Every example is a tree, and every text of it (a prompt and what follows) is a
-path in the tree, with positions that count along the path. What texts begin with in common stands
-in the row once (arXiv 2410.20305 does so for a pair's prompt). So DPO pays once for its prompt,
-however many replies branch off it; and a conversation whose later turns do not see the thoughts of
-earlier ones is a trunk without thoughts, and a branch for each reply.
+A row is a forest: each example is a tree, and each of its texts (a prompt and what follows it) is
+a path in the tree. Positions count along the path. What texts of an example begin with in common
+stands in the row once (arXiv 2410.20305 does so for a pair's prompt). So DPO computes a prompt
+once for all replies to it. A conversation whose later turns do not see earlier thoughts is a trunk
+without thoughts and a branch for each reply.
 
-The row lists a tree in the order of a first visit: a text up to its end, then what is new in the
-next. So all that continues the text of a token stands in one stretch of the row, which begins with
-the token itself and ends at `until`. That one number a token says who sees whom:
+The row lists a tree in the order of a first visit: one text up to its end, then what is new in the
+next text. So everything that continues a token's text is one stretch of the row. The stretch begins
+with the token itself and ends before `until`. One number a token says who sees whom:
 
-    key <= query < until[key]        (and, with a sliding window, their positions are close enough)
+    key <= query < until[key]        (with a sliding window, their positions are close enough, too)
 
 The last token of a text predicts nothing that trains, so it is not in the row at all.
 
-The big libraries pad every example to the longest one of its batch, and carry the prompt of a
-preference pair twice.
+The big libraries pad every example to the longest of its batch, and compute a pair's prompt twice.
 """
 
 from bisect import bisect_left
@@ -32,57 +31,55 @@ import torch
 from torch import Tensor
 
 from nanoalign import InputError
-from nanoalign.fast import attention as fast  # attention, as below but without a (T, T) matrix
-from nanoalign.fast.transfer import to_device  # torch.tensor, but a GPU is not waited for
+from nanoalign.fast import attention as fast  # attention without a (T, T) matrix
+from nanoalign.fast.transfer import to_device  # torch.tensor that does not wait for a GPU
 
 Ids = Sequence[int]  # a list, or an array("i"): 4 bytes an id where a list takes 40
-Text = tuple[Ids, Sequence[bool]]  # what follows a prompt: ids; which of them train
+Text = tuple[Ids, Sequence[bool]]  # what follows a prompt: ids, and which of them train
 
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and the texts that continue it: for SFT and KTO one, for DPO a reply each.
+    """A prompt and the texts that continue it: one for SFT and KTO, one for each reply in DPO.
 
-    A completion may need several texts (`completions` says which belongs to which): in a
-    conversation with thoughts each reply stands in a text of its own.
+    A completion may have several texts: in a conversation with thoughts each reply has its own.
     """
 
-    prompt: Ids  # the header of the reply included; none of it trains
+    prompt: Ids  # with the header of the reply; none of it trains
     texts: list[Text]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
-    number: int = 0  # its place in the data, from 0
+    number: int = 0  # which example of the data, from 0
     mismatch: "Example | None" = None  # KTO: (x, y'), y' the reply to another prompt
     pairs: Sequence[tuple[int, int]] = ((0, 1),)  # DPO: completions, the better one first
-    completions: Sequence[int] | None = None  # of each text, from 0; None: each is one
+    completions: Sequence[int] | None = None  # of each text, from 0; None: one text each
 
-    def whole_texts(self) -> list[tuple[int, Ids, Text, int]]:
-        """In the order of a first visit: (how many ids a text begins with that the one before it
-        begins with too, all ids of it, what of it follows the prompt, its completion)."""
+    def paths(self) -> list[tuple[int, Ids, Text, int]]:
+        """The texts in the order of a first visit: how many ids each shares with the one before it,
+        all its ids, what of it follows the prompt, its completion."""
         ordered: list[tuple[Ids, Text, int]] = []
         for i, text in enumerate(self.texts):
             ids = self.prompt + text[0]
-            # after the text that it shares the most with, and after all that share as much
             common = [shared(other, ids) for other, *_ in ordered]
-            place = max(range(len(common)), key=lambda j: (common[j], j), default=-1)
+            # right after the last one of those that it shares the most with
+            after = max(range(len(common)), key=lambda j: (common[j], j), default=-1)
             completion = i if self.completions is None else self.completions[i]
-            ordered.insert(place + 1, (ids, text, completion))
+            ordered.insert(after + 1, (ids, text, completion))
         before = [(), *(ids for ids, *_ in ordered)]
         return [(shared(old, new[0]), *new) for old, new in zip(before, ordered)]
 
     @property
     def tokens(self) -> int:
-        """Tokens of its tree, last ones included: what it takes of a row."""
-        return sum(len(ids) - common for common, ids, *_ in self.whole_texts())
+        """Tokens of its tree, the last ones of texts included: what it takes of a row."""
+        return sum(len(ids) - common for common, ids, *_ in self.paths())
 
     def __len__(self) -> int:
-        """Tokens of its completions, a shared prompt counted in each, as TRL counts them."""
+        """Tokens of its completions, each with the prompt, as TRL counts them."""
         if self.completions is None:
             return sum(len(self.prompt) + len(ids) for ids, _ in self.texts)
-        texts_of = {n: [] for n in self.completions}
-        for n, text in zip(self.completions, self.texts):
-            texts_of[n].append(text)
-        return sum(Example(self.prompt, texts).tokens for texts in texts_of.values())
+        texts = list(zip(self.completions, self.texts))
+        replies = ([text for n, text in texts if n == i] for i in range(self.count))
+        return sum(Example(self.prompt, reply).tokens for reply in replies)
 
     @property
     def count(self) -> int:
@@ -91,14 +88,14 @@ class Example:
 
 
 def pairs_of(batch: list[Example]) -> tuple[list[int], list[int]]:
-    """The better and the worse completion of each pair, as places among all those of a batch."""
+    """The better and the worse completion of each pair: their indices among all of the batch."""
     starts = accumulate((example.count for example in batch), initial=0)
     pairs = [(n + i, n + j) for n, example in zip(starts, batch) for i, j in example.pairs]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def shared(a: Ids, b: Ids) -> int:
-    """How many ids do two texts begin with in common?"""
+    """How many ids two texts begin with in common: a bisection, since slices compare quickly."""
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
@@ -107,12 +104,12 @@ class Geometry:
     """Where the texts of a row of T tokens lie."""
 
     position: Tensor  # (T,) counted along each text, from 0
-    until: Tensor  # (T,) the end of what sees a token
-    runs: list[tuple[int, int]]  # each text's new tokens: how many precede them in it, their number
+    until: Tensor  # (T,) where the stretch of the row that sees a token ends
+    runs: list[tuple[int, int]]  # of each text: tokens that the row had, and new ones
     block_masks: dict = field(default_factory=dict)  # by window, for a GPU's kernel
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """May the token at index `query` of the row see the one at `key`? They broadcast."""
+        """May the token at index `query` see the one at index `key`? The two tensors broadcast."""
         seen = (key <= query) & (query < self.until[key])
         if window is not None:
             seen = seen & (self.position[query] - self.position[key] < window)
@@ -120,12 +117,12 @@ class Geometry:
 
     def longest(self) -> list[int]:
         """(T,) tokens of the longest text through each token, its last one included."""
-        found, below = [], {}  # position -> the greatest one of what was met there, going backwards
-        # not of `position`, for which the program would wait until the device has nothing to do
-        for p in reversed([p for start, n in self.runs for p in range(start, start + n)]):
-            deepest = max(p, below.pop(p + 1, 0))
-            below[p] = max(deepest, below.get(p, 0))
-            found.append(deepest + 2)
+        found, ends = [], {}  # position -> where the longest text ends that comes later in the row
+        # not of self.position: the program would wait for the device
+        for position in reversed([p for depth, n in self.runs for p in range(depth, depth + n)]):
+            end = max(position, ends.pop(position + 1, 0))
+            ends[position] = max(end, ends.get(position, 0))
+            found.append(end + 2)  # positions count from 0, and the last token is not in the row
         return found[::-1]
 
 
@@ -144,47 +141,43 @@ class Row:
 def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None,)) -> Row:
     """One row of all examples, completions in the order given, for layers with these windows."""
     ids, position, until, runs = [], [], [], []
-    path: list[int] = []  # the places in the row of the text before
-    hits, trained = [], []
-
-    def go_back(depth: int) -> None:
-        """What lies deeper on the path is seen by nothing that is still to come."""
-        for place in path[depth:]:
-            until[place] = len(ids)
-        del path[depth:]
-
+    hits, trained = [], []  # (completion, predictor, target) of each trained token; their numbers
+    path: list[int] = []  # where in the row the tokens of the text before are
     for example in batch:
         first, prompt = len(trained), len(example.prompt)
         trained += [0] * example.count
-        for common, text, (_, mask), completion in example.whole_texts():
-            go_back(depth := min(common, len(path)))
-            if new := text[depth:-1]:
-                runs.append((depth, len(new)))
-                path += range(len(ids), len(ids) + len(new))
-                position += range(depth, depth + len(new))
-                ids += new
-                until += new  # as many, set when it is known
+        for common, text, (_, mask), completion in example.paths():
+            depth = min(common, len(path))  # so much of the text is in the row
+            for i in path[depth:]:  # nothing that comes now continues these tokens
+                until[i] = len(ids)
+            new = text[depth:-1]
+            runs += [(depth, len(new))] if new else []
+            path[depth:] = range(len(ids), len(ids) + len(new))
+            position += range(depth, depth + len(new))
+            until += new  # as many numbers, replaced when the end is known
+            ids += new
             at = [j for j, trains in enumerate(mask, prompt) if trains and j]
             hits += [(first + completion, path[j - 1], text[j]) for j in at]
             trained[first + completion] += len(at)
-        go_back(0)
+    for i in path:
+        until[i] = len(ids)
     hits.sort(key=lambda hit: hit[0])  # a completion's predictions stand together
     tokens = to_device([ids, position, until], device, torch.int32)  # (3, T)
-    wanted = to_device([*zip(*hits)] or [[], [], []], device, torch.int64)  # (3, N)
+    completions, predictors, targets = to_device([*zip(*hits)] or [[], [], []], device, torch.int64)
     geometry = fast.prepared(Geometry(*tokens[1:], runs), windows)
-    return Row(tokens[0], geometry, wanted[1], wanted[2], wanted[0], trained)
+    return Row(tokens[0], geometry, predictors, targets, completions, trained)
 
 
 ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
 
 
 def row_tokens(limit: int | None, device: torch.device) -> int:
-    """How long a row that backward needs may be: `limit`, or by device."""
+    """How long a row of training may be: `limit`, or by device."""
     return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
 def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Examples in parts that make rows of at most `tokens`; a longer one is a part of its own."""
+    """Parts that make rows of at most `tokens`. An example that is longer is a part by itself."""
     parts, room = [], 0
     for example in examples:
         length = example.tokens
@@ -197,16 +190,15 @@ def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
 
 
 def attention(
-    query: Tensor,  # (1, H, T, D)
-    key: Tensor,  # (1, H_kv, T, D); H / H_kv query heads share a key and value head
-    value: Tensor,  # (1, H_kv, T, D)
-    geometry: Geometry,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention over a packed row, by definition: every query with every key of the row, and minus
-    infinity where it may not look. -> (1, H, T, D)."""
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry,
+    scaling: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention over a packed row, by definition: scores of every query with every key, and minus
+    infinity where the query may not see the key.
+
+    query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, H, T, D); H / H_kv query heads share
+    one head of keys and values.
+    """
     index = torch.arange(query.shape[2], device=query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (1, H, T, T)
@@ -223,8 +215,7 @@ def packed_attention(
     position_ids=None, use_cache=None, output_router_logits=None, **unknown,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D). A keyword
-    that is not known here may change what a model computes (attention sinks do), so it is an error,
-    unless it is off."""
+    that is not known here may change what a model computes (attention sinks do): an error."""
     unknown = [name for name, on in unknown.items() if on is not None and on is not False]
     if unknown:
         raise InputError(f"its attention takes {', '.join(unknown)}, which packing does not know")

@@ -96,7 +96,7 @@ def _keys(examples: list[Example]) -> list[str]:
     keys = []
     for e in examples:
         digests = [hashlib.sha256() for _ in range(e.count)]
-        for _, ids, (_, mask), completion in e.whole_texts():
+        for _, ids, (_, mask), completion in e.paths():
             trained = [j for j, trains in enumerate(mask, len(e.prompt)) if trains]
             digests[completion].update(json.dumps([[*ids], trained]).encode())
         keys += [digest.hexdigest() for digest in digests]

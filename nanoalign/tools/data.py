@@ -56,7 +56,7 @@ def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
 def branches(example: Example) -> Iterator[tuple[int, Ids, list[bool]]]:
     """An example as its row has it, from branching to branching: on how many branches it stands,
     the ids, and which of them train."""
-    texts, path = example.whole_texts(), set()  # path: where the text so far branches
+    texts, path = example.paths(), set()  # path: where the text so far branches
     shared = [common for common, *_ in texts]
     for i, (common, ids, (_, mask), _) in enumerate(texts):
         later = {n for n in accumulate(shared[i + 1 :], min) if n > common}
