@@ -9,7 +9,7 @@ The policy is compared with a reference: itself, as it was at the start.
 from nanoalign import world
 from nanoalign.formats.layouts import DPO
 from nanoalign.logps import Scores
-from nanoalign.losses import dpo_loss, numbers
+from nanoalign.losses import dpo_loss, flags_of
 from nanoalign.packing import pairs_of
 from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig
@@ -21,7 +21,7 @@ from nanoalign.run.session import Run, finish, start
 
 def run_dpo(cfg: DPOConfig) -> Run:
     run = start(cfg, DPO)
-    own = numbers(cfg, dpo_loss, cfg.loss)
+    flags = flags_of(cfg, dpo_loss, cfg.loss)
     reference = reference_of(cfg, run.policy, cfg.loss, lambda: [*run.examples, *run.held_out])
 
     def dpo(batches):
@@ -39,7 +39,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
                 ref_rejected.logps,
                 chosen.lengths,
                 rejected.lengths,
-                **own,
+                **flags,
             )
             won = (rewards[0] > rewards[1]).float().sum()
             yield {

@@ -15,7 +15,7 @@ import torch
 from nanoalign import InputError, world
 from nanoalign.data import epoch_order, with_mismatches
 from nanoalign.formats.layouts import KTO
-from nanoalign.losses import kl_baseline, kto_loss, needs, numbers
+from nanoalign.losses import flags_of, kl_baseline, kto_loss, needs
 from nanoalign.packing import to_device
 from nanoalign.run.advice import ONE_LABEL
 from nanoalign.run.command import main
@@ -58,7 +58,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         return [*run.examples, *run.held_out, *(e.mismatch for e in chain(run.held_out, *epochs))]
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
-    own = numbers(cfg, kto_loss, cfg.loss)
+    flags = flags_of(cfg, kto_loss, cfg.loss)
     policy_now = without_gradient(run.policy.lm)
 
     def kto(batches):
@@ -70,7 +70,7 @@ def run_kto(cfg: KTOConfig) -> Run:
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
             desirable = to_device([e.label for e in batch], ref.device).bool()
-            losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **own)
+            losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **flags)
             sums = {"loss": (losses.sum(), len(batch))}
             if with_z0:
                 sums["kl"] = z0 * len(batch), len(batch)

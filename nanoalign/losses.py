@@ -42,15 +42,15 @@ def compares(loss) -> bool:
     return bool(needs(loss) & {"reference", "delta"})
 
 
-def numbers(cfg, *functions) -> dict[str, object]:
-    """The numbers that the functions ask for, out of a config that has them among others."""
+def flags_of(cfg, *functions) -> dict[str, object]:
+    """The flags of cfg that the functions take, by name."""
     names = set().union(*map(needs, functions))
     return {name: value for name, value in vars(cfg).items() if name in names}
 
 
-def ask(loss, numbers: dict, **known) -> Tensor:
-    """The loss, given what it needs of `known`, and its own numbers."""
-    return loss(**{name: known[name] for name in needs(loss) & known.keys()}, **numbers)
+def ask(loss, flags: dict, **known) -> Tensor:
+    """The loss, given what it needs of `known`, and its own flags."""
+    return loss(**{name: known[name] for name in needs(loss) & known.keys()}, **flags)
 
 
 def sft_loss(logps: Tensor) -> Tensor:
@@ -151,21 +151,21 @@ def dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     rpo_alpha: float = 0.0,
-    **numbers: float,
+    **flags: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Direct preference optimization: prefer the chosen reply to the rejected one.
 
     All tensors (B,): log-probs in nats, lengths in trained tokens (1: the log-probs are averages
     already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
     0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
-    arXiv 2404.19733, eq. 1), so that its own probability does not fall. `numbers` are the loss's
+    arXiv 2404.19733, eq. 1), so that its own probability does not fall. `flags` are the loss's
     own. Returns losses, chosen rewards and rejected rewards, each (B,).
     """
     loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
     policy = Pair(chosen_logps, rejected_logps)
     reference = Pair(ref_chosen_logps, ref_rejected_logps)
     known = {"policy": policy, "reference": reference, "lengths": lengths, "beta": beta}
-    losses = ask(loss, numbers, **known)
+    losses = ask(loss, flags, **known)
     if rpo_alpha:
         losses = losses - rpo_alpha * chosen_logps / chosen_lengths
     if not compares(loss) and "lengths" in needs(loss):
@@ -200,7 +200,7 @@ def kto_loss(
     loss_type: str = "kto",
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    **numbers: float,
+    **flags: float,
 ) -> tuple[Tensor, Tensor]:
     """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
 
@@ -208,7 +208,7 @@ def kto_loss(
     Returns losses and rewards, each (B,). At the first step the loss is 1/2 times the weight.
     """
     delta, sign = logps - ref_logps, torch.where(desirable, 1.0, -1.0)
-    losses = ask(KTO_LOSSES[loss_type], numbers, delta=delta, sign=sign, beta=beta, z0=z0)
+    losses = ask(KTO_LOSSES[loss_type], flags, delta=delta, sign=sign, beta=beta, z0=z0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
     return weight * losses, beta * delta.detach()
 

@@ -10,10 +10,10 @@ from nanoalign.losses import (
     DPO_LOSSES,
     KTO_LOSSES,
     dpo_loss,
+    flags_of,
     kl_baseline,
     kto_loss,
     needs,
-    numbers,
     sft_loss,
 )
 from nanoalign.run.flags import DPOConfig
@@ -139,11 +139,11 @@ def dpo_without_reference(**more):
 
 def test_a_loss_gets_its_numbers_and_no_others():
     cfg = SimpleNamespace(beta=0.3, label_smoothing=0.1, simpo_gamma=0.7, rpo_alpha=2.0, seed=1)
-    of = {name: numbers(cfg, loss) for name, loss in DPO_LOSSES.items()}
+    of = {name: flags_of(cfg, loss) for name, loss in DPO_LOSSES.items()}
     assert of["sigmoid"] == of["robust"] == {"beta": 0.3, "label_smoothing": 0.1}
     assert of["ipo"] == of["hinge"] == {"beta": 0.3}
     assert of["simpo"] == {"beta": 0.3, "simpo_gamma": 0.7}
-    assert numbers(cfg, dpo_loss, DPO_LOSSES["hinge"]) == {"beta": 0.3, "rpo_alpha": 2.0}
+    assert flags_of(cfg, dpo_loss, DPO_LOSSES["hinge"]) == {"beta": 0.3, "rpo_alpha": 2.0}
     with pytest.raises(TypeError, match="label_smoothing"):  # and not dropped without a word
         dpo(loss_type="hinge", label_smoothing=0.1)
 
@@ -183,7 +183,7 @@ def test_dpo_far_away_is_finite_and_its_rewards_carry_no_gradient(loss_type):
     chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
     rejected = torch.tensor([0.0, -1e4], requires_grad=True)
     zero = torch.zeros(2)
-    own = {n: v for n, v in numbers(DPOConfig(), DPO_LOSSES[loss_type]).items() if n != "beta"}
+    own = {n: v for n, v in flags_of(DPOConfig(), DPO_LOSSES[loss_type]).items() if n != "beta"}
     losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type, **own)
     losses.sum().backward()
     assert (
