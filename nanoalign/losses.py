@@ -1,25 +1,24 @@
 """The three losses: pure functions of log-probabilities.
 
-Every method here is a function of one quantity, log pi(y | x): the sum of the log-probs of a
-completion's trained tokens. The functions take (B,) tensors of it, one entry for each example, and
-return (B,) losses, not yet averaged, plus the rewards as detached (B,) tensors.
+Every method is a function of one quantity, log pi(y | x): the sum of the log-probs of a
+completion's trained tokens. The functions take it as (B,) tensors, one entry an example, and return
+(B,) losses, not yet averaged, and detached (B,) rewards.
 
-A loss says in its parameters what it needs, and gets nothing else. A loss of pairs may ask for
+The parameters of a loss say what it needs, and it gets nothing else. A loss of pairs may take
 
     policy, reference, lengths    a Pair each: log pi, log pi_ref, numbers of trained tokens
 
-and one of single replies for
+a loss of single replies
 
     delta, sign, z0               log pi - log pi_ref; +1 for thumbs up, -1 for down; kl_baseline's
 
-and both for numbers, each of which is a flag of that name (run/flags.py). A loss of your own is one
-more function and one more entry in DPO_LOSSES or KTO_LOSSES; its name is a valid --loss_type then.
+and both may take flags by their names (run/flags.py). A loss of your own is one more function and
+one more entry in DPO_LOSSES or KTO_LOSSES. Then its name is a valid --loss_type.
 
-The implicit reward is beta * (log pi(y | x) - log pi_ref(y | x)), DPO's eq. 5 but for a term of the
-prompt alone; without a reference beta * log pi(y | x), per token where the loss is (SimPO, eq. 4).
-
-There are dozens of variants, and here are few: each tuned by itself, they come out nearly alike
-(arXiv 2502.01237: what matters is pairs or single replies; of LoRA's variants 2602.04998).
+The reward is beta * (log pi(y | x) - log pi_ref(y | x)): DPO's eq. 5 without a term of the prompt
+alone. Without a reference it is beta * log pi(y | x), per token where the loss is (SimPO, eq. 4).
+Dozens of variants are published, and few are here: each tuned by itself, they come out nearly alike
+(arXiv 2502.01237).
 """
 
 import inspect
@@ -29,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # all that is no number
+INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # what is no flag
 
 
 def needs(loss) -> set[str]:
-    """What a loss asks for: the names of its parameters."""
+    """The names of a loss's parameters."""
     return set(inspect.signature(loss).parameters)
 
 
@@ -49,12 +48,12 @@ def flags_of(cfg, *functions) -> dict[str, object]:
 
 
 def ask(loss, flags: dict, **known) -> Tensor:
-    """The loss, given what it needs of `known`, and its own flags."""
+    """The loss of what it needs out of `known`, and of its own flags."""
     return loss(**{name: known[name] for name in needs(loss) & known.keys()}, **flags)
 
 
 def sft_loss(logps: Tensor) -> Tensor:
-    """Cross-entropy of the trained tokens, summed over each completion: -log pi(y | x)."""
+    """Cross-entropy, summed over the trained tokens of each completion: -log pi(y | x)."""
     return -logps
 
 
@@ -66,7 +65,7 @@ class Pair(NamedTuple):
 
 
 def margin(policy: Pair, reference: Pair) -> Tensor:
-    """log-ratio of the chosen reply minus that of the rejected one: DPO's only variable. (B,)"""
+    """The chosen reply's log-ratio to the reference minus the rejected one's, (B,)."""
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
@@ -78,8 +77,8 @@ def per_token(logps: Pair, lengths: Pair) -> Pair:
 def sigmoid(policy, reference, beta, label_smoothing=0.0):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(beta * margin).
 
-    With label_smoothing e this is conservative DPO, which takes a label to be wrong with
-    probability e: -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
+    label_smoothing e makes it conservative DPO, for labels that are wrong with probability e:
+    -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
     """
     z = beta * margin(policy, reference)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -94,8 +93,8 @@ def robust(policy, reference, beta, label_smoothing=0.0):
 
 
 def ipo(policy, reference, lengths, beta):
-    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, log-ratios being
-    averaged over each reply's tokens, as in its authors' experiments."""
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, with
+    log-ratios per token, as in its authors' experiments."""
     policy, reference = per_token(policy, lengths), per_token(reference, lengths)
     return (margin(policy, reference) - 1 / (2 * beta)) ** 2
 
@@ -130,8 +129,9 @@ def simpo(policy, lengths, beta, simpo_gamma):
 
 
 def orpo(policy, lengths, beta):
-    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): no reference, but SFT on the chosen
-    reply; beta weighs -log sigmoid(log of odds over odds), odds = p / (1 - p), p per token."""
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7), without a reference: SFT on the
+    chosen reply, and beta times -log sigmoid(log(odds of chosen / odds of rejected)), where
+    odds = p / (1 - p) and log p is the mean over a reply's tokens."""
     policy = per_token(policy, lengths)
     chosen, rejected = (p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in policy)
     return -policy.chosen - beta * F.logsigmoid(chosen - rejected)
@@ -142,30 +142,23 @@ DPO_LOSSES |= {loss.__name__: loss for loss in (sigmoid_norm, apo_zero, apo_down
 
 
 def dpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | float,
-    ref_rejected_logps: Tensor | float,
-    chosen_lengths: Tensor | int = 1,
-    rejected_lengths: Tensor | int = 1,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    rpo_alpha: float = 0.0,
-    **flags: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    chosen_logps: Tensor, rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | float, ref_rejected_logps: Tensor | float,
+    chosen_lengths: Tensor | int = 1, rejected_lengths: Tensor | int = 1,
+    beta: float = 0.1, loss_type: str = "sigmoid", rpo_alpha: float = 0.0, **flags: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Direct preference optimization: prefer the chosen reply to the rejected one.
 
-    All tensors (B,): log-probs in nats, lengths in trained tokens (1: the log-probs are averages
-    already). beta > 0 is the price of leaving the reference; without a reference its log-probs are
-    0. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
-    arXiv 2404.19733, eq. 1), so that its own probability does not fall. `flags` are the loss's
-    own. Returns losses, chosen rewards and rejected rewards, each (B,).
+    All tensors (B,): log-probs in nats (0 where there is no reference), lengths in trained tokens
+    (1 where log-probs are averages already). beta > 0 is the price of leaving the reference.
+    rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
+    arXiv 2404.19733, eq. 1), so that its probability does not fall. `flags` are the loss's own.
+    Returns losses, chosen rewards and rejected rewards, each (B,).
     """
     loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
     policy = Pair(chosen_logps, rejected_logps)
     reference = Pair(ref_chosen_logps, ref_rejected_logps)
-    known = {"policy": policy, "reference": reference, "lengths": lengths, "beta": beta}
-    losses = ask(loss, flags, **known)
+    losses = ask(loss, flags, policy=policy, reference=reference, lengths=lengths, beta=beta)
     if rpo_alpha:
         losses = losses - rpo_alpha * chosen_logps / chosen_lengths
     if not compares(loss) and "lengths" in needs(loss):
@@ -176,8 +169,8 @@ def dpo_loss(
 def kto(delta, sign, beta, z0):
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8): 1 - sigmoid(+-beta (delta - z0)).
 
-    A person's value of an outcome is concave in gains and convex in losses relative to a reference
-    point (prospect theory); here the point is z0, how far the policy has moved on average.
+    To people an outcome's value is concave in gains and convex in losses from a reference point
+    (prospect theory). Here the point is z0: how far the policy has moved on average.
     """
     return 1 - torch.sigmoid(sign * beta * (delta - z0))
 
@@ -187,25 +180,19 @@ def apo_zero_unpaired(delta, sign, beta):
     return 1 - torch.sigmoid(sign * beta * delta)
 
 
-# A loss that does not ask for z0 saves what z0 costs, two passes without gradient in each step.
+# z0 costs two passes without gradient a step; a loss that does not take it saves them.
 KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 
 
 def kto_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
-    desirable: Tensor,
-    z0: Tensor,
-    beta: float = 0.1,
-    loss_type: str = "kto",
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    **flags: float,
-) -> tuple[Tensor, Tensor]:
+    logps: Tensor, ref_logps: Tensor, desirable: Tensor, z0: Tensor,
+    beta: float = 0.1, loss_type: str = "kto",
+    desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **flags: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
 
     logps, ref_logps (B,) in nats; desirable (B,) bool; z0 () >= 0 from `kl_baseline`.
-    Returns losses and rewards, each (B,). At the first step the loss is 1/2 times the weight.
+    Returns losses and rewards, each (B,). At the first step a loss is 1/2 times its weight.
     """
     delta, sign = logps - ref_logps, torch.where(desirable, 1.0, -1.0)
     losses = ask(KTO_LOSSES[loss_type], flags, delta=delta, sign=sign, beta=beta, z0=z0)
@@ -214,7 +201,7 @@ def kto_loss(
 
 
 def kl_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KTO's reference point z0 = max(0, mean of log pi(y' | x) - log pi_ref(y' | x)) over a whole
-    optimizer step, where y' is the completion of another prompt (section 4.1): an estimate of
-    KL(pi || pi_ref) that needs no sampling. (B,), (B,) -> (), without gradient."""
+    """KTO's reference point z0 = max(0, mean of log pi(y' | x) - log pi_ref(y' | x)), where y'
+    answers another prompt (section 4.1): an estimate of KL(pi || pi_ref) that needs no sampling.
+    (B,), (B,) of all that an optimizer step has -> (), without gradient."""
     return (logps - ref_logps).mean().clamp(min=0).detach()
