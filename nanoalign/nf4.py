@@ -1,26 +1,23 @@
 """NF4: a frozen weight in four bits, and the linear layer that trains through it (QLoRA).
 
-arXiv 2305.14314. Fine-tuning with LoRA never changes the base weights, so they need only be good
-enough to compute with. Four bits give 16 levels; the question is where to put them.
+arXiv 2305.14314. LoRA never changes the base weights, so they need only be good enough to compute
+with. Four bits give 16 levels.
 
-**The levels are quantiles of a normal.** The weights of a trained network are, in any small
-neighbourhood, close to normal with mean zero, and a code carries most when all its values are used
-equally often. So the levels are the quantiles of a normal, scaled to [-1, 1]. Zero has to be one
-(appendix E), or what is exactly zero (padding, pruning) would come back as noise; so each half is
-spaced on its own, from a tail to the median: 8 levels from -1 to the zero, 9 from there to 1.
+**The levels are quantiles of a normal.** The weights of a trained network are close to normal with
+mean zero, and a code carries most when all its values are equally frequent. Zero must be a level
+(appendix E), or exact zeros (padding, pruning) would come back as noise. So each half has levels of
+its own: 8 from -1 to the zero, 9 from there to 1.
 
-**The scale is local.** Each run of 64 weights (row-major, straddling rows where it must) is divided
-by its own largest magnitude, its absmax, so one outlier spoils 63 neighbours and not a matrix. A
-weight is then code and scale; on normal weights the rms error is 9.2 % of the rms weight. In bits:
+**The scale is local.** Each run of 64 weights, in row-major order, is divided by its largest
+magnitude, the absmax, so one outlier spoils 63 neighbours and not a matrix. On normal weights the
+rms error is 9.2 % of the rms weight. In bits a weight:
 
     plain     4 + 32 / 64                            = 4.500
     doubled   4 +  8 / 64 + 32 / (64 * 256)          = 4.127
 
-"Doubled" quantizes the scales too: they are all positive and much alike, so their mean is taken
-off and the rest stored in 8 bits, 256 to a block. A 7 B model: 14 GB in bf16, 3.9 or 3.6 GB here.
-
-bitsandbytes does this in C++ and CUDA; our bytes are bit for bit its own. What runs in training
-are the twins of quantize and dequantize in fast/nf4.py: the same numbers, sooner.
+"Doubled" quantizes the scales, too: less their mean, in 8 bits, 256 to a block. A 7 B model takes
+14 GB in bf16, and 3.9 or 3.6 GB here. The bytes are those of bitsandbytes, which makes them in C++
+and CUDA. In training the twins in fast/nf4.py run: the same numbers, sooner.
 """
 
 import functools
@@ -41,15 +38,15 @@ LEVELS = torch.tensor([  # as published, and as every NF4 file holds them in fp3
     0.722956836, 1.0,
 ])
 # fmt: on
-MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2  # (15,): code = how many of them lie below the value
-TINY = 1e-38  # what the scale of a block of zeros is raised to before dividing by it
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2  # (15,): a code is the number of those below the value
+TINY = 1e-38  # the least divisor: the scale of a block of zeros is 0
 
 
 def derive_levels() -> Tensor:
     """LEVELS from their definition (arXiv 2305.14314, appendix E), to 1e-6 of the constants."""
-    tail = 1 - (1 / 32 + 1 / 30) / 2  # not 1, whose quantile is infinite: half a step inside
+    tail = 1 - (1 / 32 + 1 / 30) / 2  # half a step inside of 1, whose quantile is infinite
 
-    def half(n):  # n quantiles from the tail towards the median, which is left out
+    def half(n):  # n quantiles from the tail towards the median, without the median
         return [NormalDist().inv_cdf(tail + (0.5 - tail) * i / n) for i in range(n)]
 
     negative, positive = [-q for q in half(7)], half(8)[::-1]
@@ -59,15 +56,15 @@ def derive_levels() -> Tensor:
 def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """weight, any shape and float dtype -> packed uint8 [(n+1)//2, 1], absmax fp32 [blocks].
 
-    absmax_b = max |w| over block b; code = the level nearest to w / absmax_b, and the lower one
-    halfway; byte i = code[2i] << 4 | code[2i+1].
+    absmax_b = max |w| over block b; code = the level nearest to w / absmax_b, the lower one of two;
+    byte i = code[2i] << 4 | code[2i+1].
     """
     n = weight.numel()
     x = F.pad(weight.detach().flatten().float(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = x.abs().amax(1)
-    # by the reciprocal, not a division: the two differ in the last bit, and bytes must match
+    # bitsandbytes multiplies by the reciprocal: a division would differ in the last bit
     scaled = x * (1 / absmax.clamp(min=TINY))[:, None]
-    if n % blocksize:  # but an incomplete last block is divided, and its scale is never zero
+    if n % blocksize:  # but it divides an incomplete last block, whose scale is never 0
         scaled[-1] = x[-1] / absmax[-1].clamp_(min=TINY)
     codes = torch.zeros_like(x, dtype=torch.uint8)
     for midpoint in MIDPOINTS.tolist():  # 15 vector comparisons beat a binary search
@@ -77,7 +74,7 @@ def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(packed, absmax, shape, dtype, blocksize: int = 64) -> Tensor:
-    """The inverse: level * absmax in fp32, rounded once to dtype. Returns a tensor of `shape`."""
+    """The inverse: level * absmax in fp32, rounded once to dtype. -> a tensor of `shape`."""
     n = math.prod(shape)
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[:n]
     scales = absmax.repeat_interleave(blocksize)[:n]
@@ -122,16 +119,16 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """map[code] * absmax2 + offset, in fp32, as two operations (a fused one rounds differently)."""
+    """map[code] * absmax2 + offset in fp32. (One fused operation would round differently.)"""
     scale = absmax2.repeat_interleave(256)[: len(codes)]
     return tables(codes.device)[1][codes.int()] * scale + offset
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W' + b with a frozen W that is rebuilt in forward and again in backward, never kept.
+    """x W' + b. The frozen W is rebuilt in forward and again in backward, never kept.
 
-    W is rounded to the dtype it was quantized from and only then cast to the input's, so every
-    compute dtype sees the same weights, and a merged model is the one that was trained.
+    W is first rounded to the dtype that it was quantized from, then cast to x's. So all dtypes
+    compute with the same weights, and a merged model is the one that was trained.
     """
 
     @staticmethod
@@ -141,19 +138,17 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # (..., out)
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = grad @ ctx.layer.dequantize().to(grad.dtype)  # (..., in)
-        if ctx.needs_input_grad[1]:
-            dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        need_x, need_bias, _ = ctx.needs_input_grad
+        dx = grad @ ctx.layer.dequantize().to(grad.dtype) if need_x else None  # (..., in)
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
         return dx, dbias, None
 
 
 class FrozenLinear(nn.Module):
-    """nn.Linear whose weight is frozen in a format of its own; the bias trains if it requires grad.
+    """nn.Linear with a weight that is frozen in another format. The bias may train.
 
-    A format is a subclass with two methods: pack(weight) registers buffers that say what a weight
-    (out, in) is, and dequantize() rebuilds it from them, (out, in) in `self.dtype`.
+    A format is a subclass with two methods: pack(weight) turns a weight (out, in) into buffers,
+    and dequantize() rebuilds it from them, in `self.dtype`.
     """
 
     def __init__(self, in_features: int, out_features: int, dtype=torch.bfloat16):
@@ -162,12 +157,12 @@ class FrozenLinear(nn.Module):
         self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, name="weight", **how) -> "FrozenLinear":
-        """Freeze an nn.Linear, whose bias is shared. InputErrors call the weight `name`."""
+    def from_linear(cls, linear: nn.Linear, name="weight", **settings) -> "FrozenLinear":
+        """An nn.Linear, frozen; the bias is shared. An InputError calls the weight `name`."""
         weight = linear.weight.detach()
         if not torch.stack(weight.aminmax()).isfinite().all():
             raise InputError(f"{name}: holds NaN or infinity, cannot be quantized")
-        layer = cls(linear.in_features, linear.out_features, weight.dtype, **how)
+        layer = cls(linear.in_features, linear.out_features, weight.dtype, **settings)
         layer.pack(weight)
         layer.bias = linear.bias
         return layer
@@ -179,14 +174,14 @@ class FrozenLinear(nn.Module):
         linear.bias = self.bias
         return linear
 
-    # A compiler that saw forward and backward rebuild the same weight would keep it in between.
+    # A compiler would keep the weight from forward to backward, since both rebuild the same one.
     @getattr(torch, "_disable_dynamo", torch.compiler.disable)
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return FrozenProduct.apply(x, bias, self)
 
     def _apply(self, fn, recurse=True):
-        """`.to(dtype)` must not round a scale, 64 weights at once: it meets the scales as bits."""
+        """`.to(dtype)` would round a scale, and so 64 weights: it gets the scales as integers."""
 
         def on_bits(t):
             scale = t.dtype == torch.float32 and any(t is b for b in self.buffers())
@@ -202,7 +197,7 @@ class FrozenLinear(nn.Module):
 class NF4Linear(FrozenLinear):
     """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled."""
 
-    product = staticmethod(fast.product_with(tables))  # FrozenProduct, as compiled layers need it
+    product = staticmethod(fast.product_with(tables))  # FrozenProduct for compiled layers
 
     def __init__(self, *size, double_quant=False, blocksize=64):
         super().__init__(*size)
