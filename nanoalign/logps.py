@@ -1,16 +1,14 @@
 """Packed row -> hidden states -> log-probs of the trained tokens.
 
-Every loss of this package is a function of one quantity, log pi(y | x): the sum over a reply's
-tokens of
+Every loss of this package is a function of log pi(y | x), the sum over a reply's tokens of
 
     log p(token) = logits[token] - logsumexp(logits),    logits = h W'
 
-where h is the hidden state of the token before it and W the output head. `token_logps` is that
-line. It makes one row of logits for each trained token, and with a vocabulary of 150,000 the
-logits of a batch outweigh the model: 8 rows of 1,024 tokens in fp32 are 5 GB, and a plain
-cross-entropy holds three of them. Two things keep them small here. Only positions that predict a
-trained token meet the head at all, so prompts cost nothing; and what runs in training is the twin
-in fast/head.py, which goes through the head a chunk at a time and keeps no logits.
+where h is the hidden state of the token before and W the output head. `token_logps` is that line.
+It makes logits for each trained token, and with a vocabulary of 150,000 they outweigh the model:
+those of 8 texts of 1,024 tokens are 5 GB in fp32, and a plain cross-entropy holds them three times.
+So only positions that predict a trained token meet the head, and prompts cost nothing. And training
+runs the twin in fast/head.py, which takes a chunk of positions at a time and keeps no logits.
 """
 
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoalign.fast import head as fast  # token_logps, as below but without the logits
+from nanoalign.fast import head as fast  # token_logps without the logits
 from nanoalign.lora import TokenRows
 from nanoalign.packing import Example, Row, pack, to_device
 
@@ -28,8 +26,8 @@ from nanoalign.packing import Example, Row, pack, to_device
 class Head:
     """Hidden states -> logits: z = scale * (h @ weight.T + bias), then cap * tanh(z / cap).
 
-    `rows` are vocabulary entries (two new ChatML markers, say) whose weights train although the
-    rest is frozen: `weight[rows]` holds their present values and `row_weight` is the parameter.
+    `rows` are tokens (two new ChatML markers, say) that train in a head whose rest is frozen:
+    `row_weight` is the parameter, and `weight[rows]` holds its present values.
     """
 
     weight: Tensor  # (V, d)
@@ -40,7 +38,7 @@ class Head:
     row_weight: Tensor | None = None  # (k, d)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(N, d) -> (N, V) in fp32; the product itself runs in h's dtype."""
+        """(N, d) -> (N, V) in fp32; the product is computed in h's dtype."""
         weight = self.weight
         if self.rows is not None:
             weight = weight.index_copy(0, self.rows, self.row_weight.to(weight.dtype))
@@ -50,21 +48,20 @@ class Head:
 
 
 def token_logps(h: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """log pi(target | what precedes it) in nats, by definition: h (N, d), targets (N,) -> (N,)."""
+    """log p(target) in nats, by definition: h (N, d), targets (N,) -> (N,)."""
     return head.logits(h).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @dataclass
 class Scores:
-    """What a loss may want to know of C completions."""
+    """What a loss may need of C completions."""
 
     logps: Tensor  # (C,) sum of the trained tokens' log-probs, in nats, fp32, with gradient
-    tokens: list[int]  # numbers of trained tokens
+    tokens: list[int]  # C numbers of trained tokens
     logits: Tensor | None = None  # (C,) sums over trained tokens of the mean logit: a metric
 
     @property
-    def lengths(self) -> Tensor:
-        """(C,) tokens, as a tensor."""
+    def lengths(self) -> Tensor:  # (C,)
         return to_device(self.tokens, self.logps.device, torch.float32)
 
     def take(self, index: list[int]) -> "Scores":
@@ -77,9 +74,8 @@ class Scores:
 class PackedLM(nn.Module):
     """A causal language model of transformers as a function: examples -> scores of completions.
 
-    `model` runs under `packed_attention`; `scale` and `softcap` say what its head does beyond a
-    product (its weights are read from the model at each call). `autocast` is the dtype to compute
-    in where it differs from that of the weights (full fine-tuning: fp32 weights, bf16 products).
+    `scale` and `softcap` say what its head does beyond a product. `autocast` is the dtype of
+    products where it is not that of the weights (full fine-tuning: fp32 weights, bf16 products).
     """
 
     def __init__(self, model: nn.Module, scale=1.0, softcap: float | None = None, autocast=None):
@@ -94,10 +90,8 @@ class PackedLM(nn.Module):
 
     def head(self) -> Head:
         layer = self.model.get_output_embeddings()
-        head = Head(layer.weight, layer.bias, self.scale, self.softcap)
-        if isinstance(layer, TokenRows):
-            head.rows, head.row_weight = layer.rows, layer.row_weight
-        return head
+        rows = (layer.rows, layer.row_weight) if isinstance(layer, TokenRows) else ()
+        return Head(layer.weight, layer.bias, self.scale, self.softcap, *rows)
 
     def forward(self, examples: list[Example], neftune_alpha: float = 0.0) -> Scores:
         """Scores of all completions, in the order in which `examples` list them."""
@@ -106,7 +100,7 @@ class PackedLM(nn.Module):
         head, zeros = self.head(), torch.zeros(len(row.trained), device=h.device)
         logps = zeros.index_add(0, row.completion, fast.token_logps(h, head, row.targets))
         if head.rows is not None or head.weight.requires_grad or self.mean_weight is None:
-            self.mean_weight = fast.mean_weight(head)  # of a frozen head: once
+            self.mean_weight = fast.mean_weight(head)  # (d,); of a frozen head it is computed once
         if self.mean_weight is None:
             return Scores(logps, row.trained)
         mean_logits = h.detach().float() @ self.mean_weight  # (N,)
@@ -115,9 +109,8 @@ class PackedLM(nn.Module):
     def hidden(self, row: Row, neftune_alpha: float = 0.0) -> Tensor:
         """The decoder's last hidden states, (T, d): where a reward or value head would begin.
 
-        neftune_alpha > 0 adds noise to the embeddings in training mode (NEFTune, Jain et al. 2023,
-        arXiv 2310.05914): uniform within alpha / sqrt(L d), L the length of the token's longest
-        text.
+        In training mode neftune_alpha > 0 adds noise to the embeddings (NEFTune, Jain et al. 2023,
+        arXiv 2310.05914), uniform within alpha / sqrt(L d). L: tokens of the token's longest text.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
@@ -126,10 +119,7 @@ class PackedLM(nn.Module):
                 bound = neftune_alpha / (lengths * embeds.shape[2]).sqrt()  # (T,)
                 noise = torch.rand_like(embeds, dtype=torch.float32) * 2 - 1
                 embeds = embeds + (noise * bound[:, None]).to(embeds.dtype)
-            hidden = self.model.get_decoder()(
-                inputs_embeds=embeds,
-                position_ids=row.geometry.position[None],
-                geometry=row.geometry,
-                use_cache=False,
-            ).last_hidden_state[0]  # (T, d)
-        return hidden if self.autocast is None else hidden.to(self.autocast)
+            positions = row.geometry.position[None]
+            context = dict(position_ids=positions, geometry=row.geometry, use_cache=False)
+            hidden = self.model.get_decoder()(inputs_embeds=embeds, **context).last_hidden_state[0]
+        return hidden if self.autocast is None else hidden.to(self.autocast)  # (T, d)
