@@ -1,14 +1,15 @@
 """Conversations -> examples: ids, masks, what fits the limits; and the order of an epoch.
 
 A CASE is what somebody stored, as messages. An EXAMPLE is the same as ids and masks, cut to the
-limits. Each reply that trains does so where generation would write it: at the end of a text, which
-the template writes for this reply. Where earlier turns look the same in a later text (in ChatML all
-do that have no thoughts), the earlier text begins the later one, and both are one. What is cut or
-left out is counted, so that it can be said; the big libraries cut in silence.
+limits. Each reply that trains stands at the end of a text, which the template writes for this
+reply: so it trains where generation would write it. If an earlier reply's text begins a later one
+(in ChatML, unless there are thoughts), the two are one text. The big libraries cut in silence; here
+all that is cut or left out is counted.
 """
 
 import itertools
 import math
+import operator
 import random
 import runpy
 from array import array
@@ -25,33 +26,28 @@ Examples = list[Example]
 @dataclass(slots=True)
 class Case:
     """A prompt and its completions as messages: one, or for DPO two and more, the best one first.
-
-    The replies in a completion train, but for those with "train": False.
-    """
+    The replies in a completion train, except those with "train": False."""
 
     prompt: list[Message]
     completions: list[list[Message]]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
     tools: list[dict] = field(default_factory=list)  # that the model may call: JSON schemas
-    ranks: list[float] | None = None  # of the completions, less is better; None: as they stand
+    ranks: list[float] | None = None  # of the completions, lower is better; None: best first
 
 
 @dataclass
 class Limits:
     """How long an example may be, in tokens; None: no limit."""
 
-    max_length: int | None = 1024  # of each text, with its prompt; the end is cut
+    max_length: int | None = 1024  # of each text with its prompt; the end is cut
     max_prompt_length: int | None = None  # of what precedes the first reply that trains
-    truncation_mode: str = "keep_end"  # the end of a longer prompt stays, or keep_start
+    truncation_mode: str = "keep_end"  # which part of a longer prompt stays; or keep_start
 
 
 def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Counter]:
-    """Cases -> examples, numbered from 0, and a count of what was cut (see Limits) or skipped.
-
-    A thousand cases are encoded in one call of the tokenizer, and gone before the next are drawn.
-    Raises InputError, naming the case, where the template refuses a conversation.
-    """
+    """Cases -> examples, numbered from 0, and a count of what was cut or skipped. The tokenizer
+    gets a thousand cases at a time. InputError: the template refuses a conversation."""
 
     def in_pieces(number: int, case: Case) -> tuple[Case, list[list[list[Piece]]]]:
         try:
@@ -73,13 +69,14 @@ def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Co
 
 
 def texts_of(case: Case, completion: list[Message], template) -> list[list[Piece]]:
-    """The texts, in pieces, in which the replies of a completion train, each in one of them."""
+    """The texts, in pieces, in which the replies of a completion train, each reply in one."""
     messages, texts = case.prompt + completion, []
-    for end, message in enumerate(messages, 1):
-        if end > len(case.prompt) and message["role"] == "assistant" and message.get("train", True):
+    for end, message in enumerate(completion, len(case.prompt) + 1):
+        if message["role"] == "assistant" and message.get("train", True):
             text = list(template.pieces(messages[:end], case.tools))
             last = texts[-1] if texts else []
             if [piece for piece, _ in last] == [piece for piece, _ in text[: len(last)]]:
+                # the last text begins this one: their replies train together
                 text[: len(last)] = [(p, old or new) for (p, old), (_, new) in zip(last, text)]
                 texts = texts[:-1]
             texts.append(text)
@@ -98,46 +95,47 @@ def make_example(
     gone = (0, asked - most) if limits.truncation_mode == "keep_end" else (most, asked)
     full = [[cut(without(text, *gone)) for text in texts] for texts in completions]
     kept = [[cut(text, limits.max_length) for text in texts] for texts in full]
-    kept = {i: left for i, texts in enumerate(kept) if (left := [t for t in texts if t[0]])}
-    if len(kept) < min(2, len(full)):
+    kept = [[text for text in texts if text[0]] for texts in kept]
+    left = [i for i, texts in enumerate(kept) if texts]  # completions that still train
+    if len(left) < min(2, len(completions)):
         count["no trained token left"] += 1
         return None
-    places, ranks = list(kept), case.ranks or range(len(full))
+    ranks = case.ranks or range(len(completions))
+    full, kept, ranks = ([column[i] for i in left] for column in (full, kept, ranks))
     pairs = [
-        (places.index(i), places.index(j))
-        for i, j in itertools.permutations(kept, 2)
+        (i, j)
+        for i, j in itertools.permutations(range(len(left)), 2)
         if ranks[i] < ranks[j] and kept[i] != kept[j]
     ]
-    if len(full) > 1 and not pairs:
+    if len(left) > 1 and not pairs:
         count["chosen equal to rejected"] += 1
         return None
     count["prompts cut"] += most < asked
-    count["completions cut"] += sum(kept[i] != full[i] for i in kept)
-    count["replies with no trained token left"] += len(full) - len(kept)
-    count["pairs tied or equal"] += math.comb(len(kept), 2) - len(pairs)
+    count["completions cut"] += sum(map(operator.ne, kept, full))
+    count["replies with no trained token left"] += len(completions) - len(left)
+    count["pairs tied or equal"] += math.comb(len(left), 2) - len(pairs)
 
-    texts = [(places.index(i), text) for i in kept for text in kept[i]]
-    first, _ = texts[0][1]
-    n = min(min(mask.index(True), shared(first, ids)) for _, (ids, mask) in texts)
-    example = Example(first[:n], [(ids[n:], mask[n:]) for _, (ids, mask) in texts])
-    example.label, example.where = case.label, case.where
-    if pairs:
-        example.pairs = pairs
+    texts = [text for texts in kept for text in texts]
+    first, _ = texts[0]
+    n = min(min(mask.index(True), shared(first, ids)) for ids, mask in texts)
+    texts = [(ids[n:], mask[n:]) for ids, mask in texts]
+    example = Example(first[:n], texts, case.label, case.where)
+    example.pairs = pairs or example.pairs
     if len(texts) > len(kept):
-        example.completions = [completion for completion, _ in texts]
+        example.completions = [i for i, texts in enumerate(kept) for _ in texts]
     return example
 
 
 def without(text: Text, start: int, end: int) -> Text:
-    """A text without the ids from `start` to `end`, but with all from the first that trains."""
+    """A text without the ids from `start` to `end`; those from the first trained one on stay."""
     ids, mask = text
     end = min(end, mask.index(True))
     return text if start >= end else (ids[:start] + ids[end:], mask[:start] + mask[end:])
 
 
 def cut(text: Text, room: int | None = None) -> Text:
-    """A text up to the last trained one of its first `room` ids: what follows that one need not be
-    computed. Empty, if none of them trains."""
+    """A text up to the last trained one of its first `room` ids: what follows need not be computed.
+    Empty, if none of them trains."""
     ids, mask = text
     mask = mask[:room]
     end = len(mask) - mask[::-1].index(True) if True in mask else 0
@@ -145,28 +143,28 @@ def cut(text: Text, room: int | None = None) -> Text:
 
 
 def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True) -> Examples:
-    """The examples as epoch number `epoch` (from 0) sees them: a function of (seed, epoch) alone.
+    """The order of epoch number `epoch` (from 0): a function of (seed, epoch) alone.
 
-    With labels (KTO) each label's examples are permuted, and the lists are merged evenly, so that
-    every stretch of the epoch has its share of thumbs up, whatever the batch size.
+    With labels (KTO), each label's examples are shuffled and spread evenly over the epoch, so that
+    each batch has its share of thumbs up.
     """
     if not shuffle:
         return list(examples)
-    rng, placed = random.Random(f"{seed} {epoch}"), []
+    rng, spread = random.Random(f"{seed} {epoch}"), []
     for label in (True, False, None):
         group = [example for example in examples if example.label is label]
         rng.shuffle(group)
-        # the i-th of a label's n examples has its place at (i + 1/2) / n of the epoch
-        placed += [((i + 0.5) / len(group), i, example) for i, example in enumerate(group)]
-    return [example for *_, example in sorted(placed, key=lambda x: x[:2])]
+        # the i-th of n examples comes when (i + 1/2) / n of the epoch is over
+        spread += [((i + 0.5) / len(group), i, example) for i, example in enumerate(group)]
+    return [example for *_, example in sorted(spread, key=lambda x: x[:2])]
 
 
 def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
-    """For KTO's z0: each example with its `mismatch` (x, y'), where y' is the reply of the nearest
-    earlier example of the epoch, cyclically, that has another prompt.
+    """For KTO's z0: each example with its `mismatch` (x, y'). y' is the reply of the nearest
+    earlier example, cyclically, that has another prompt: so a batch of one has a partner, too.
 
-    It depends on the order alone, so a batch of one has a partner too. (x, y') has at most
-    `max_length` tokens, of which one trains at least. InputError: all prompts are one.
+    (x, y') has at most `max_length` tokens, and at least one that trains. InputError: there is only
+    one prompt.
     """
     asked, replies = zip(*map(split, order)) if order else ((), ())
     other = next((i for i in reversed(range(len(order))) if asked[i] != asked[0]), None)
@@ -185,7 +183,7 @@ def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
 
 
 def split(example: Example) -> tuple[Ids, Text]:
-    """x and y: what precedes the first token that trains, and what follows (in the first text)."""
+    """x and y: what precedes the first token that trains, and the rest of its text."""
     ids, mask = example.texts[0]
     n = mask.index(True)
     return (example.prompt + ids[:n], (ids[n:], mask[n:])) if n else (example.prompt, (ids, mask))
