@@ -73,16 +73,16 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
 
 @contextlib.contextmanager
 def begun(cfg: Config, run: Run, signals: list[int]) -> Iterator["Record"]:
-    """Where the disk or a pipe fails, or memory runs out, what was done is saved: that happens
-    before a step changes a weight (AdamW's own memory was taken in the first). Not on several
+    """Where an error ends the run, what was done is saved: it happens before a step changes a
+    weight (AdamW's own memory was taken in the first). Not so a fault of the device; nor on several
     ranks: it takes all of them to save, and those that had enough are waiting for this one."""
     record = Record(cfg, run, signals)
     with contextlib.closing(record.log):
         try:
             yield record
-        except (InputError, OSError, MemoryError, RuntimeError) as error:
-            mild = isinstance(error, (InputError, OSError)) or out_of_memory(error)
-            if mild and ranks.WORLD == 1:
+        except Exception as error:
+            sound = not isinstance(error, RuntimeError) or out_of_memory(error)
+            if sound and ranks.WORLD == 1:
                 with contextlib.suppress(Exception):
                     record.save_what_is_done()
             raise

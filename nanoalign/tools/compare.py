@@ -36,7 +36,7 @@ from nanoalign.formats.layouts import DPO, read_cases
 from nanoalign.model import Policy, generate
 from nanoalign.packing import in_rows, row_tokens
 from nanoalign.run.command import command
-from nanoalign.run.files import saving, write_text
+from nanoalign.run.files import saving, write_file, write_text
 from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.session import hold_out, read
@@ -225,7 +225,7 @@ def draw(found: dict, out: Path) -> None:
     figure.supxlabel("\n".join(differences(found)), fontsize=8, ha="left", x=0.02)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   fontsize=8, frameon=False)  # fmt: skip
-    figure.savefig(out, dpi=120)
+    write_file(out, lambda beside: figure.savefig(beside, dpi=120, format="png"))
 
 
 def unseen(directory: str, sources: list[str]) -> None:
@@ -267,8 +267,7 @@ def compare(args) -> None:
     print(table(found))
     write_text(out / "compare.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     try:
-        with saving(out):
-            draw(found, out / "compare.png")
+        draw(found, out / "compare.png")
     except ImportError:
         print("no compare.png: pip install 'nanoalign[plot]' for that")
     if args.generate:
