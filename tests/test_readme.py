@@ -119,9 +119,10 @@ def test_the_file_tree_is_the_real_one():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
+    apart = "tests/", "benchmarks/", "experiments/", "exercises/"
     files = [f for f in listed.stdout.splitlines() if (ROOT / f).exists()]
     real = {f for f in files if f.endswith(".py") and f.count("/") <= 1}
-    real = {f for f in real if not f.startswith(("tests/", "benchmarks/", "experiments/"))}
+    real = {f for f in real if not f.startswith(apart)}
     folders = {f.split("/")[0] + "/" for f in files if "/" in f and not f.startswith(".")}
     rooms = {f.rpartition("/")[0] + "/" for f in files if re.match("nanoalign/.*/.*py", f)}
     assert told == (real - {"nanoalign/__init__.py"}) | folders | rooms

@@ -1,0 +1,1 @@
+"""Ten functions of the lesson to write, and what grades them: see README.md."""
