@@ -53,19 +53,28 @@ def everywhere(examples):
 def variants() -> dict:
     """Name -> what to change: flags of the run, or (module, attribute, replacement) to patch."""
     import torch
+    from torch import nn
     from torch.nn import functional as F
 
     from nanoalign import logps
-    from nanoalign.fast import attention, dropout, head, nf4
+    from nanoalign.fast import attention, dropout, nf4
+    from nanoalign.fast import head as head_twin
 
-    pack, token_logps = logps.pack, head.token_logps
+    pack, token_logps = logps.pack, head_twin.token_logps
     fused = torch.compile(nf4.decode, dynamic=True)
 
     def costly(change):
         return logps, "pack", lambda batch, *how: pack(change(batch), *how)
 
     def chunks_of(rows):
-        return head, "token_logps", partial(token_logps, chunk=rows)
+        return head_twin, "token_logps", partial(token_logps, chunk=rows)
+
+    def torchs_head(h, head, targets):
+        """Of torch 2.13, in chunks as large as ours."""
+        rows = head_twin.chunk_rows(len(head.weight), h.device)
+        chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        how = dict(reduction="none", linear_bias=head.bias, options=chunks)
+        return -F.linear_cross_entropy(h, head.weight, targets, **how).float()
 
     def decoded_by(decode):
         return nf4, "way_for", lambda *sizes: decode
@@ -75,12 +84,13 @@ def variants() -> dict:
 
     torchs = dropout.Dropout, "forward", plain_dropout
 
+    newer = {"torch's head": [(head_twin, "token_logps", torchs_head)]}
     return {
         "as it is": [],
         "padding": [costly(padded)],
         "a prompt for each reply": [costly(unshared)],
         "logps of prompts too": [costly(everywhere)],
-        "all logits at once": [(head, "token_logps", logps.token_logps)],
+        "all logits at once": [(head_twin, "token_logps", logps.token_logps)],
         "chunks of 32 rows": [chunks_of(32)],
         "chunks of 1024 rows": [chunks_of(1024)],
         "rows of 1024 tokens": [{"max_row_tokens": 1024}],
@@ -93,7 +103,7 @@ def variants() -> dict:
         "4 bits, rows of 1024 tokens": [{"load_in_4bit": True, "max_row_tokens": 1024}],
         "4 bits, decoded plainly": [{"load_in_4bit": True}, decoded_by(nf4.decode)],
         "4 bits, decoded compiled": [{"load_in_4bit": True}, decoded_by(fused)],
-    }
+    } | (newer if hasattr(nn, "LinearCrossEntropyOptions") else {})
 
 
 def worker(args) -> None:
