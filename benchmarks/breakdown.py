@@ -37,7 +37,7 @@ from nanoalign.run.flags import SFTConfig
 SCOPES = {
     "attention": (nanoalign.fast.attention, "attention"),
     "head": (nanoalign.fast.head, "token_logps"),
-    "decoding": (nanoalign.fast.nf4, "dequantize"),
+    "decoding": (nanoalign.fast.nf4, "rebuild"),
     "optimizer": (torch.optim.AdamW, "step"),
 }
 PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}  # which are factors

@@ -17,11 +17,13 @@ rendered string. No system turn is invented.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile, zip_longest
 from pathlib import Path
 
-from nanoalign.fast.encode import encode as encode  # ids_and_mask of many conversations
+from nanoalign import InputError
+from nanoalign.fast import encode as fast  # ids_and_mask of many conversations
+from nanoalign.fast.encode import has_special, puts_spaces, special_ids
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -139,10 +141,24 @@ class ChatML:
 
 def ids_and_mask(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
     """Pieces -> ids and the mask of the tokens that train, by definition. A marker is its id. A
-    text stays plain text, even where it spells a special token."""
+    text stays plain text; InputError where a tokenizer reads a special token in it all the same."""
     ids, mask, plain = [], [], dict(add_special_tokens=False, split_special_tokens=True)
     for piece, trains in pieces:
         new = [piece] if isinstance(piece, int) else tokenizer(piece, **plain)["input_ids"]
+        if isinstance(piece, str) and has_special(tokenizer, piece, new, special_ids(tokenizer)):
+            raise InputError(f"--plain: {piece!r:.60} holds the name of a special token")
         ids += new
         mask += [trains] * len(new)
     return ids, mask
+
+
+def each(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+    """ids_and_mask of each of many conversations."""
+    if puts_spaces(tokenizer):
+        raise InputError("--plain: the tokenizer puts a space before a text")
+    return [ids_and_mask(tokenizer, pieces) for pieces in conversations]
+
+
+def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+    """Pieces of many conversations -> ids and the mask of the tokens that train, of each."""
+    return fast.each(tokenizer, conversations)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign.fast import head as fast  # token_logps without the logits
+from nanoalign.fast.head import mean_weight  # for the metric logits/*
 from nanoalign.lora import TokenRows
 from nanoalign.packing import Example, Row, pack, to_device
 
@@ -100,7 +101,7 @@ class PackedLM(nn.Module):
         head, zeros = self.head(), torch.zeros(len(row.trained), device=h.device)
         logps = zeros.index_add(0, row.completion, fast.token_logps(h, head, row.targets))
         if head.rows is not None or head.weight.requires_grad or self.mean_weight is None:
-            self.mean_weight = fast.mean_weight(head)  # (d,); of a frozen head it is computed once
+            self.mean_weight = mean_weight(head)  # (d,); of a frozen head it is computed once
         if self.mean_weight is None:
             return Scores(logps, row.trained)
         mean_logits = h.detach().float() @ self.mean_weight  # (N,)

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.fast.dropout import Dropout  # nn.Dropout, but quicker on a CPU
+from nanoalign.fast import dropout as fast  # Dropout, but quicker on a CPU
+
+Dropout = nn.Dropout
 
 
 class LoRALinear(nn.Module):
@@ -38,7 +40,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base_layer.in_features, r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base_layer.out_features, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.lora_B.weight)
-        self.scaling, self.dropout, self.enabled = scaling, Dropout(dropout), True
+        self.scaling, self.dropout, self.enabled = scaling, fast.Dropout(dropout), True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (T, in): what the base layer makes of it is no view, ...

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.fast import nf4 as fast
+from nanoalign.fast import nf4 as fast  # rebuild, as below but in one go
+from nanoalign.fast.nf4 import in_chunks, product_with
 
 # fmt: off
 LEVELS = torch.tensor([  # as published, and as every NF4 file holds them in fp32
@@ -124,6 +125,12 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return tables(codes.device)[1][codes.int()] * scale + offset
 
 
+def rebuild(packed, scales: list[Tensor], shape, dtype, blocksize, *tables) -> Tensor:
+    """A weight from its codes and its scales, [absmax] or the three of double_quantize."""
+    absmax = scales[0] if len(scales) == 1 else double_dequantize(*scales)
+    return dequantize(packed, absmax, shape, dtype, blocksize)
+
+
 class FrozenProduct(torch.autograd.Function):
     """x W' + b. The frozen W is rebuilt in forward and again in backward, never kept.
 
@@ -197,14 +204,14 @@ class FrozenLinear(nn.Module):
 class NF4Linear(FrozenLinear):
     """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled."""
 
-    product = staticmethod(fast.product_with(tables))  # FrozenProduct for compiled layers
+    product = staticmethod(product_with(tables))  # FrozenProduct for compiled layers
 
     def __init__(self, *size, double_quant=False, blocksize=64):
         super().__init__(*size)
         self.double_quant, self.blocksize = double_quant, blocksize
 
     def pack(self, weight: Tensor) -> None:
-        packed, absmax = fast.quantize(weight, self.blocksize, quantize)
+        packed, absmax = in_chunks(quantize, weight, self.blocksize)
         scales = double_quantize(absmax) if self.double_quant else [absmax]
         for name, buffer in zip(("packed", "absmax", "absmax2", "offset"), (packed, *scales)):
             self.register_buffer(name, buffer)
@@ -212,7 +219,7 @@ class NF4Linear(FrozenLinear):
     def dequantize(self) -> Tensor:
         scales = [self.absmax, self.absmax2, self.offset] if self.double_quant else [self.absmax]
         shape, maps = (self.out_features, self.in_features), tables(self.packed.device)
-        return fast.dequantize(self.packed, scales, shape, self.dtype, self.blocksize, *maps)
+        return fast.rebuild(self.packed, scales, shape, self.dtype, self.blocksize, *maps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self) if torch.compiler.is_compiling() else super().forward(x)

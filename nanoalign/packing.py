@@ -32,6 +32,7 @@ from torch import Tensor
 
 from nanoalign import InputError
 from nanoalign.fast import attention as fast  # attention without a (T, T) matrix
+from nanoalign.fast.attention import prepared
 from nanoalign.fast.transfer import to_device  # torch.tensor that does not wait for a GPU
 
 Ids = Sequence[int]  # a list, or an array("i"): 4 bytes an id where a list takes 40
@@ -164,7 +165,7 @@ def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None
     hits.sort(key=lambda hit: hit[0])  # a completion's predictions stand together
     tokens = to_device([ids, position, until], device, torch.int32)  # (3, T)
     completions, predictors, targets = to_device([*zip(*hits)] or [[], [], []], device, torch.int64)
-    geometry = fast.prepared(Geometry(*tokens[1:], runs), windows)
+    geometry = prepared(Geometry(*tokens[1:], runs), windows)
     return Row(tokens[0], geometry, predictors, targets, completions, trained)
 
 
@@ -221,7 +222,8 @@ def packed_attention(
         raise InputError(f"its attention takes {', '.join(unknown)}, which packing does not know")
     if geometry is None:  # StableLM, Nemotron
         raise InputError("its layers do not hand the row's geometry down to their attention")
-    out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, dropout)
+    more = {"dropout": dropout} if dropout else {}  # the definition has none
+    out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, **more)
     return out.transpose(1, 2).contiguous(), None  # some models take no view
 
 

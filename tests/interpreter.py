@@ -178,9 +178,9 @@ def write_flex_attention_for_a_gpu(patch) -> None:
 
 
 def take_our_own_ways_for_a_gpu(patch) -> None:
-    from nanoalign.fast import attention, flex, head, nf4
+    from nanoalign.fast import flex, head, nf4
 
-    patch.setattr(attention, "has_flex", lambda device, head=16: head >= flex.LEAST_HEAD)
+    patch.setattr(flex, "has_flex", lambda device, head=16: head >= flex.LEAST_HEAD)
     patch.setattr(head, "way_for", lambda *sizes: head.one_kernel())
     patch.setattr(nf4, "way_for", lambda *sizes: nf4.fused_decode())
     for made_once in (flex.compiled_flex, head.one_kernel, nf4.fused_decode):

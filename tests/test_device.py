@@ -9,14 +9,13 @@ from conftest import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanoalign import InputError
-from nanoalign.fast.flex import plan
+from nanoalign.fast import attention, flex
 from nanoalign.formats.weights import auto_dtype, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.losses import DPO_LOSSES
 from nanoalign.packing import Example, pack
 from nanoalign.packing import attention as by_definition
-from nanoalign.packing import fast as attention
 from nanoalign.run import device as run_device
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
@@ -50,14 +49,14 @@ def test_heads_too_small_for_a_gpu_s_kernel_take_the_dense_way(monkeypatch):
     g = torch.Generator().manual_seed(0)
     replies = [([n] * 4, [True] * 4) for n in (2, 3)]
     geometry = pack([Example([1] * 5, replies)]).geometry
-    plan(geometry, None)
-    monkeypatch.setattr(attention, "flex", lambda query, *_: query.new_zeros(()))
+    flex.plan(geometry, None)
+    monkeypatch.setattr(flex, "flex", lambda query, *_: query.new_zeros(()))
     for head, takes_flex in (8, False), (15, False), (16, True):
         q, k, v = (torch.randn(1, 2, 11, head, generator=g) for _ in range(3))
         out = attention.attention(q, k, v, geometry, 1.0)
         assert (out.dim() == 0) is takes_flex
         assert takes_flex or torch.allclose(out, by_definition(q, k, v, geometry, 1.0), atol=1e-5)
-    monkeypatch.setattr(attention, "has_flex", lambda device, head: head >= 16)
+    monkeypatch.setattr(flex, "has_flex", lambda device, head: head >= 16)
     for head, takes_flex in (8, False), (16, True):
         with torch.device("meta"):
             model = LlamaForCausalLM(tiny(LlamaConfig, head_dim=head))
@@ -131,7 +130,7 @@ def pretend_a_card(monkeypatch, free):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(attention, "has_flex", lambda *_: False)
+    monkeypatch.setattr(flex, "has_flex", lambda *_: False)
 
 
 @pytest.mark.parametrize("free, checkpointing", [(2**30, False), (2**16, True)])

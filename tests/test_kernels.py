@@ -233,7 +233,9 @@ def test_compiled_layers_and_their_gradients(kind, four_bits, checkpointing, dty
         for p in lm.parameters():  # what trains stays in fp32, or in fp64
             p.data = p.data if p.requires_grad else p.data.to(dtype)
         if compiled:
-            flags = dict(torch_compile=None, gradient_checkpointing=checkpointing, fsdp=False)
+            flags = dict(
+                torch_compile=None, gradient_checkpointing=checkpointing, fsdp=False, plain=False
+            )
             if checkpointing:
                 lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             compile_layers(SimpleNamespace(**flags), lm)

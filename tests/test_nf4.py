@@ -107,12 +107,12 @@ def test_each_twin_is_its_definition_bit_for_bit(chunk, blocksize, monkeypatch):
     for shape in (37, 53), (64, 96), (1, 1), (3, 5, 7), (700, 512):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             w = randn(*shape, dtype=dtype)
-            whole, parts = quantize(w, blocksize), fast.quantize(w, blocksize, quantize)
+            whole, parts = quantize(w, blocksize), fast.in_chunks(quantize, w, blocksize)
             for a, b in zip(whole, parts):
                 assert a.dtype == b.dtype and torch.equal(a, b)
             dense = dequantize(*whole, shape, dtype, blocksize)
             packed, absmax = whole
-            quick = fast.dequantize(packed, [absmax], shape, dtype, blocksize, *TABLES)
+            quick = fast.rebuild(packed, [absmax], shape, dtype, blocksize, *TABLES)
             assert dense.dtype == quick.dtype == dtype and torch.equal(dense, quick)
 
 

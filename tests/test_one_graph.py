@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from nanoalign import nf4
 from nanoalign.chatml import ChatML
-from nanoalign.fast import attention as fast
 from nanoalign.fast import flex as gpu
 from nanoalign.formats.weights import freeze_linears
 from nanoalign.logps import PackedLM
@@ -83,7 +82,7 @@ def test_predicate_and_block_mask_are_those_of_the_definition(window):
             geometry = pack(random_row(r, 5, tokens)).geometry
             index = torch.arange(len(geometry.position))
             allowed = geometry.allowed(index[:, None], index[None], window)
-            mask, _ = fast.plan(geometry, window)
+            mask, _ = gpu.plan(geometry, window)
             assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None]), allowed)
             mixed = listed(mask.kv_num_blocks, mask.kv_indices)
             full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
@@ -109,7 +108,7 @@ def test_no_mask_of_a_long_row_is_made_token_by_token():
     tokens = len(geometry.position)
     assert tokens == 33_000
     with Largest() as largest:
-        fast.plan(geometry, 512)
+        gpu.plan(geometry, 512)
     assert largest.bytes <= 16 * tokens + 8 * (tokens // 128 + 1) ** 2  # T^2 would be 10^9
 
 
@@ -124,7 +123,7 @@ def test_flex_and_its_gradients_are_the_definition(window, softcap, traced):
         inputs = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
         weight = torch.randn(shapes[0], generator=g, dtype=torch.float64)
         results = []
-        for way in fast.flex, attention:
+        for way in gpu.flex, attention:
             leaves = [x.clone().requires_grad_() for x in inputs]
             out = way(*leaves, geometry, 0.3, window, softcap)
             results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
@@ -141,7 +140,7 @@ def test_where_flex_is_and_what_it_is_told_of_a_small_card(monkeypatch):
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: triton or None)
         assert gpu.has_flex.__wrapped__(card) is there
         assert not gpu.has_flex.__wrapped__(card, 15)  # triton multiplies no smaller blocks than 16
-    assert not fast.has_flex(CPU) and not gpu.little_shared_memory(CPU)
+    assert not gpu.has_flex(CPU) and not gpu.little_shared_memory(CPU)
     for kib, little in (99, True), (163, False), (227, False):
         card_has = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card_has)
@@ -186,7 +185,7 @@ def traced(monkeypatch, request):
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", trace)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(fast, "has_flex", lambda device, head=16: head >= 16)
+    monkeypatch.setattr(gpu, "has_flex", lambda device, head=16: head >= 16)
     monkeypatch.setattr(gpu, "compiled_flex", gpu.compiled_flex.__wrapped__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -232,7 +231,7 @@ def compiled(lm, checkpointing=False, torch_compile=None):
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     cfg = SimpleNamespace(
-        torch_compile=torch_compile, gradient_checkpointing=checkpointing, fsdp=False
+        torch_compile=torch_compile, gradient_checkpointing=checkpointing, fsdp=False, plain=False
     )
     compile_layers(cfg, lm)
 
@@ -255,7 +254,7 @@ def test_a_layer_is_one_graph_for_all_rows(
     r, lm = random.Random(2), a_model(kind, four_bits=four_bits)
     batches = [random_row(r, 3, 40) for _ in range(rows)]
     with monkeypatch.context() as plainly:
-        plainly.setattr(fast, "has_flex", lambda *_: False)
+        plainly.setattr(gpu, "has_flex", lambda *_: False)
         expected = [scores_and_gradients(lm, batch) for batch in batches[:6]]
     compiled(lm, checkpointing)
     for i, batch in enumerate(batches):
@@ -375,7 +374,7 @@ def test_torch_compile_is_on_where_a_layer_becomes_one_graph(monkeypatch, capsys
 
     def compiles(there, torch_compile, checkpointing=False):
         lm = a_model("llama")
-        monkeypatch.setattr(fast, "has_flex", lambda *_: there)
+        monkeypatch.setattr(gpu, "has_flex", lambda *_: there)
         compiled(lm, checkpointing, torch_compile)
         made = {layer._compiled_call_impl is not None for layer in lm.model.get_decoder().layers}
         return (*made, capsys.readouterr().out.partition(":")[0].partition(" beside")[0].strip())

@@ -246,8 +246,8 @@ def test_every_way_is_the_definition(window, softcap, monkeypatch):
     q = torch.randn(1, 4, tokens, 16, generator=g)
     k, v = (torch.randn(1, 2, tokens, 16, generator=g) for _ in range(2))
     how = geometry, 0.3, window, softcap
-    flex = fast.flex(q, k, v, *how)
-    again = fast.flex(q.double(), k.double(), v, *how)  # v's dtype wins
+    flex = gpu.flex(q, k, v, *how)
+    again = gpu.flex(q.double(), k.double(), v, *how)  # v's dtype wins
     dense = [fast.attention(q, k, v, *how)]
     monkeypatch.setattr(fast, "BLOCK", 3)
     dense.append(fast.attention(q, k, v, *how))

@@ -1,1 +1,13 @@
-"""The same numbers, sooner: each file is the twin of a definition in the lesson, under its name."""
+"""The same numbers, sooner: what runs in training where the lesson has a plain definition.
+
+Twins, under the names of their definitions (nanoalign.plain puts them aside):
+
+    encode      chatml.each: ids_and_mask of many conversations
+    attention   packing.attention
+    dropout     nn.Dropout, in lora.py
+    nf4         nf4.rebuild: dequantize and double_dequantize; nf4.FrozenProduct
+    head        logps.token_logps
+
+Helpers, which no definition has: flex (attention on a GPU), transfer (numbers to a GPU), compiled
+(generation without the compiler), miniature (a small model to try).
+"""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoalign.fast.flex import LEAST_HEAD, flex, has_flex, plan
+from nanoalign.fast import flex
 
 
 def attention(
@@ -23,19 +23,19 @@ def attention(
     It is flex_attention where `prepared` has given the row its block masks, and a head is not too
     small for it.
     """
-    if geometry.block_masks and min(query.shape[3], value.shape[3]) >= LEAST_HEAD:
+    if geometry.block_masks and min(query.shape[3], value.shape[3]) >= flex.LEAST_HEAD:
         if dropout > 0:
             raise NotImplementedError("flex_attention has no dropout")
-        return flex(query, key, value, geometry, scaling, window, softcap)
+        return flex.flex(query, key, value, geometry, scaling, window, softcap)
     return by_run(query, key, value, geometry, scaling, window, softcap, dropout)
 
 
 def prepared(geometry, windows):
     """The geometry, with what flex_attention asks of it in layers with these windows: made once a
     row and not once a layer, and before them, since a compiled layer could not make it."""
-    if has_flex(geometry.position.device):
+    if flex.has_flex(geometry.position.device):
         for window in windows:
-            plan(geometry, window)
+            flex.plan(geometry, window)
     return geometry
 
 

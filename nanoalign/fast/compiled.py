@@ -1,4 +1,4 @@
-"""A model whose layers are compiled, as it is without.
+"""A model whose layers are compiled, as it is without: a helper of model.py.
 
 A compiled layer is for rows: it has been compiled for a row's geometry and without a KV cache. In
 generation it would be compiled again, for prompts and for single tokens, which takes longer than

@@ -1,4 +1,4 @@
-"""Pieces of many conversations -> ids: the twin of chatml.ids_and_mask.
+"""Pieces of many conversations -> ids: the twin of chatml.each, ids_and_mask of each of them.
 
 The definition calls the tokenizer for each piece. Here one call in batch encodes every distinct
 text; texts repeat a lot (a DPO prompt stands before both replies, "assistant\\n" before all). And
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from nanoalign import InputError
 
 
-def encode(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], list[bool]]]:
+def each(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], list[bool]]]:
     """Pieces of many conversations -> (ids, mask of trained tokens) of each."""
     conversations = list(conversations)
     markers = {p for pieces in conversations for p, _ in pieces if isinstance(p, int)}
@@ -25,9 +25,7 @@ def encode(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], li
                 ids_of[type(before) in inside_after][piece] = []
             before = piece
 
-    added = tokenizer.added_tokens_decoder.items()  # but runs of white space mark nothing
-    special = {i for i, token in added if token.content.strip(" \n\t▁")}
-    special |= markers | set(tokenizer.all_special_ids)
+    special = markers | special_ids(tokenizer)
     for inside, known in ids_of.items():
         for text, ids in zip(known, _plain(tokenizer, list(known), inside)):
             if not special.isdisjoint(ids):
@@ -46,6 +44,26 @@ def encode(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], li
     return encoded
 
 
+def special_ids(tokenizer) -> set[int]:
+    """The ids of tokens that are more than words: markers, names of tools."""
+    added = tokenizer.added_tokens_decoder.items()  # but runs of white space mark nothing
+    special = {i for i, token in added if token.content.strip(" \n\t▁")}
+    return special | set(tokenizer.all_special_ids)
+
+
+def has_special(tokenizer, text: str, ids: list[int], special: set[int]) -> bool:
+    """Do the ids of a text hold a special token?"""
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token not in text:
+        special = special - {tokenizer.unk_token_id}  # stands for an unknown character here
+    return not special.isdisjoint(ids)
+
+
+def puts_spaces(tokenizer) -> bool:
+    """Does a text have other ids where it begins than inside of a longer one?"""
+    (alone,), (inside,) = _plain(tokenizer, ["a"]), _plain(tokenizer, ["a"], inside=True)
+    return alone != inside
+
+
 def _inside_after(tokenizer, markers: set[int]) -> set[type]:
     """After which pieces, texts (str) or markers (int), does a text stand inside a longer one?
 
@@ -54,9 +72,9 @@ def _inside_after(tokenizer, markers: set[int]) -> set[type]:
     after a marker it does for some of these tokenizers only. For all other tokenizers it makes no
     difference where a text stands: the empty set.
     """
-    (alone,), (inside,) = _plain(tokenizer, ["a"]), _plain(tokenizer, ["a"], inside=True)
-    if alone == inside:
+    if not puts_spaces(tokenizer):
         return set()
+    (alone,) = _plain(tokenizer, ["a"])
     for marker in tokenizer.convert_ids_to_tokens(list(markers)[:1]):
         _, *follows = tokenizer(marker + "a", add_special_tokens=False)["input_ids"]
         if follows != alone:
@@ -92,9 +110,7 @@ def _disarmed(tokenizer, text: str, ids: list[int], special: set[int], inside: b
     The tokenizer matches added tokens that are not declared special even in plain text, and a
     vocabulary may reach one by merges. Half a name is no name: halve until no part has one.
     """
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token not in text:
-        special = special - {tokenizer.unk_token_id}  # stands for an unknown character here
-    if special.isdisjoint(ids):
+    if not has_special(tokenizer, text, ids, special):
         return ids
     if len(text) == 1:
         raise InputError(f"the tokenizer reads the character {text!r} as a special token")

@@ -1,4 +1,4 @@
-"""Attention over a packed row as one kernel of a GPU: torch's flex_attention with our predicate.
+"""torch's flex_attention with our predicate, one kernel of a GPU: a helper of attention.py.
 
 flex_attention compiles a function of two positions, "may this query see this key?", into a fused
 attention kernel. A block mask tells the kernel where in the row that need not even be asked.

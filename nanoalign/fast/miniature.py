@@ -1,4 +1,4 @@
-"""A kind of model, small enough to be tried in seconds: for model.probe.
+"""A kind of model, small enough to be tried in seconds: a helper of model.probe.
 
 What a probe finds out does not depend on how many layers of a kind there are, nor on how many words
 or experts. The widths of heads and of the stream between layers stay: in many configs one follows

@@ -1,4 +1,6 @@
-"""nf4.quantize, nf4.dequantize and nf4.FrozenProduct sooner, and in little memory: the same bits.
+"""Weights in four bits, sooner and in little memory: the twin of nf4.rebuild and nf4.FrozenProduct.
+
+`in_chunks` is a helper: nf4.quantize itself, a part of the weight at a time. All bits are the same.
 
 The definitions make temporaries in fp32 that are larger than the weight itself, and each of them
 travels to memory and back. On a CPU, chunks of 2**18 weights keep them in a core's second-level
@@ -18,8 +20,8 @@ CHUNK = 2**18  # weights at a time
 GPU_CHUNK = 2**22  # 16 MB of fp32: a GPU wants fewer and larger calls
 
 
-def quantize(weight, blocksize, definition):
-    """definition(weight, blocksize), chunk by chunk: in a few MB (on a GPU some 60) at any size."""
+def in_chunks(quantize, weight, blocksize):
+    """quantize(weight, blocksize), chunk by chunk: in a few MB (on a GPU some 60) at any size."""
     n, device = weight.numel(), weight.device
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(n / blocksize), device=device)
@@ -27,12 +29,12 @@ def quantize(weight, blocksize, definition):
     weights = weight.flatten().split(blocks * blocksize)
     results = packed.split(blocks * blocksize // 2), absmax.split(blocks)
     for chunk, its_packed, its_absmax in zip(weights, *results):
-        its_packed[:], its_absmax[:] = definition(chunk, blocksize)
+        its_packed[:], its_absmax[:] = quantize(chunk, blocksize)
     return packed, absmax
 
 
-def dequantize(packed, scales, shape, dtype, blocksize, levels, scale_levels):
-    """nf4.dequantize, by the quickest way there is on the device.
+def rebuild(packed, scales, shape, dtype, blocksize, levels, scale_levels):
+    """nf4.rebuild, by the quickest way there is on the device.
 
     `scales` are what absmax_of takes; the two tables are nf4.LEVELS and nf4.DYNAMIC_MAP.
     """
@@ -116,7 +118,7 @@ def product_with(tables):
     @torch.library.custom_op("nanoalign::nf4_product", mutates_args=(), schema=schema)
     def product(x, bias, packed, scales, shape, dtype, blocksize, transposed):
         stored = packed, scales, shape, dtype, blocksize
-        weight = dequantize(*stored, *tables(packed.device)).to(x.dtype)  # (out, in)
+        weight = rebuild(*stored, *tables(packed.device)).to(x.dtype)  # (out, in)
         if transposed:
             return x @ weight
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

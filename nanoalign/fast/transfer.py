@@ -1,4 +1,4 @@
-"""Numbers of a program on a device: the twin of torch.tensor(..., device=...)."""
+"""Numbers of a program on a device: a helper, torch.tensor(..., device=...) without a wait."""
 
 import torch
 from torch import Tensor

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nanoalign.fast.attention import BLOCK, SHORT
 from nanoalign.lora import LoRALinear
 from nanoalign.nf4 import FrozenLinear
-from nanoalign.packing import fast as attention
 
 ATTENTION = "attention's output"
 
@@ -186,7 +186,7 @@ def kept_in_a_layer(s: Sizes, how: How) -> dict[str, float]:
 def keys_met(example: int) -> float:
     """With how many keys a query is multiplied where there is no CUDA (fast/attention.py): those
     before it and in its block, on average. No weights are kept of more than SHORT keys."""
-    return 0 if example > attention.SHORT else (example + min(example, attention.BLOCK)) / 2
+    return 0 if example > SHORT else (example + min(example, BLOCK)) / 2
 
 
 def in_the_mlp(s: Sizes, how: How) -> int:

@@ -14,10 +14,10 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign.data import Examples
+from nanoalign.fast import flex
+from nanoalign.fast.head import chunk_rows
 from nanoalign.formats.peft import TrainedModule
 from nanoalign.logps import PackedLM
-from nanoalign.logps import fast as head
-from nanoalign.packing import fast as attention
 from nanoalign.run import ranks
 from nanoalign.run.bytes import (
     How,
@@ -57,7 +57,7 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
 
 def fuses_attention(lm: PackedLM) -> bool:
     """Is attention one kernel, which can be part of a compiled layer?"""
-    return attention.has_flex(lm.device, head_size(lm.model.config))
+    return flex.has_flex(lm.device, head_size(lm.model.config))
 
 
 def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
@@ -68,6 +68,8 @@ def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
     break the graph too, since the data decide which of them compute, and so do the hooks that
     gather a sharded layer.
     """
+    if cfg.plain:
+        return False
     if cfg.torch_compile is None:
         mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
         return one_graph and not mixture and not cfg.fsdp
@@ -104,7 +106,7 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         checkpointing=bool(cfg.gradient_checkpointing),
         compiled=compiles(cfg, lm.model, fuses_attention(lm)),
         train_all=not cfg.use_peft,
-        chunk=head.chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
+        chunk=chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
         sharded=cfg.fsdp,
         cuda=lm.device.type == "cuda",
     )

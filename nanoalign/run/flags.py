@@ -261,6 +261,9 @@ class Config:
         None, "compile the layers: slow first steps, then faster ones; none: on a GPU that can",
         nargs="?", const=True, free=True)
     disable_dropout: bool = flag(True, "no dropout anywhere")
+    plain: bool = flag(
+        False, "compute with the lesson's definitions alone, line by line as they are read: slow",
+        free=True)
     seed: int = flag(42, "of weights, order and dropout", NOT_NEGATIVE)
     # watching
     logging_steps: int = flag(10, "steps between two lines of metrics", POSITIVE, free=True)
@@ -512,6 +515,8 @@ def check(cfg: Config, given: set[str]) -> None:
             cfg.dtype = dtype
     if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # which knows no parts of a weight
         wrong.append(("fsdp", "optim paged_adamw_32bit"))
+    if cfg.plain and cfg.torch_compile:
+        wrong.append(("plain", "torch_compile"))
     if not cfg.use_peft:
         needs_lora = given & {"use_rslora", "adapter_name_or_path"}
         needs_lora |= {name for name in given if name.startswith("lora_")}
@@ -520,6 +525,8 @@ def check(cfg: Config, given: set[str]) -> None:
         wrong += [("use_peft false", name) for name in sorted(needs_lora)]
     for first, second in wrong:
         raise InputError(f"--{first} and --{second} contradict each other; give one of them")
+    if cfg.plain and not cfg.disable_dropout:
+        raise InputError("--plain: needs --disable_dropout true; the definitions have no dropout")
     if not cfg.model_name_or_path and not cfg.adapter_name_or_path:
         raise InputError("--model_name_or_path: give the model to train")
     if not cfg.dataset_name:

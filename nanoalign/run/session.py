@@ -42,6 +42,9 @@ class Run:
 
 def start(cfg: Config, layouts: Layouts) -> Run:
     """Check the output directory, read the data, load the model; say what there is."""
+    if cfg.plain:
+        nanoalign.plain()
+        print("computes with the lesson's definitions; no twin in fast/ is called")
     model = cfg.model_name_or_path
     # The built-in world's data: world.py can measure what is learned from it, and a run may write
     # over what an earlier one left in runs/METHOD, and nowhere else.

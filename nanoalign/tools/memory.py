@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from nanoalign.fast.head import chunk_rows, gpu_rows
 from nanoalign.formats.bitsandbytes import is_nf4
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter
 from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skeleton
-from nanoalign.logps import fast as head
 from nanoalign.packing import ROW_TOKENS
 from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
 from nanoalign.run.command import command
@@ -178,8 +178,8 @@ def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
 
 def rows_of_logits(vocabulary: int, cuda: bool, card: float) -> int:
     if cuda:
-        return head.gpu_rows(vocabulary, card * GIB)
-    return head.chunk_rows(vocabulary, torch.device("cpu"))
+        return gpu_rows(vocabulary, card * GIB)
+    return chunk_rows(vocabulary, torch.device("cpu"))
 
 
 def smaller(cfg: Config) -> Iterator[dict]:
