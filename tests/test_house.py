@@ -1,6 +1,8 @@
 """The house: who may import whom, and how long the lesson may be."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -69,3 +71,12 @@ def test_a_twin_belongs_to_one_lesson_file():
                 users.setdefault(other, set()).add(name)
     assert sorted(users) == sorted(name for name in PACKAGE if room(name) == "fast")
     assert all(len(names) == 1 for names in users.values()), users
+
+
+def test_help_does_not_wait_for_the_compiler():
+    """Imports of seconds, which a flag's line of help can do without, come when they are needed."""
+    late = ["torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"]
+    late += ["transformers.modeling_utils", "accelerate", "sympy"]
+    ask = f"import sys, train_dpo; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

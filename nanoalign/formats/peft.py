@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign import InputError
 from nanoalign.formats.experts import outside_experts
@@ -272,6 +271,14 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
     return names
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Is a module a decoder layer of transformers?"""
+    # late: it imports torch's compiler, two seconds that --help can do without
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
 def whole_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
     """The modules that train whole: as in PEFT, all whose path ends in a name of `modules_to_save`,
     so that "norm" means each "input_layernorm" too. What can't train so is an InputError."""
@@ -283,7 +290,7 @@ def whole_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
         inside = tuple(f"{path}." for path in found)
         if not found:
             fault = "the model has no module of that name"
-        elif any(isinstance(m, (nn.ModuleList, GradientCheckpointingLayer)) for m in modules):
+        elif any(isinstance(m, nn.ModuleList) or is_layer(m) for m in modules):
             fault = "holds whole layers; expected a module inside of them"
         elif any(isinstance(m, FrozenLinear) for m in modules):
             fault = "is in 4 bits, and can't train"

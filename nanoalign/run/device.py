@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nanoalign.data import Examples
 from nanoalign.fast import flex
 from nanoalign.fast.head import chunk_rows
-from nanoalign.formats.peft import TrainedModule
+from nanoalign.formats.peft import TrainedModule, is_layer
 from nanoalign.logps import PackedLM
 from nanoalign.run import ranks
 from nanoalign.run.bytes import (
@@ -91,7 +90,7 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
     if cfg.torch_compile is None:
         print("compiles the layers: a minute or two at first; --torch_compile false does without")
     for layer in lm.model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
+        if is_layer(layer):
             # A reference of its own is compiled apart, and starts equal to the policy only if
             # both round as they would without the compiler.
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})

@@ -21,7 +21,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanoalign import InputError
 from nanoalign.logps import PackedLM
@@ -152,9 +151,9 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
         return sums
     sums = {name: (float(value), count) for name, (value, count) in sums.items()}
     for p in parameters:
-        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has made it the ranks' mean
+        if is_part(p) and p.grad is not None:  # FSDP has made it the ranks' mean
             p.grad *= WORLD
-    replicas = [p for p in parameters if not isinstance(p, DTensor)]
+    replicas = [p for p in parameters if not is_part(p)]
     all_sums, all_have = zip(*gather((sums, [p.grad is not None for p in replicas])))
     somewhere = [p for p, have in zip(replicas, zip(*all_have)) if any(have)]
     for message in parts(somewhere, MESSAGE):
@@ -163,6 +162,13 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
     for theirs in all_sums:
         add(whole, theirs)
     return whole
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Is it this rank's part of a whole? Where torch.distributed.tensor, whose import takes a
+    second, was not needed yet, nothing is."""
+    kind = sys.modules.get("torch.distributed.tensor")
+    return kind is not None and isinstance(tensor, kind.DTensor)
 
 
 def add_gradients(parameters: list[nn.Parameter]) -> None:

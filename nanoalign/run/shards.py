@@ -10,9 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.nf4 import FrozenLinear
@@ -31,6 +28,9 @@ def shard(lm: PackedLM, device: torch.device) -> None:
     small: each rank has all of it and trains it as without FSDP, and `policy.reference` stays what
     it is without: a switch, or a copy.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # late: a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     trained = {p for p in lm.parameters() if p.requires_grad}
     all_train = len(trained) == len(list(lm.parameters()))
     for module in [m for m in lm.modules() if isinstance(m, FrozenLinear)]:
@@ -72,14 +72,16 @@ def settle(lm: PackedLM) -> None:
 def to_rank_0(tensor: Tensor) -> Tensor | None:
     """The whole of a tensor, of which each rank may have a part, on the CPU of rank 0. All ranks
     call it; the others get None, because a copy for each would fill the host's memory."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = tensor.full_tensor() if ranks.is_part(tensor) else tensor
     return None if ranks.RANK else whole.cpu()
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole weight, or an optimizer's state of its shape, cut as the parameter is; what has
     another shape (AdamW's step) stays whole."""
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+    if ranks.is_part(parameter) and tensor.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         tensor = tensor.to(parameter.device)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor.to(parameter.device)
@@ -87,7 +89,7 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def over_parts(count: Callable[[Tensor], int], tensor: Tensor) -> int:
     """The sum of `count` over the parts of a tensor."""
-    if isinstance(tensor, DTensor):
+    if ranks.is_part(tensor):
         return sum(ranks.gather(count(tensor.to_local())))
     return count(tensor)
 
