@@ -23,7 +23,7 @@ from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.ranks import joined
 from nanoalign.run.record import fit
-from nanoalign.run.reference import long_rows, reference_of, without_gradient
+from nanoalign.run.reference import logps_of, long_rows, reference_of
 from nanoalign.run.session import Run, finish, start
 from nanoalign.train import plan
 
@@ -59,14 +59,14 @@ def run_kto(cfg: KTOConfig) -> Run:
 
     reference = reference_of(cfg, run.policy, cfg.loss, all_requests)
     flags = flags_of(cfg, kto_loss, cfg.loss)
-    policy_now = without_gradient(run.policy.lm)
+    lm = run.policy.lm
 
     def kto(batches):
         """z0 is that of the whole step; the loss is a mean over examples."""
         z0 = torch.zeros(())
         if with_z0:
-            rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, run.policy.lm)
-            z0 = kl_baseline(joined(policy_now(rows)), joined(reference(rows)))
+            rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, lm)
+            z0 = kl_baseline(joined(logps_of(lm, rows)), joined(reference(rows)))
         for batch, ref in zip(batches, reference(batches)):
             scores = run.policy(batch)
             desirable = to_device([e.label for e in batch], ref.device).bool()

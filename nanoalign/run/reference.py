@@ -41,16 +41,24 @@ def reference_of(
     batches, so there the start is equal only in float32.) For a `loss` that compares with none
     nothing is loaded or computed, and the log-probs are 0.
     """
+    lm, at_start, name = policy.lm, policy.reference or nullcontext, cfg.ref_model_name_or_path
     if not compares(loss):
-        device = policy.lm.device
         return lambda batches: [
-            torch.zeros(sum(e.count for e in batch), device=device) for batch in batches
+            torch.zeros(sum(e.count for e in batch), device=lm.device) for batch in batches
         ]
-    logps = _logps_of(cfg, policy)
-    all_train = policy.reference is None and not cfg.ref_model_name_or_path
+    if name:
+        lm, at_start = load_reference(cfg, name, policy), nullcontext
+    if at_start is nullcontext:
+        lm.eval()  # where it is the policy, it is asked before training begins, and only then
+
+    def reference(batches):
+        with at_start():
+            return logps_of(lm, batches)
+
+    all_train = policy.reference is None and not name
     if cfg.precompute_ref_log_probs or all_train:
-        logps = _table(logps, all_requests(), cfg, policy.lm)
-    return logps
+        return table(reference, all_requests(), cfg, policy.lm)
+    return reference
 
 
 def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Batches:
@@ -60,37 +68,25 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
     return ranks.level(in_rows(examples, 2 * row_tokens(cfg.max_row_tokens, lm.device)))
 
 
-def without_gradient(lm: PackedLM) -> LogpsOf:
-    @torch.no_grad()
-    def logps(batches):
-        return [lm(batch).logps for batch in batches]
-
-    return logps
+@torch.no_grad()
+def logps_of(lm: PackedLM, batches: Batches) -> list[Tensor]:
+    """The log-probs that a model gives now, without gradient."""
+    return [lm(batch).logps for batch in batches]
 
 
-def _logps_of(cfg: ReferenceConfig, policy: Policy) -> LogpsOf:
-    """The log-probs of another model, or of the policy as it was at the start."""
-    lm, at_start = policy.lm, policy.reference or nullcontext
-    if name := cfg.ref_model_name_or_path:
-        for line in length_advice(cfg, name):
-            print(one_line(f"advice: {line}"))
-        lm, at_start = load_base(cfg, name), nullcontext
-        lm.model.set_attn_implementation(packed())
-        place(cfg, lm)
-        if len(lm.head().weight) < vocabulary(policy.tokenizer):
-            raise InputError(f"{name}: has fewer tokens than the policy")
-    if at_start is nullcontext:
-        lm.eval()  # where it is the policy, it is asked before training begins, and only then
-    logps = without_gradient(lm)
-
-    def reference(batches):
-        with at_start():
-            return logps(batches)
-
-    return reference
+def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
+    """Another model, as --ref_model_name_or_path names it."""
+    for line in length_advice(cfg, name):
+        print(one_line(f"advice: {line}"))
+    lm = load_base(cfg, name)
+    lm.model.set_attn_implementation(packed())
+    place(cfg, lm)
+    if len(lm.head().weight) < vocabulary(policy.tokenizer):
+        raise InputError(f"{name}: has fewer tokens than the policy")
+    return lm
 
 
-def _keys(examples: list[Example]) -> list[str]:
+def keys_of(examples: list[Example]) -> list[str]:
     """A digest of each completion, with its prompt and mask: what a log-prob is a function of. With
     the ids themselves a table would be larger than the data."""
     keys = []
@@ -103,17 +99,17 @@ def _keys(examples: list[Example]) -> list[str]:
     return keys
 
 
-def _table(
-    logps_of: LogpsOf, examples: list[Example], cfg: ReferenceConfig, lm: PackedLM
+def table(
+    reference: LogpsOf, examples: list[Example], cfg: ReferenceConfig, lm: PackedLM
 ) -> LogpsOf:
     """The same function, from a table: it knows prompts and completions by what they are."""
-    once = {tuple(_keys([example])): example for example in examples}
+    once = {tuple(keys_of([example])): example for example in examples}
     rows = long_rows([*once.values()], cfg, lm)
     mine, known = ranks.level(ranks.share(rows, lambda row: sum(e.tokens for e in row))), {}
     for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
-        known |= zip(_keys(row), logps_of([row])[0].tolist())
+        known |= zip(keys_of(row), reference([row])[0].tolist())
     known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}
     print(f"{len(known)} reference log-probs computed before the first step")
     return lambda batches: [
-        to_device([known[k] for k in _keys(batch)], lm.device) for batch in batches
+        to_device([known[k] for k in keys_of(batch)], lm.device) for batch in batches
     ]
