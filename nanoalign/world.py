@@ -30,11 +30,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nanoalign import InputError
 from nanoalign.chatml import IM_END, IM_START
 from nanoalign.model import Policy, generate
 
 HOME = Path("runs/world")
 BASE = HOME / "base"
+LEARNED = HOME.parent / "sft"  # where train_sft.py leaves it
 EACH = 3000  # training questions of a kind
 HELD_OUT = 100  # questions of a kind in each of the two held-out sets
 
@@ -103,6 +105,25 @@ def train_tokenizer(texts: list[str], size: int = 600) -> PreTrainedTokenizerFas
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=IM_END, pad_token=IM_END)
+
+
+def at_home(cfg) -> bool:
+    """Does a run train on this world's data? Then what it learns can be measured."""
+    return Path(cfg.dataset_name[0]).parent == HOME
+
+
+def owns(cfg) -> bool:
+    """May a run write over what an earlier one left in its output directory? Here in runs/METHOD,
+    and nowhere else."""
+    return at_home(cfg) and cfg.output_dir == str(HOME.parent / cfg.method)
+
+
+def prepare(model: str) -> None:
+    """Make the model that a run at home starts from, or InputError where it has to learn first."""
+    if model == str(BASE):
+        build()
+    elif model == str(LEARNED) and not (LEARNED / "config.json").exists():
+        raise InputError("the built-in model has to learn to answer first: run train_sft.py")
 
 
 def build(seed: int = 0) -> None:

@@ -42,6 +42,14 @@ from nanoalign.run.flags import Config
 TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the template
 
 
+class Base(NamedTuple):
+    """What training starts from."""
+
+    name: str  # the base model's directory, GGUF file or name on the hub
+    tokenizer: str  # where it is: the adapter's own, if that brings one
+    lora: LoRAConfig | None  # of the adapter that training goes on from
+
+
 class Opened(NamedTuple):
     """What is known of a policy before any weight is read."""
 
@@ -52,9 +60,7 @@ class Opened(NamedTuple):
     lora: LoRAConfig | None  # of the adapter that training goes on from
 
 
-def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
-    """The base model's name, that of the tokenizer (the adapter's own where it brings one), and the
-    settings of the adapter that training goes on from."""
+def base_of(cfg: Config) -> Base:
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
@@ -62,7 +68,7 @@ def base_of(cfg: Config) -> tuple[str, str, LoRAConfig | None]:
     if os.path.exists(Path(name) / "adapter_config.json"):
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
     own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    return name, adapter if own else name, lora
+    return Base(name, adapter if own else name, lora)
 
 
 def load_tokenizer(
@@ -107,8 +113,9 @@ def load_tokenizer(
     return tokenizer, template, added
 
 
-def tokenizer_of(cfg: Config) -> Opened:
-    base, name, lora = base_of(cfg)
+def tokenizer_of(cfg: Config, base: Base | None = None) -> Opened:
+    """`base` is base_of(cfg), where that is known already."""
+    base, name, lora = base or base_of(cfg)
     if lora and base not in (cfg.model_name_or_path, lora.base_model_name_or_path):
         print(one_line(f"{lora.base_model_name_or_path} is gone; the base is read from {base}"))
     chosen = cfg.chat_template, cfg.trust_remote_code, cfg.chat_template_kwargs

@@ -24,7 +24,7 @@ from nanoalign.run.device import settle_rows
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import printable
-from nanoalign.run.policy import base_of, load_policy, tokenizer_of
+from nanoalign.run.policy import Base, base_of, load_policy, tokenizer_of
 
 
 @dataclass
@@ -45,37 +45,35 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     if cfg.plain:
         nanoalign.plain()
         print("computes with the lesson's definitions; no twin in fast/ is called")
-    model = cfg.model_name_or_path
-    # The built-in world's data: world.py can measure what is learned from it, and a run may write
-    # over what an earlier one left in runs/METHOD, and nowhere else.
-    built_in, learned = Path(cfg.dataset_name[0]).parent == world.HOME, world.HOME.parent / "sft"
-    own = built_in and cfg.output_dir == str(world.HOME.parent / cfg.method)
-    ranks.once(lambda: check_output_dir(cfg, may_overwrite=own))
-    if built_in and model == str(world.BASE):
-        ranks.once(world.build)
-    elif built_in and model == str(learned) and not (learned / "config.json").exists():
-        raise InputError("the built-in model has to learn to answer first: run train_sft.py")
-    opened = tokenizer_of(cfg)
+
+    base, at_home = base_of(cfg), world.at_home(cfg)
+    ranks.once(lambda: check_output_dir(cfg, base))
+    if at_home:
+        ranks.once(lambda: world.prepare(cfg.model_name_or_path))
+
+    opened = tokenizer_of(cfg, base)
     examples, count, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
-    if not built_in:
+    if not at_home:
         lost = count["completions cut"], count["no trained token left"]
-        for line in (*length_advice(cfg, opened.base), *advice(cfg, examples, *lost)):
+        for line in (*length_advice(cfg, base.name), *advice(cfg, examples, *lost)):
             print(one_line(f"advice: {line}"))
+
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    threads = use_threads(cfg, built_in)
+    threads = use_threads(cfg, at_home)
     policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
+
     if policy.lm.device.type == "cpu":
         print(threads)
     settle_rows(cfg, policy.lm, examples)
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
-    measured = built_in and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
+    measured = at_home and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
     before = world.measure(policy) if measured else None
     return Run(policy, examples, held_out, before)
 
 
-def use_threads(cfg: Config, built_in: bool) -> str:
+def use_threads(cfg: Config, tiny: bool) -> str:
     """Set the number of a CPU's threads. -> how many there are and why, in a line.
 
     Threads that share a product wait for each other, and spin meanwhile: one busy program beside
@@ -87,14 +85,14 @@ def use_threads(cfg: Config, built_in: bool) -> str:
         why = "--threads"
     elif "OMP_NUM_THREADS" in os.environ:
         why = "OMP_NUM_THREADS"
-    elif built_in:
+    elif tiny:
         why, number = "the model is tiny; --threads takes more", 1
     torch.set_num_threads(number or torch.get_num_threads())
     n = torch.get_num_threads()
     return f"computes on the CPU with {n} thread{'s' * (n > 1)} ({why})"
 
 
-def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
+def check_output_dir(cfg: Config, base: Base) -> None:
     """Before anything is loaded: can the run write there, and would it write over something?"""
     if not cfg.output_dir:
         raise InputError("--output_dir: say where everything is to go")
@@ -107,8 +105,8 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         elif not os.access(existing, os.W_OK | os.X_OK):
             wrong = f"{existing} is not writable"
         elif existing == real and not is_free(real):
-            permitted = may_overwrite or cfg.overwrite_output_dir
-            inside = [name for name in sources(cfg) if holds(real, name)]
+            permitted = world.owns(cfg) or cfg.overwrite_output_dir
+            inside = [name for name in sources(cfg, base) if holds(real, name)]
             data = [*cfg.dataset_name, *cfg.eval_dataset]
             inside += [name for name in data if checkpoint.writes_over(real, name)]
             if inside:
@@ -126,9 +124,9 @@ def check_output_dir(cfg: Config, may_overwrite: bool) -> None:
         raise InputError(f"--output_dir {directory}: {wrong}")
 
 
-def sources(cfg: Config) -> list[str]:
+def sources(cfg: Config, base: Base) -> list[str]:
     """The models that training starts from or compares with."""
-    names = [base_of(cfg)[0], cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")]
+    names = [base.name, cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")]
     return [name for name in names if name]
 
 
