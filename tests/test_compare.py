@@ -79,7 +79,8 @@ def test_what_votes_say():
         "52 of 100 (95 %: 42% to 62%): can't be told from a coin; about 2,400 in all at this rate "
         "would"
     )
-    assert verdict(65, 100) == "65 of 100 (95 %: 55% to 74%): not a coin's"
+    assert verdict(65, 100) == "65 of 100 (95 %: 55% to 74%): more than chance"
+    assert verdict(2, 20) == "2 of 20 (95 %: 3% to 30%): less than chance"
     assert verdict(5, 10).endswith("at this rate no number would") and verdict(0, 0) == "no votes"
     for wins, n in itertools.product(range(1, 60), range(60, 64)):  # and it is right about it
         said = verdict(wins, n)

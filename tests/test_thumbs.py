@@ -148,7 +148,8 @@ def test_a_thumb_is_a_row_and_a_second_one_replaces_it(tmp_path):
 def test_a_choice_is_a_row_and_a_tie_none(tmp_path):
     chat = talk("Hi", "Hello", file=tmp_path / "t.jsonl")
     chat.ask("So?")
-    assert chat.offered(["One.", "Two."], ["new", "base"])
+    chat.offered(["One.", "Two."], ["new", "base"])
+    assert chat.offer.differ
     assert chat.turns[-1] == said("assistant", "One.")  # until there is a choice
     chat.choose(1)
     row = dict(
@@ -165,7 +166,25 @@ def test_a_choice_is_a_row_and_a_tie_none(tmp_path):
     chat.choose(0)
     assert chat.undo() == "So?" and kept(chat.pairs) == []  # it goes with its question
     chat.ask("So?")
-    assert not chat.offered(["One.", "One."], ["new", "base"])
+    chat.offered(["One.", "One."], ["new", "base"])
+    assert not chat.offer.differ
+
+
+def test_a_conversation_that_begins_anew(tmp_path):
+    chat = talk("Hi", "Hello", file=tmp_path / "t.jsonl", system="Be kind.")
+    chat.begin()
+    chat.ask("So?")
+    first = [said("system", "Be kind.")]
+    assert chat.prompt() == [*first, said("user", "So?")]
+    chat.answer("So.")
+    chat.thumb(True)
+    chat.thumb(False, place=1)
+    prompts = [row["prompt"] for row in thumbs.read_rows(chat.file)]
+    assert prompts == [[*first, said("user", text)] for text in ("So?", "Hi")]
+    assert chat.undo() == "So?" and chat.prompt() == first  # it is still a new one
+    assert chat.undo() == "Hi" and chat.prompt() == first
+    chat.ask("Hi")
+    assert chat.prompt() == [*first, said("user", "Hi")] and chat.undo() and not chat.undo()
 
 
 def test_training_reads_the_rows(tmp_path):

@@ -38,7 +38,7 @@ def test_a_tool_takes_flags_of_the_scripts(capsys, monkeypatch):
     args = vars(opened[0])
     assert args.pop("directory") == "there" and args.pop("prompt") == "Hello"
     assert args == dict(system="", temperature=0.7, top_p=0.95, max_new_tokens=9, seed=None,
-                        feedback=None,
+                        feedback=None, web=False, port=7860,
                         chat_template=None, chat_template_kwargs={}, load_in_4bit=True,
                         device="auto",
                         trust_remote_code=False)  # fmt: skip

@@ -21,21 +21,27 @@ import os
 import random
 import re
 import sys
+from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
-from nanoalign import InputError
+from nanoalign import InputError, world
 from nanoalign.formats.peft import load_adapter
+from nanoalign.lora import Reference
 from nanoalign.model import Policy, generate
 from nanoalign.run.command import command
+from nanoalign.run.files import saving
 from nanoalign.run.flags import POSITIVE, Config, Parser, add_flags
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy
+from nanoalign.tools.page import serve
 from nanoalign.tools.thumbs import Conversation, tally
 
+BUILT_IN = world.HOME.parent / "sft"  # what train_sft.py leaves
 DIM, PLAIN = "\033[2m", "\033[0m"
 JUDGE = "/good", "/bad", "/choose", "/a", "/b", "/tie"
 FLAGS = "device", "chat_template", "chat_template_kwargs", "load_in_4bit", "trust_remote_code"
@@ -147,7 +153,7 @@ def judge(policy: Policy, chat: Conversation, command: str, rest: str, args) -> 
     elif command in ("/good", "/bad") and chat.turns:
         chat.thumb(command == "/good")
         print(f"kept in {args.feedback}")
-    elif command in ("/a", "/b", "/tie") and chat.offer:
+    elif command in ("/a", "/b", "/tie") and chat.offer and chat.offer.differ:
         chat.choose({"/a": 0, "/b": 1}.get(command))
         print("neither" if command == "/tie" else f"kept in {chat.pairs}")
     else:
@@ -166,11 +172,8 @@ def two_replies(policy: Policy, chat: Conversation, args) -> None:
         print(f"[{letter}] ", end="")
         with writer:
             texts.append(say(policy, chat.prompt(), args))
-    if chat.offered(texts, [name for _, name in writers]):
-        print("/a, /b or /tie")
-    else:
-        print("they are equal: no pair")
-        chat.offer = None
+    chat.offered(texts, [name for _, name in writers])
+    print("/a, /b or /tie" if chat.offer.differ else "they are equal: no pair")
 
 
 def open_policy(args) -> Policy:
@@ -186,10 +189,23 @@ def open_policy(args) -> Policy:
     return policy
 
 
+def open_trained(args, run: str | None) -> Policy:
+    """The model, or what a run made of it, with the model itself as the reference."""
+    if run and not Path(args.directory, "adapter_config.json").exists():
+        return open_policy(Namespace(**vars(args) | {"directory": run}))
+    policy = open_policy(args)
+    if run:  # the adapter went on: its new weights take the place of those that are the reference
+        policy.reference = Reference(policy.lm)
+        load_adapter(policy.model, policy.lora, run)
+    return policy
+
+
 @command("chat")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
-    parser.add_argument("directory", help="a model or an adapter")
+    parser.add_argument("directory", nargs="?", help="a model or an adapter")
+    parser.add_argument("--web", action="store_true", help="as a page, in your browser")
+    parser.add_argument("--port", type=int, default=7860, help="of the page")
     parser.add_argument("--feedback", type=Path, help="JSONL file for what you judge")
     parser.add_argument("--prompt", help="one reply to this, then the end")
     parser.add_argument("--system", default="", help="the system turn")
@@ -204,15 +220,26 @@ def main(argv: list[str] | None = None) -> None:
         if value is not None and not holds(value):
             raise InputError(f"--{name} {value}: must {must}")
     args.system = utf8("--system", args.system)
+    if args.web:
+        if not args.directory and not (BUILT_IN / "config.json").exists():
+            raise InputError("the built-in model has to learn to answer first: run train_sft.py")
+        args.directory = args.directory or str(BUILT_IN)
+        args.feedback = args.feedback or BUILT_IN.parent / "chat" / "thumbs.jsonl"
+    elif not args.directory:
+        raise InputError("give a model or an adapter to talk to")
     prompt = args.prompt
-    if prompt is None and not sys.stdin.isatty():
+    if prompt is None and not args.web and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().strip()
     if prompt is not None and not (prompt := utf8("the prompt", prompt)):
         raise InputError("nothing to reply to: give --prompt TEXT or pipe text in")
     if args.feedback:
         if args.feedback.suffix != ".jsonl":
             raise InputError(f"--feedback {args.feedback}: expected a name that ends in .jsonl")
+        with saving(args.feedback):
+            args.feedback.parent.mkdir(parents=True, exist_ok=True)
         print(tally(Conversation(args.directory, args.feedback)))
+    if args.web:
+        return serve(args, partial(open_trained, args))
     policy = open_policy(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)

@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 
 import torch
 
@@ -42,37 +42,11 @@ from nanoalign.run.log import printable
 from nanoalign.run.session import hold_out, read
 from nanoalign.tools import thumbs
 from nanoalign.tools.chat import FLAGS, open_policy
+from nanoalign.tools.thumbs import verdict, wilson
 
-Z = NormalDist().inv_cdf(0.975)  # 1.96: of an interval that holds 95 %
 DATA = "max_length", "max_prompt_length", "truncation_mode", "input_as_system", "dataset_test_split"
 BATCH = 8  # replies generated at a time
 MEASURES = "summed", "per token"
-
-
-def wilson(wins: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): all p from which `wins` of n is no surprise,
-
-    |wins / n - p| <= 1.96 sqrt(p (1 - p) / n)
-    """
-    share, spread = wins / n, Z * Z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def verdict(wins: int, n: int) -> str:
-    """What so many wins of n votes say."""
-    if n == 0:
-        return "no votes"
-    low, high = wilson(wins, n)
-    said = f"{wins} of {n} (95 %: {low:.0%} to {high:.0%})"
-    if low > 0.5 or high < 0.5:
-        return f"{said}: not a coin's"
-    if 2 * wins == n:
-        return f"{said}: can't be told from a coin; at this rate no number would"
-    needed = (Z / 2 / (wins / n - 0.5)) ** 2  # where the interval ends at a half
-    needed = max(n + 1, round(needed, 1 - int(math.log10(needed))))  # two digits
-    return f"{said}: can't be told from a coin; about {needed:,.0f} in all at this rate would"
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

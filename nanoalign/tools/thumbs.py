@@ -11,10 +11,12 @@ takes the place of the first.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 from nanoalign import InputError
 from nanoalign.chatml import Message
@@ -30,13 +32,19 @@ def message_of(text: str) -> Message:
     return turns_of({"reply": text}, "reply", "assistant")[0]
 
 
-@dataclass
+@dataclass(eq=False)
 class Offer:
     """Two replies to one question, and the row that says which is the better one."""
 
     replies: list[Message]  # in the order in which they are shown
     models: list[str]  # that wrote them
+    judged: bool = False
+    better: int | None = None  # once it is judged; None: neither
     row: dict | None = None
+
+    @property
+    def differ(self) -> bool:
+        return self.replies[0] != self.replies[1]
 
 
 @dataclass
@@ -50,6 +58,8 @@ class Conversation:
     file: Path | None = None
     system: str = ""
     turns: list[Message] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])  # the turns that begin anew
+    models: dict[int, str] = field(default_factory=dict)  # that wrote a reply, by its place
     rows: dict[int, dict] = field(default_factory=dict)  # the thumbs, by the place of the reply
     offer: Offer | None = None  # at the end of the turns, of which the reply that goes on is one
 
@@ -58,56 +68,72 @@ class Conversation:
         return self.file.with_suffix(".pairs.jsonl")
 
     def prompt(self, until: int | None = None) -> list[Message]:
-        """The messages before a turn, or all."""
-        start = [{"role": "system", "content": self.system}] if self.system else []
-        return start + self.turns[:until]
+        """The messages that precede a turn, or all, from where it last began anew."""
+        until = len(self.turns) if until is None else until
+        start = max(place for place in self.starts if place <= until)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.turns[start:until]
+
+    def begin(self) -> None:
+        """What was said until now is not read any more."""
+        self.starts.append(len(self.turns))
+        self.offer = None
 
     def ask(self, text: str) -> None:
         self.turns.append({"role": "user", "content": text})
         self.offer = None
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, model: str | None = None) -> None:
+        self.models[len(self.turns)] = model or self.model
         self.turns.append(message_of(text))
 
     def thumb(self, label: bool, place: int = -1) -> None:
         """Thumbs up or down for a reply, the last one unless told otherwise."""
         place %= len(self.turns)
-        row = {"prompt": self.prompt(place), "completion": [self.turns[place]], "label": label}
+        row = {"model": self.models[place], "prompt": self.prompt(place)}
+        row |= {"completion": [self.turns[place]], "label": label}
         self.rows[place] = self._keep(self.file, row, self.rows.get(place))
 
-    def offered(self, texts: list[str], models: list[str]) -> bool:
-        """Two replies to the last question; until one is chosen the first goes on. Do they differ?
-        Equal ones are no pair."""
+    def offered(self, texts: list[str], models: list[str]) -> None:
+        """Two replies to the last question; until one is chosen the first goes on."""
+        self.answer(texts[0], models[0])
         self.offer = Offer([message_of(text) for text in texts], models)
-        self.turns.append(self.offer.replies[0])
-        return self.offer.replies[0] != self.offer.replies[1]
 
     def choose(self, better: int | None) -> None:
         """The first (0) or second (1) of the two is better and goes on; None: neither is."""
         offer = self.offer
+        offer.judged, offer.better = True, better
         if better is None:
             if offer.row:
                 replace(self.pairs, offer.row, None)
             offer.row = None
             return
         chosen, rejected = offer.replies[better], offer.replies[1 - better]
-        names = {"model": offer.models[better], "rejected_model": offer.models[1 - better]}
-        row = {"prompt": self.prompt(-1), "chosen": [chosen], "rejected": [rejected]} | names
+        names = offer.models[better], offer.models[1 - better]
+        row = {
+            "model": names[0],
+            "rejected_model": names[1],
+            "prompt": self.prompt(len(self.turns) - 1),
+        }
+        row |= {"chosen": [chosen], "rejected": [rejected]}
         offer.row = self._keep(self.pairs, row, offer.row)
         if self.turns[-1] != chosen:
             self.rows.pop(len(self.turns) - 1, None)  # a thumb for the other one stays in its file
-            self.turns[-1] = chosen
+            self.turns[-1], self.models[len(self.turns) - 1] = chosen, names[0]
 
     def undo(self) -> str:
         """Take the last question and its reply back, and what was said of it. -> the question"""
-        if not self.turns:
-            return ""
         if self.offer:
             self.choose(None)
             self.offer = None
-        self.forget(len(self.turns) - 1)
-        *self.turns, question = self.turns[:-1]
-        return question["content"]
+        asked = [place for place, turn in enumerate(self.turns) if turn["role"] == "user"]
+        if not asked:
+            return ""
+        self.forget(asked[-1] + 1)
+        question = self.turns[asked[-1]]["content"]
+        del self.turns[asked[-1] :]
+        self.starts = [place for place in self.starts if place <= asked[-1]]
+        return question
 
     def forget(self, place: int) -> None:
         """Take a thumb back."""
@@ -116,7 +142,7 @@ class Conversation:
 
     def _keep(self, path: Path, row: dict, old: dict | None) -> dict:
         """Write a row, in the place of the old one if there is one."""
-        row = {"model": self.model, **row, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        row = {**row, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if old is None:
             append(path, row)
         else:
@@ -126,7 +152,7 @@ class Conversation:
 
 def tally(chat: Conversation) -> str:
     """37 thumbs: 21 up, 16 down; 4 choices. What a crash has torn is set aside here."""
-    labels, choices = [row["label"] for row in read_rows(chat.file)], read_rows(chat.pairs)
+    labels, choices = [row.get("label") for row in read_rows(chat.file)], read_rows(chat.pairs)
     up = labels.count(True)
     return f"{len(labels)} thumbs: {up} up, {len(labels) - up} down; {len(choices)} choices"
 
@@ -151,9 +177,9 @@ def read_rows(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"{path}, line {number}: not JSON; expected a row") from None
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError):
+            raise InputError(f"{path}, line {number}: expected an object in JSON") from None
     return rows
 
 
@@ -183,3 +209,33 @@ def _append(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+# What votes say.
+Z = NormalDist().inv_cdf(0.975)  # 1.96: of an interval that holds 95 %
+
+
+def wilson(wins: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): all p from which `wins` of n is no surprise,
+
+    |wins / n - p| <= 1.96 sqrt(p (1 - p) / n)
+    """
+    share, spread = wins / n, Z * Z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def verdict(wins: int, n: int) -> str:
+    """What so many wins of n votes say."""
+    if n == 0:
+        return "no votes"
+    low, high = wilson(wins, n)
+    said = f"{wins} of {n} (95 %: {low:.0%} to {high:.0%})"
+    if low > 0.5 or high < 0.5:
+        return f"{said}: {'more' if low > 0.5 else 'less'} than chance"
+    if 2 * wins == n:
+        return f"{said}: can't be told from a coin; at this rate no number would"
+    needed = (Z / 2 / (wins / n - 0.5)) ** 2  # where the interval ends at a half
+    needed = max(n + 1, round(needed, 1 - int(math.log10(needed))))  # two digits
+    return f"{said}: can't be told from a coin; about {needed:,.0f} in all at this rate would"
