@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -516,6 +517,32 @@ def test_merge_with_new_tokens(tied, tmp_path):
     head = policy.model.get_output_embeddings()
     assert torch.equal(merged.get_output_embeddings().weight[markers], head.row_weight)
     assert len(merged.get_input_embeddings().weight) == len(table.weight)
+
+
+def test_a_server_reads_template_and_end_of_a_merged_model(tmp_path):
+    """What docs/serve.md says of the directory, of llama.cpp's library, and of its Modelfile."""
+    gguf = pytest.importorskip("gguf")
+    base = make(tmp_path / "base", vocab_size=300)
+    make_tokenizer(special=("<|endoftext|>",)).save_pretrained(base)  # another end than ChatML's
+    save_policy(load_policy(SFTConfig(base, device="cpu")), tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.eos_token_id == end
+    for name in ("config", "generation_config"):
+        found = json.loads((tmp_path / "merged" / f"{name}.json").read_text())["eos_token_id"]
+        assert found in (end, [end])
+    read = gguf.SpecialVocab(tmp_path / "merged")  # what the converter writes into a file
+    assert read.special_token_ids["eos"] == end and read.chat_template == tokenizer.chat_template
+
+    page = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    template = re.search('TEMPLATE """(.*?)"""', page, flags=re.S)[1]
+    loop, rest = template.removeprefix("{{ range .Messages }}").split("{{ end }}")
+    talk = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Yes?"), ("user", "Bye.")]
+    turns = [loop.replace("{{ .Role }}", r).replace("{{ .Content }}", c) for r, c in talk]
+    messages = [dict(role=role, content=content) for role, content in talk]
+    ours = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "".join(turns) + rest == ours and f'stop "{tokenizer.eos_token}"' in page
 
 
 def test_peft_does_not_mind_the_note_and_gets_the_same_logits(tmp_path):
