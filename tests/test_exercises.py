@@ -1,6 +1,7 @@
 """The exercises: their solutions pass, and what is usually got wrong is told by its name."""
 
 import doctest
+import functools
 import json
 import re
 import subprocess
@@ -8,7 +9,12 @@ import sys
 from types import ModuleType
 
 import pytest
+from scripts import call, metrics
 
+import nanoalign
+import train_dpo
+import train_kto
+from exercises.__main__ import PLACES, TABLE, take_places
 from exercises.checks import EXERCISES
 from exercises.grade import HERE, fault_of, load, passed
 
@@ -67,6 +73,12 @@ MISTAKES = [  # exercise, a piece of its solution, what stands there instead, wh
 ]  # fmt: skip
 
 
+def functions_of(module: ModuleType) -> list[str]:
+    """The names of its own functions, not of those that it imports."""
+    own = {n: getattr(f, "__module__", None) for n, f in vars(module).items() if callable(f)}
+    return [name for name, home in own.items() if home == module.__name__]
+
+
 def faults(name: str, module: ModuleType, student: str = "") -> list[str | None]:
     return [fault_of(check, lambda: module, student) for check in EXERCISES[name]]
 
@@ -94,10 +106,8 @@ def test_a_mistake_is_called_by_its_name(name, old, new, said):
 def test_worked_examples_are_right_and_nothing_is_given_away(name):
     """The examples in the exercise's docstrings, computed by its solution."""
     exercise, solution = load(HERE, name), load(SOLUTIONS, name)
-    functions = {  # its own, not what it imports
-        n: f for n, f in vars(solution).items() if getattr(f, "__module__", "") == solution.__name__
-    }
-    assert functions and functions.keys() <= vars(exercise).keys()
+    functions = functions_of(solution)
+    assert functions and set(functions) <= vars(exercise).keys()
     for function in functions:
         text = vars(exercise)[function].__doc__
         examples = doctest.DocTestParser().get_doctest(text, dict(vars(solution)), name, None, 0)
@@ -127,3 +137,41 @@ def test_points_and_report(tmp_path):
     assert rows["e01_mask"]["faults"] == ["not written yet"]
     assert "SyntaxError" in rows["e09_step"]["faults"][0]
     assert list(passed(tmp_path, "Ada")) == ["e07_dpo"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_answers_take_the_lessons_place(method, model_dir, data, tmp_path, no_curves, monkeypatch):
+    """Every one of them is called, and the run has the numbers of the lesson's own."""
+    given = dict(model_name_or_path=model_dir, dataset_name=data / f"{method}.jsonl", device="cpu")
+    given |= dict(load_in_4bit=True, max_steps=2, logging_steps=1, learning_rate=1e-3)
+    call(method, {**given, "output_dir": tmp_path / "lesson"})
+
+    called = set()
+
+    def counted(function):
+        def wrapper(*given, **more):
+            called.add(function.__name__)
+            return function(*given, **more)
+
+        return functools.wraps(function)(wrapper)
+
+    answers = passed(SOLUTIONS)
+    for answer in answers.values():
+        for function in functions_of(answer):
+            setattr(answer, function, counted(vars(answer)[function]))
+    for script in (train_dpo, train_kto):
+        monkeypatch.setattr(script, "reference_of", script.reference_of)
+    for place, function in [pair for pairs in PLACES.values() for pair in pairs]:
+        if place is not TABLE:
+            monkeypatch.setattr(place, function, vars(place)[function])  # is put back at the end
+    try:
+        take_places(answers)
+        call(method, {**given, "output_dir": tmp_path / "answers"})
+    finally:
+        nanoalign.plain(False)
+    own = {"dpo": {"dpo_loss", "pairs_of"}, "kto": {"kto_loss", "kl_baseline"}}[method]
+    both = {"pieces", "ids_and_mask", "allowed", "forward", "quantize", "token_logps"}
+    assert called == own | both | {"optimizer_step", "reference_logps"}
+    lines = zip(metrics(tmp_path / "lesson"), metrics(tmp_path / "answers"), strict=True)
+    for expected, found in lines:
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
