@@ -515,7 +515,8 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     """Its library is the judge. Files of one's own are no data sets of the hub."""
     data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
     cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
-    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1}, [2, 5])
+    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1}, [2, 5],
+               {"enable_thinking": False})  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == ("org/base" if lora else "org/model")
     assert card.data.library_name == ("peft" if lora else "transformers")
@@ -524,7 +525,7 @@ def test_the_hub_reads_the_card(tmp_path, lora):
     opener = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
     assert f"from {card.data.library_name} import {opener}\n" in card.text
     assert f"model = {opener}.from_pretrained(" in card.text and "trained with DPO by" in card.text
-    assert "eos_token_id=[2, 5])" in card.text
+    assert "eos_token_id=[2, 5])" in card.text and "enable_thinking=False,\n)\nreply" in card.text
     assert "7 examples" in card.text and "loss 0.5" in card.text and "time" not in card.text
 
 

@@ -152,7 +152,8 @@ class NativeTemplate:
         name = re.compile(rf"\s*{sign}(.*{sign})?\s*", re.DOTALL)
         tokens = [t for t in added_tokens(tokenizer) if name.fullmatch(t.content)]
         self.tokenizer, self.marked = tokenizer, Marked(tokenizer, tokens)
-        self.rendered, self.complete = lru_cache(maxsize=64)(self._rendered), set()
+        self.rendered = lru_cache(maxsize=64)(self._rendered)  # a prompt is asked for repeatedly
+        self.complete = lru_cache(maxsize=1024)(self._complete)
         self.given = tokenizer.init_kwargs.get(KWARGS, {})
         day = date.fromisoformat(tokenizer.init_kwargs.get(DATE) or str(date.today()))
         self.date = {name: day.strftime(name) for name in DIRECTIVES}
@@ -168,19 +169,22 @@ class NativeTemplate:
             raise refusal("cannot be tokenized piece by piece")
 
         ends = [list(self.pieces(talk))[-1][0]]
-        with suppress(InputError):  # it may write no calls
-            ends.append(list(self.pieces([ASK, CALL]))[-1][0])
+        for tools in (), TOOLS:
+            with suppress(InputError):  # it may write no calls
+                ends.append(list(self.pieces([ASK, CALL], tools))[-1][0])
         self.stop_ids = list(dict.fromkeys(ends))
         self._name_the_end()
 
     def _tried(self) -> Message:
         """A reply that it can write: one without a thought, or else one with."""
+        faults = []
         for answer in ANSWER, {**ANSWER, "reasoning_content": "A thought."}:
-            with suppress(InputError):
+            try:
                 self._check([ASK, answer, ASK, answer], ())
                 return answer
-        self._check([ASK, ANSWER], ())
-        raise refusal("shows a second reply otherwise than the first")
+            except InputError as fault:
+                faults.append(fault)
+        raise faults[0]
 
     def _name_the_end(self) -> None:
         """Tell other tools what ends a reply, unless the template prints eos_token elsewhere."""
@@ -271,20 +275,23 @@ class NativeTemplate:
         return start[: marker.end()]
 
     def _check(self, messages: list[Message], tools: Sequence[dict]) -> None:
-        """Does the template show all that a conversation of this kind says? Earlier thoughts, and
-        words beside earlier calls, are the template's to forget."""
+        """Does the template show all that a conversation of this kind says?"""
         talk = [like(message, i) for i, message in enumerate(messages)]
-        if (kind := str([talk, bool(tools)])) in self.complete:
-            return
-        used = TOOLS if tools else ()
-        prompt, reply = self._prompt(talk[:-1], used), self._written(talk, used)
+        self.complete(json.dumps([talk, TOOLS if tools else []]))
+
+    def _complete(self, conversation: str) -> None:
+        """Refuse a template that drops a part of it. Earlier thoughts, and words beside earlier
+        calls, are the template's to forget."""
+        talk, tools = json.loads(conversation)
+        prompt, reply = self._prompt(talk[:-1], tools), self._written(talk, tools)
         if tools and FIND["name"] not in prompt:
             raise refusal("does not show the tools")
-        for message in talk:
-            last = message is talk[-1]
+        for i, message in enumerate(talk, 1):
+            last = i == len(talk)
             calls = [call["function"] for call in message.get("tool_calls", ())]
-            names = [word for c in calls for word in (c["name"], c["arguments"]["city"])]
-            said = {"the tool calls": names}
+            said = {
+                "the tool calls": [w for c in calls for w in (c["name"], *c["arguments"].values())]
+            }
             if last or not calls:
                 said[f"what the {message['role']} says"] = [message["content"]]
             if last:
@@ -292,7 +299,6 @@ class NativeTemplate:
             for what, words in said.items():
                 if any(word not in (reply if last else prompt) for word in words):
                     raise refusal(f"does not show {what}")
-        self.complete.add(kind)
 
     def _prompt(self, messages: list[Message], tools: Sequence[dict]) -> str:
         """The prompt that generation gets."""

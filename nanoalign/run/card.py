@@ -16,9 +16,10 @@ def write_card(
     examples: int,
     last: dict,
     stop_ids: list[int],
+    given: dict | None = None,
 ) -> None:
     """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl; at
-    `stop_ids` a reply ends, which an adapter's base does not know."""
+    `stop_ids` a reply ends, which an adapter's base does not know; `given` went to the template."""
     package, opener = "transformers", "AutoModelForCausalLM"
     base, tag, trained = cfg.model_name_or_path, "", "all weights"
     if lora:
@@ -32,6 +33,7 @@ def write_card(
     named = [f"\n- {name}" for name in cfg.dataset_name if on_hub(name)]
     datasets = "".join(["datasets:", *named, "\n"]) if named else ""
     curve = "\n![curves](curves.png)\n" if (directory / "curves.png").exists() else ""
+    more = "".join(f"    {name}={value!r},\n" for name, value in (given or {}).items())
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
     text = f"""\
 ---
@@ -65,7 +67,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Hello!"}}],
     add_generation_prompt=True, return_dict=True, return_tensors="pt",
-)
+{more})
 reply = model.generate(**prompt, max_new_tokens=256, eos_token_id={stop_ids})
 print(tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 ```

@@ -15,6 +15,7 @@ import nanoalign
 from nanoalign import InputError, one_line, world
 from nanoalign.data import Examples, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
+from nanoalign.formats.templates import KWARGS
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint, ranks
 from nanoalign.run.advice import advice, afterthought, length_advice
@@ -200,8 +201,9 @@ def finish(cfg: Config, run: Run) -> Run:
     except ImportError:
         print("no curves.png: pip install 'nanoalign[plot]' for that")
     if lines:
-        stops = run.policy.template.stop_ids
-        write_card(cfg, run.policy.lora, directory, len(run.examples), lines[-1], stops)
+        stops, saved = run.policy.template.stop_ids, run.policy.tokenizer.init_kwargs
+        how = lines[-1], stops, saved.get(KWARGS)
+        write_card(cfg, run.policy.lora, directory, len(run.examples), *how)
     if line := afterthought(lines):
         print(line)
     if run.before:
