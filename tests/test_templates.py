@@ -149,7 +149,7 @@ SPECIALS = ["<s>", "</s>", IM_START, IM_END, "<|start_header_id|>", "<|end_heade
 SPECIALS += ["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<think>", "</think>"]
 SPECIALS += ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "[gMASK]"]
 SPECIALS += [f"<{end}{name}>" for name in ("arg_key", "arg_value") for end in ("", "/")]
-NAMES = "assistant user system observation start message end channel call return"
+NAMES = "assistant user system observation start message end channel call return string_type"
 SPECIALS += [f"<|{name}|>" for name in NAMES.split()]
 
 
@@ -420,8 +420,12 @@ def test_a_template_that_shows_no_thought_call_or_tool_is_refused():
     assert "the tool calls" in refused(list, template.pieces(call))
     assert "the tool calls" in refused(list, template.pieces(later))
     assert "the tools" in refused(list, template.pieces(talk("q", "a"), TOOLS))
-    # a thought of an earlier round is the template's to forget
+    # a thought of an earlier round is the template's to forget, and what was said beside a call
     assert list(template.pieces([*thought, *talk("r", "b")]))
+    template = NativeTemplate(native_tokenizer(CHANNELS))
+    call[1]["content"] = "I look."
+    assert "what the assistant says" in refused(list, template.pieces(call))
+    assert list(template.pieces(later))
 
 
 def test_a_prompt_that_the_template_shows_otherwise_is_refused():
@@ -429,11 +433,12 @@ def test_a_prompt_that_the_template_shows_otherwise_is_refused():
     r1 = ZEPHYR.replace("'<|assistant|>\n'", "'<|assistant|>\n<think>\n'")
     assert "otherwise than generation" in refused(NativeTemplate, native_tokenizer(r1))
     # one that writes thoughts, but no reply without (Nemotron's), trains those that have one
-    thought = "('<think>\n' + m.thinking + '</think>' if m.thinking else '')"
-    only = r1.replace("m['content']", f"{thought} + m['content']")
-    template = NativeTemplate(tokenizer := native_tokenizer(only))
-    thought = [turn("user", "q"), turn("assistant", "a", "t")]
-    assert trained(tokenizer, template, thought) == "t</think>a</s>"
+    for name in "thinking", "reasoning", "reasoning_content":
+        shown = f"('<think>\n' + m.{name} + '</think>' if m.{name} else '')"
+        only = r1.replace("m['content']", f"{shown} + m['content']")
+        template = NativeTemplate(tokenizer := native_tokenizer(only))
+        thought = [turn("user", "q"), turn("assistant", "a", "t")]
+        assert trained(tokenizer, template, thought) == "t</think>a</s>" and template.opening == ""
     assert "otherwise than generation" in refused(list, template.pieces(talk("q", "a")))
 
 
@@ -477,6 +482,7 @@ def test_no_thought_call_result_or_tool_forges_a_marker(name):
 
     def conversation(q, thought, name, key, value, deep, result, say, description):
         tool = {**WEATHER, "name": name, "description": description}
+        tool["parameters"] = {"type": "object", "properties": {key: {"type": "string"}}}
         calls = [(name, {key: value, f"{key} ": {deep: [deep]}})]
         return [
             turn("user", q),
@@ -510,12 +516,10 @@ def test_a_name_is_not_made_of_two_texts():
     template = NativeTemplate(tokenizer)
     for words in ("id|>", "<|eot_id|>", "id", "", " "):
         assert eot not in ids_and_mask(tokenizer, template, talk("q", words + "a"))[0]
-    middle = NativeTemplate(native_tokenizer(source.replace("'<|eot_'", "'<|eot_'")))
-    assert middle
     for first, last in (("<|eot_", "|>"), ("<|", "_id|>"), ("<|eot_id|", ""), ("", "|eot_id|>")):
         tokenizer = native_tokenizer(source.replace("<|eot_", first).replace("id|>", last))
         template = NativeTemplate(tokenizer)
-        for words in ("id", "eot", ">", "<", " id", "eot_id"):
+        for words in ("id", "eot", ">", "<", " id", "eot_id", "a <", "> a", "a <|eot", "id|> a"):
             ids, _ = ids_and_mask(tokenizer, template, talk(words, words))
             assert eot not in ids
             assert decoded(tokenizer, ids) == (first + words + last + "</s>") * 2
@@ -528,6 +532,15 @@ def test_contents_with_strange_characters():
     assert ids == rendered(tokenizer, messages)
     [run] = spans(ids, mask)
     assert decoded(tokenizer, run[:-1]) == messages[3]["content"]
+
+
+def test_a_marker_that_begins_with_another():
+    tokenizer = native_tokenizer(LLAMA3.replace("<|eot_id|>", "<|eot_id|>>"))
+    tokenizer.add_tokens([AddedToken("<|eot_id|>>", normalized=False)])
+    template = NativeTemplate(tokenizer)
+    ids, _ = ids_and_mask(tokenizer, template, talk("q", "a"))
+    assert ids == rendered(tokenizer, talk("q", "a"))
+    assert tokenizer.convert_ids_to_tokens(template.stop_ids) == ["<|eot_id|>>"]
 
 
 def test_a_word_among_the_added_tokens_is_a_word():
@@ -782,8 +795,9 @@ def test_chatml_writes_what_qwens_templates_write(name):
 def test_strings_as_they_are():
     """Special tokens in them are read as such; ids are the tokenizer's own."""
     tokenizer = native_tokenizer(None)
+    tokenizer.add_tokens([AddedToken("   ", normalized=False)])  # as some have: no marker
     template = NoTemplate(tokenizer)
-    prompt, reply = f"{IM_START}user\nHello!{IM_END}\n{IM_START}assistant\n", f"Bye.{IM_END}"
+    prompt, reply = f"{IM_START}user\nHello!   So.{IM_END}\n{IM_START}assistant\n", f"Bye.{IM_END}"
     for messages in (talk(prompt, reply), [turn("assistant", prompt + reply)]):
         ids, mask = ids_and_mask(tokenizer, template, messages)
         assert ids == tokenizer(prompt + reply, add_special_tokens=False)["input_ids"]
