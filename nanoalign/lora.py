@@ -5,13 +5,13 @@ rank r beside it:
 
     y = W x + (alpha / r) * B A x        A: (r, in), B: (out, r), B = 0 at the start
 
-With r = 16 and a 4096 x 4096 weight that is 131 thousand trained numbers instead of 16.8 million,
-and so much less memory for gradients and optimizer states. Since B = 0 the model starts as itself,
-and switching the change off gives the model as it was: DPO's and KTO's reference costs nothing.
+With r = 16 a 4096 x 4096 weight has 131 thousand trained numbers instead of 16.8 million, and
+gradients and optimizer states shrink with them. Since B = 0 the model starts as itself, and without
+the change it is as it was: the reference of DPO and KTO costs nothing.
 
-Everything here wraps modules and patches nothing, and a wrapper's `merge` gives the plain module
-that it amounts to. Its parameters have PEFT's names, so that "what trains" and "what an adapter
-file holds" (formats/peft.py) are the same list. Trained weights are fp32 whatever the base is.
+Modules are wrapped, never patched. `merge` gives the plain module that a wrapper amounts to.
+Trained weights are fp32 whatever the base is. They have PEFT's names, so that formats/peft.py reads
+off what an adapter file holds.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ Dropout = nn.Dropout
 class LoRALinear(nn.Module):
     """base_layer(x) + scaling * B A dropout(x), for any linear layer, quantized or not.
 
-    base_layer needs in_features, out_features and forward, and is not trained. A starts as PEFT's
-    (and torch's) linear layer does, uniform within 1 / sqrt(in_features); B starts at zero.
+    base_layer needs in_features, out_features and forward. As in PEFT, A starts uniform within
+    1 / sqrt(in_features), and B at zero.
     """
 
     def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout: float = 0.0):
@@ -43,11 +43,11 @@ class LoRALinear(nn.Module):
         self.scaling, self.dropout, self.enabled = scaling, fast.Dropout(dropout), True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        flat = x.flatten(0, -2)  # (T, in): what the base layer makes of it is no view, ...
-        y = self.base_layer(flat)  # (T, out)
+        flat = x.flatten(0, -2)  # (T, in)
+        y = self.base_layer(flat)  # (T, out), and no view, so it can be changed in place
         if self.enabled:
             a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-            y.addmm_(F.linear(self.dropout(flat), a), b.T, alpha=self.scaling)  # ... so in place
+            y.addmm_(F.linear(self.dropout(flat), a), b.T, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
@@ -55,23 +55,22 @@ class LoRALinear(nn.Module):
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
     def merge(self) -> nn.Module:
-        """The linear layer of weight W + scaling * B A, in fp32. It uses base_layer up."""
+        """The linear layer with weight W + scaling * B A in fp32. It consumes base_layer."""
         base = plain(self.base_layer).float()
         base.weight = nn.Parameter(base.weight + self.delta(), requires_grad=False)  # W may be tied
         return base
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """What a wrapper (or a 4-bit layer) amounts to; any other module is plain already."""
+    """What a wrapper or a 4-bit layer amounts to; any other module as it is."""
     return module.merge() if hasattr(module, "merge") else module
 
 
 class TokenRows(nn.Module):
     """An embedding, or an output head, of which only the rows of some tokens train.
 
-    The rows' fp32 values are `row_weight` (k, d), the parameter; the frozen table holds a copy in
-    its own dtype, brought up to date at each use. Tied tables share one parameter. Some embeddings
-    scale what they read: Gemma's, by its buffer `embed_scale`.
+    The parameter is `row_weight` (k, d) in fp32. The frozen table has a copy of it in its own
+    dtype, brought up to date at each use. Tied tables share the parameter.
     """
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: list[int], tied: Tensor | None):
@@ -89,7 +88,7 @@ class TokenRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         table = self.base_layer.weight
-        if not hasattr(table, "placements"):  # with --fsdp, outside of forward: a part of the table
+        if not hasattr(table, "placements"):  # FSDP, outside of forward, has a part of the table
             with torch.no_grad():
                 table[self.rows] = self.row_weight.to(table.dtype)
         return table
@@ -99,7 +98,7 @@ class TokenRows(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base_layer, nn.Linear):  # generation; training reads weight, row_weight
+        if isinstance(self.base_layer, nn.Linear):  # in generation only: see logps.Head
             return F.linear(x, self.weight, self.bias)
         out = F.embedding(x, self.weight)  # (..., d)
         here = x[..., None] == self.rows  # (..., k)
@@ -108,40 +107,39 @@ class TokenRows(nn.Module):
         return out * self.base_layer.embed_scale.to(out.dtype) if scales(self.base_layer) else out
 
     def merge(self) -> nn.Module:
-        """The embedding or head with the trained rows in their places, in fp32."""
+        """The embedding or head with the trained rows, in fp32."""
         table = plain(self.base_layer).float()
         table.weight.data[self.rows] = self.row_weight.data
         return table
 
 
 def scales(table: nn.Module) -> bool:
-    """Does an embedding multiply what it reads with its buffer `embed_scale`?"""
+    """Does an embedding multiply what it reads by its buffer `embed_scale`, as Gemma's does?"""
     return "embed_scale" in dict(table.named_buffers())
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """All linear layers but the output head: where LoRA usually goes. A layer is linear that has
-    in_features and out_features: nn.Linear, NF4Linear, or one of your own."""
+    """All linear layers but the output head: whatever has in_features, as nn.Linear and NF4Linear
+    do. InputError where there are none: GPT-2's are transformers' Conv1D."""
     head = model.get_output_embeddings()
     found = [n for n, m in model.named_modules() if hasattr(m, "in_features") and m is not head]
-    if not found:  # GPT-2's are of transformers' own kind, Conv1D
+    if not found:
         fault = "has no linear layers for LoRA; --use_peft false trains all its weights"
         raise InputError(f"{model.name_or_path or type(model).__name__}: {fault}")
     return found
 
 
 def add_lora(model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names=None) -> None:
-    """Freeze the model, and put LoRA on the linear layers `names` (None: on all but the head)."""
+    """Freeze the model and put LoRA on the linear layers `names` (None: on all but the head)."""
     model.requires_grad_(False)
     for name in linear_names(model) if names is None else names:
         put(model, name, LoRALinear(model.get_submodule(name), r, scaling, dropout))
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let a wrapper take the place of its base_layer, on that one's device."""
-    base = layer.base_layer
-    device = next(t for t in (*base.parameters(), *base.buffers())).device
-    model.set_submodule(name, layer.to(device))
+    """Replace a layer with its wrapper, which moves to the layer's device."""
+    tensors = *layer.base_layer.parameters(), *layer.base_layer.buffers()
+    model.set_submodule(name, layer.to(tensors[0].device))
 
 
 def tied(model: nn.Module) -> bool:
@@ -154,11 +152,9 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     one_table, paths = tied(model), {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():
-        if paths[id(embedding)].endswith(name):
-            table = embedding
-        elif paths[id(head)].endswith(name) and not one_table:
-            table = head
-        else:
+        tables = [embedding] if one_table else [embedding, head]
+        table = next((table for table in tables if paths[id(table)].endswith(name)), None)
+        if table is None:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
         if type(table) not in (nn.Embedding, nn.Linear) and not scales(table):  # it may do more
             raise InputError(f"new tokens can't be trained in a {type(table).__name__}")
@@ -173,9 +169,9 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
 class Reference:
     """The policy as it was when training began, in the same weights.
 
-    A new LoRA layer (B = 0) is switched off. Whatever else trains (an adapter that is continued,
-    biases, token rows) is kept in a frozen copy and swapped in. Made before the first step, it is
-    used so: `with reference(): ...`, and in there the model is the reference, in eval mode.
+    `with reference(): ...` makes the model the reference, in eval mode. New LoRA layers (B = 0) are
+    switched off; of all else that trains (an adapter that is continued, biases, token rows) a copy
+    from before the first step is swapped in.
     """
 
     def __init__(self, model: nn.Module):
