@@ -118,13 +118,13 @@ class Geometry:
 
     def longest(self) -> list[int]:
         """(T,) tokens of the longest text through each token, its last one included."""
-        found, ends = [], {}  # position -> where the longest text ends that comes later in the row
-        # not of self.position: the program would wait for the device
-        for position in reversed([p for depth, n in self.runs for p in range(depth, depth + n)]):
-            end = max(position, ends.pop(position + 1, 0))
-            ends[position] = max(end, ends.get(position, 0))
-            found.append(end + 2)  # positions count from 0, and the last token is not in the row
-        return found[::-1]
+        longest, path = [], []  # path: where in the row the tokens of a text are
+        for depth, new in self.runs:
+            path[depth:] = range(len(longest), len(longest) + new)
+            longest += [0] * new
+            for i in path:
+                longest[i] = max(longest[i], len(path) + 1)
+        return longest
 
 
 @dataclass
