@@ -1,21 +1,20 @@
 """The loop: one optimizer step after another, the same for every method.
 
-A METHOD is a generator. It is given the examples of one optimizer step, in batches that fit in
-memory, and yields for each batch what it summed and how many things that were:
+A METHOD is a generator. It gets the examples of one optimizer step, in batches that fit in memory.
+For each batch it yields sums, each with the number of things that were summed:
 
     def sft(batches):
         for batch in batches:
             scores = policy(batch)
             yield {"loss": (-scores.logps.sum(), sum(scores.tokens))}
 
-The loop lets each batch's summed loss through backward as it comes, and divides once, by what the
-whole step counted (trained tokens for SFT, examples for DPO and KTO). So 8 x 1, 4 x 2 and 1 x 8
-examples give the same gradient. The usual way averages within each batch and then the averages,
-which gives a token in a short batch more weight than one in a long batch.
+The loop lets each batch's summed loss through backward, and divides once by what the whole step
+counted: trained tokens for SFT, pairs for DPO, examples for KTO. So 8 x 1, 4 x 2 and 1 x 8 examples
+give the same gradient; a mean of the batches' means would not.
 
-Whatever else a method yields is a metric under its name; but "num_tokens", of none, says on how
-many it trained, if they are not those of its examples. Since a method has the whole step before it,
-it can ask first for what the batches share: the reference's log-probs, KTO's z0.
+All else that a method yields is a metric, or "num_tokens", if it trained on other tokens than those
+of its examples. It has the whole step, so it can first ask for what the batches share: the
+reference's log-probs, KTO's z0.
 """
 
 import math
@@ -36,12 +35,12 @@ Method = Callable[[Batches], Iterator[Sums]]
 
 def add(total: Sums, more: Sums) -> None:
     for name, (value, count) in more.items():
-        old = total.get(name, (0.0, 0))
-        total[name] = old[0] + value, old[1] + count
+        old_value, old_count = total.get(name, (0.0, 0))
+        total[name] = old_value + value, old_count + count
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Each sum over its count. The margin is a difference of means, so that KTO has one too."""
+    """Each sum over its count. The margin is a difference of means, so KTO has one, too."""
     out = {name: value / count for name, (value, count) in sums.items() if count}
     if "rewards/chosen" in out and "rewards/rejected" in out:
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
@@ -49,7 +48,7 @@ def means(sums: Sums) -> dict[str, float]:
 
 
 def learning_rate(cfg, step: int, total: int) -> float:
-    """At step 0, 1, ... of `total`: a linear warm-up from 0, and one of transformers' schedules."""
+    """At step 0, 1 ... of `total`: a linear warm-up from 0, then one of transformers' schedules."""
     peak, kind, warmup = cfg.learning_rate, cfg.lr_scheduler_type, cfg.warmup_steps
     if warmup < 1:  # a share of the steps
         warmup = math.ceil(total * (warmup or cfg.warmup_ratio))
@@ -57,29 +56,30 @@ def learning_rate(cfg, step: int, total: int) -> float:
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / max(1, total - warmup)  # from 0 to 1
-    own = {"num_cycles": 1, "power": 1.0, "lr_end": 1e-7, **cfg.lr_scheduler_kwargs}
-    turn, end, scale = own["num_cycles"] * done % 1, min(peak, own["lr_end"]), warmup or 10_000
+    options = {"num_cycles": 1, "power": 1.0, "lr_end": 1e-7, **cfg.lr_scheduler_kwargs}
+    cycle, end = options["num_cycles"] * done % 1, min(peak, options["lr_end"])
+    slow = warmup or 10_000  # steps
     return {
         "constant": peak,
         "constant_with_warmup": peak,
         "linear": peak * (1 - done),
-        "polynomial": end + (peak - end) * (1 - done) ** own["power"],
+        "polynomial": end + (peak - end) * (1 - done) ** options["power"],
         "cosine": peak * (1 + math.cos(math.pi * done)) / 2,
-        "cosine_with_restarts": peak * (1 + math.cos(math.pi * turn)) / 2,
-        "inverse_sqrt": peak * math.sqrt(scale / (step - warmup + scale)),
+        "cosine_with_restarts": peak * (1 + math.cos(math.pi * cycle)) / 2,
+        "inverse_sqrt": peak * math.sqrt(slow / (step - warmup + slow)),
     }[kind]
 
 
 def plan(cfg, examples: int) -> tuple[int, int]:
-    """How many steps an epoch has, and the run. An epoch's last step takes what is left."""
+    """Steps of an epoch, and of the run. An epoch's last step takes what is left."""
     per_epoch = math.ceil(examples / cfg.per_step)
     steps = max(1, math.ceil(cfg.num_train_epochs * per_epoch))
     return per_epoch, cfg.max_steps if cfg.max_steps > 0 else steps
 
 
 def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
-    """AdamW on all that trains. A group of parameters may have its own share of the learning rate,
-    {"params": [...], "times": 16}, as LoRA+ gives to B."""
+    """AdamW on all that trains. The rate of a group of parameters may be a multiple of the learning
+    rate: {"params": [...], "times": 16}, as LoRA+ does with B."""
     trained = [p for p in lm.parameters() if p.requires_grad]
     rates = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
     rates |= {"eps": cfg.adam_epsilon, "weight_decay": cfg.weight_decay}
@@ -87,13 +87,13 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
 
 
 def fitting(examples: Examples, size: int, tokens: int) -> Batches:
-    """Batches of `size` examples, cut where they would be rows of more than `tokens`."""
+    """Batches of `size` examples, or fewer where their row would have more than `tokens`."""
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [part for batch in batches for part in in_rows(batch, tokens)]
 
 
 def alone(sums: Sums, parameters=()) -> Sums:
-    """The total of one process: what it has summed, and the gradients that its parameters have."""
+    """The total over processes where there is only one. Several add gradients up here, too."""
     return sums
 
 
@@ -119,9 +119,8 @@ def train(
 ) -> Iterator[Step]:  # fmt: skip
     """Train the policy in place, and yield each step when it is done.
 
-    `cfg` holds the numbers, under TRL's names (run/flags.py); `first` is where a resumed run goes
-    on, `order` gives the examples of an epoch, and `scale` the factor that keeps float16's small
-    gradients alive. Several processes have `rows` and a `total` of their own (run/ranks.py).
+    A resumed run goes on at step `first`. `order` gives the examples of an epoch. float16 needs a
+    `scale`, or small gradients vanish. Several processes need other `rows` and another `total`.
     """
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
     per_epoch, steps = plan(cfg, len(examples))
@@ -129,10 +128,10 @@ def train(
     ordered: Examples = []
     policy.lm.train()
     for done in range(first, steps):
-        epoch, place = divmod(done, per_epoch)
-        if place == 0 or not ordered:
+        epoch, step = divmod(done, per_epoch)
+        if step == 0 or not ordered:
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
-        drawn = ordered[place * cfg.per_step : (place + 1) * cfg.per_step]
+        drawn = ordered[step * cfg.per_step : (step + 1) * cfg.per_step]
         batches = method(rows(drawn, cfg.per_device_train_batch_size, longest))
         rate, factor = learning_rate(cfg, done, steps), scale() / sum(map(len, drawn))
         sums, norm = optimizer_step(optimizer, rate, batches, cfg.max_grad_norm, factor, total)
@@ -143,12 +142,9 @@ def optimizer_step(
     optimizer, rate: float, batches: Iterable[Sums], max_grad_norm: float = 0.0,
     scale: float = 1.0, total: Callable = alone,
 ) -> tuple[Sums | None, float]:  # fmt: skip
-    """One step on the mean over all that the method's `batches` yield.
-
-    `scale` multiplies the summed losses on their way through backward (float16 would overflow on a
-    sum over a thousand tokens), and is taken out of the gradient. -> sums of loss and metrics, or
-    None when loss or gradient are not finite (then nothing has changed); the gradient's norm.
-    """
+    """One step on the mean over all that the method's `batches` yield. -> sums of loss and metrics,
+    or None if loss or gradient are not finite (then nothing has changed); the gradient's norm.
+    `scale` keeps sums over a thousand tokens inside float16; it is taken out of the gradient."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: Sums = {}
     for batch in batches:
@@ -160,7 +156,7 @@ def optimizer_step(
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    # one wait for the device a step: for all that was measured, before anything is changed
+    # the program waits for the device once a step: here, before anything is changed
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
     norm, values = norm.item(), torch.stack(values).tolist()
     sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
