@@ -1,10 +1,9 @@
 """A model of transformers -> a policy: what is trained, and what belongs to it; and text out of it.
 
-The model itself stays transformers', but for its attention, which transformers' AttentionInterface
-lets run through packing.packed_attention; its head is not called in training (logps.py). Where a
-tokenizer lacks the markers of the chat template it gets them, and the model a row for each.
-
-Some models compute what packed rows or a Head do not know. `probe` finds them out by a run.
+The model stays as transformers made it, but its attention goes through packing.packed_attention, by
+way of AttentionInterface. Where a tokenizer lacks the markers of the chat template it gets them,
+and the model gets a row for each. Some models compute what packed rows or a Head do not know:
+`probe` tries it.
 """
 
 import math
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, encode
-from nanoalign.fast.compiled import uncompiled  # generation in its small steps is not worth it
-from nanoalign.fast.miniature import miniature  # a kind of model, small enough to be tried
+from nanoalign.fast.compiled import uncompiled  # for generation
+from nanoalign.fast.miniature import miniature_model  # small enough to be tried
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
@@ -49,9 +48,8 @@ class Policy:
 
 
 def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) -> Policy:
-    """A model with LoRA of rank r on its linear layers. None: all weights train, in fp32, and
-    products are computed in the dtype that they had. The tokenizer becomes one that writes the
-    template. InputError, where the probe refuses the model."""
+    """A model with LoRA of rank r on its linear layers. None: all weights train, in fp32, with
+    products in the dtype that they had. The tokenizer gets the template's markers."""
     scale, softcap = probe(type(model), model.config, model.name_or_path or "the model")
     template, added = open_template(tokenizer, template)
     rows, autocast = fit_embeddings(model, tokenizer, added), None
@@ -69,11 +67,9 @@ def probe(
 ) -> tuple[float, float | None]:
     """What the head of a kind of model does beyond a product, (scale, softcap); or InputError.
 
-    Most decoders of transformers send their attention through its AttentionInterface and have a
-    head that is one product. Some ignore the interface without a word, or do more; their log-probs
-    would be wrong, and nobody would notice. So two examples in one row, one of them with two
-    branches, must give the log-probs of transformers' own forward, text by text, in fp32, on a
-    miniature with random weights: `build(config)`, which `convert` may change afterwards.
+    Some models ignore AttentionInterface, or their head does more: their log-probs would be wrong,
+    and nobody would notice. So two examples in one row must give the log-probs of transformers' own
+    forward, text by text, on a miniature: `build(config)`, which `convert` may change afterwards.
     """
     ids = list(range(1, 24))
     examples = [
@@ -86,13 +82,8 @@ def probe(
         return -F.cross_entropy(model(text).logits[0, n - 1 : -1], text[0, n:], reduction="sum")
 
     try:
-        # The CPU's generator alone: asked for all of them, torch starts every GPU of the machine.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(0)
-            model = build(miniature(config)).float().eval()
-            for p in model.parameters():  # so large that a cap on scores or logits shows
-                size = (p.std(correction=0) * p.shape[-1] ** 0.5 / 2).clamp(min=1e-3)
-                p.div_(size) if p.dim() > 1 else p.add_(torch.rand_like(p))
+        with torch.no_grad():
+            model = miniature_model(build, config)
             model.set_attn_implementation("eager")
             hidden = model.get_decoder()(torch.tensor([ids])).last_hidden_state
             z, logits = model.get_output_embeddings()(hidden), model(torch.tensor([ids])).logits
@@ -116,10 +107,10 @@ def probe(
 
 
 def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
-    """-> the template, and the ids of those of its markers that the tokenizer lacked."""
+    """-> the template, and the ids of the markers that the tokenizer lacked and now has."""
     missing = [marker for marker in kind.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
-    if kind.jinja:  # what other tools see: the template, and that its last marker ends a text
+    if kind.jinja:  # for other tools: the template, and that its last marker ends a text
         tokenizer.chat_template, tokenizer.eos_token = kind.jinja, kind.markers[-1]
     template = kind(tokenizer)
     if tokenizer.pad_token_id is None:  # generation pads; training never does
@@ -129,12 +120,12 @@ def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
 
 
 def vocabulary(tokenizer) -> int:
-    """How many rows an embedding needs. Some tokenizers skip ids: it is more than their length."""
+    """How many rows an embedding needs: more than len(tokenizer), if it skips ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, list[int]]:
-    """Rows for the added tokens, each the mean of the old ones. -> lora.add_token_rows' rows."""
+    """Rows for the added tokens, each the mean of the old ones. -> what add_token_rows takes."""
     tokens, rows = vocabulary(tokenizer), len(model.get_input_embeddings().weight)
     if tokens - len(added) > rows:
         raise InputError(f"the tokenizer has {tokens} ids, the embeddings {rows} rows")
@@ -154,12 +145,12 @@ def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, l
     return {paths[id(table)].rpartition(".")[2]: added for table in tables()}
 
 
-def generate(policy: Policy, conversations: list[list[Message]], **how) -> list[str]:
-    """One reply to each conversation; `how` are the arguments of `sample`."""
+def generate(policy: Policy, conversations: list[list[Message]], **options) -> list[str]:
+    """One reply to each conversation; for the options see `sample`."""
     if not conversations:
         return []
     pieces = [list(policy.template.prompt(messages)) for messages in conversations]
-    replies = sample(policy, [ids for ids, _ in encode(policy.tokenizer, pieces)], **how)
+    replies = sample(policy, [ids for ids, _ in encode(policy.tokenizer, pieces)], **options)
     return policy.tokenizer.batch_decode(replies, skip_special_tokens=True)
 
 
@@ -168,18 +159,16 @@ def sample(
     policy: Policy, prompts: list[list[int]], max_new_tokens: int = 256,
     temperature: float = 0.0, top_p: float = 1.0, streamer=None,
 ) -> list[list[int]]:  # fmt: skip
-    """The ids of one reply to each prompt, up to the one that ends it: transformers' generate.
-
-    A prompt ends in a reply's header. Temperature 0 is greedy; else tokens are sampled, from the
-    likeliest of together probability `top_p`. A `streamer` gets a single reply's as they are made.
-    The model's own generation_config, which may want penalties or beams, has no say.
-    """
+    """The ids of one reply to each prompt, up to the one that ends it: transformers' generate,
+    without the model's own generation_config. Temperature 0 is greedy; otherwise tokens are sampled
+    from the likeliest of together probability `top_p`. A `streamer` gets a single reply's ids."""
     from transformers import GenerationConfig  # late, as in packing.packed
 
     longest, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
-    known = policy.model.config  # a table of learned positions has an end; rotary ones have none
-    limit = getattr(known, "max_position_embeddings", None) or math.inf
-    if longest + max_new_tokens - 1 > limit and not getattr(known, "rope_parameters", None):
+    config = policy.model.config
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    learned = not getattr(config, "rope_parameters", None)  # rotary positions have no end
+    if learned and longest + max_new_tokens - 1 > limit:
         texts = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
         raise InputError(f"{texts}: the model has {limit} learned positions")
     rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=policy.lm.device)
@@ -189,7 +178,7 @@ def sample(
     if temperature > 0:
         asked.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     with generation(policy) as model, uncompiled(model):
-        model.generation_config = GenerationConfig()  # what is not asked for is taken from there
+        model.generation_config = GenerationConfig()  # or transformers completes `asked` from it
         mask = mask.to(rows.device)
         out = model.generate(rows, asked, attention_mask=mask, streamer=streamer)
     replies = out[:, longest:].tolist()
@@ -199,8 +188,8 @@ def sample(
 
 @contextmanager
 def generation(policy: Policy) -> Iterator[nn.Module]:
-    """The model in eval mode under the attention it was loaded with, which has a KV cache. Its
-    generation_config may be changed in here."""
+    """The model in eval mode, under the attention it was loaded with, which has a KV cache. Its
+    generation_config is restored afterwards."""
     model, training, config = policy.model, policy.model.training, policy.model.generation_config
     model.eval().set_attn_implementation(policy.attention)
     try:

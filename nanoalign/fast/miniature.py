@@ -7,6 +7,8 @@ from the others.
 
 import copy
 
+import torch
+
 from nanoalign import InputError
 
 SMALL = {  # of settings that a config has
@@ -39,3 +41,15 @@ def miniature(config):
     for key in [key for key in small if getattr(config, key, None)]:
         setattr(config, key, small[key])
     return config
+
+
+def miniature_model(build, config):
+    """build(miniature(config)) in fp32, with random weights so large that a cap on scores or logits
+    shows. The CPU's generator alone is forked: asked for all, torch starts every GPU."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        model = build(miniature(config)).float().eval()
+        for p in model.parameters():
+            size = (p.std(correction=0) * p.shape[-1] ** 0.5 / 2).clamp(min=1e-3)
+            p.div_(size) if p.dim() > 1 else p.add_(torch.rand_like(p))
+    return model
