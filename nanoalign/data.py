@@ -143,11 +143,8 @@ def cut(text: Text, room: int | None = None) -> Text:
 
 
 def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True) -> Examples:
-    """The order of epoch number `epoch` (from 0): a function of (seed, epoch) alone.
-
-    With labels (KTO), each label's examples are shuffled and spread evenly over the epoch, so that
-    each batch has its share of thumbs up.
-    """
+    """The order of epoch number `epoch` (from 0): a function of (seed, epoch) alone. For KTO each
+    label's examples are spread evenly, so that each batch has its share of thumbs up."""
     if not shuffle:
         return list(examples)
     rng, spread = random.Random(f"{seed} {epoch}"), []
@@ -162,10 +159,7 @@ def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True)
 def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
     """For KTO's z0: each example with its `mismatch` (x, y'). y' is the reply of the nearest
     earlier example, cyclically, that has another prompt: so a batch of one has a partner, too.
-
-    (x, y') has at most `max_length` tokens, and at least one that trains. InputError: there is only
-    one prompt.
-    """
+    (x, y') is cut to `max_length`, but one token trains. InputError: there is only one prompt."""
     asked, replies = zip(*map(split, order)) if order else ((), ())
     other = next((i for i in reversed(range(len(order))) if asked[i] != asked[0]), None)
     if order and other is None:
@@ -176,8 +170,8 @@ def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
         if i and asked[i] != asked[i - 1]:
             other = i - 1
         _, mask = replies[other]
-        room = max((max_length or math.inf) - len(asked[i]), mask.index(True) + 1)
-        mismatch = Example(asked[i], [cut(replies[other], min(room, len(mask)))])
+        room = max_length and max(max_length - len(asked[i]), mask.index(True) + 1)
+        mismatch = Example(asked[i], [cut(replies[other], room)])
         paired.append(replace(example, mismatch=mismatch))
     return paired
 

@@ -25,11 +25,9 @@ from nanoalign.packing import Example, Row, pack, to_device
 
 @dataclass
 class Head:
-    """Hidden states -> logits: z = scale * (h @ weight.T + bias), then cap * tanh(z / cap).
-
-    `rows` are tokens (two new ChatML markers, say) that train in a head whose rest is frozen:
-    `row_weight` is the parameter, and `weight[rows]` holds its present values.
-    """
+    """Hidden states -> logits: z = scale * (h @ weight.T + bias), then cap * tanh(z / cap). `rows`
+    are tokens (two new ChatML markers, say) that train in a head whose rest is frozen: `row_weight`
+    is the parameter, and `weight[rows]` holds its present values."""
 
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
@@ -74,10 +72,8 @@ class Scores:
 
 class PackedLM(nn.Module):
     """A causal language model of transformers as a function: examples -> scores of completions.
-
     `scale` and `softcap` say what its head does beyond a product. `autocast` is the dtype of
-    products where it is not that of the weights (full fine-tuning: fp32 weights, bf16 products).
-    """
+    products where it is not that of the weights (full fine-tuning: fp32 weights, bf16 products)."""
 
     def __init__(self, model: nn.Module, scale=1.0, softcap: float | None = None, autocast=None):
         super().__init__()

@@ -28,11 +28,8 @@ Dropout = nn.Dropout
 
 
 class LoRALinear(nn.Module):
-    """base_layer(x) + scaling * B A dropout(x), for any linear layer, quantized or not.
-
-    base_layer needs in_features, out_features and forward. As in PEFT, A starts uniform within
-    1 / sqrt(in_features), and B at zero.
-    """
+    """base_layer(x) + scaling * B A dropout(x), for any linear layer with in_features and
+    out_features. As in PEFT, A starts uniform within 1 / sqrt(in_features), and B at zero."""
 
     def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout: float = 0.0):
         super().__init__()
@@ -67,11 +64,9 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 class TokenRows(nn.Module):
-    """An embedding, or an output head, of which only the rows of some tokens train.
-
-    The parameter is `row_weight` (k, d) in fp32. The frozen table has a copy of it in its own
-    dtype, brought up to date at each use. Tied tables share the parameter.
-    """
+    """An embedding, or an output head, of which only the rows of some tokens train: `row_weight`
+    (k, d) in fp32. The frozen table has a copy in its own dtype, brought up to date at each use.
+    Tied tables share the parameter."""
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: list[int], tied: Tensor | None):
         super().__init__()
@@ -167,12 +162,9 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
 
 
 class Reference:
-    """The policy as it was when training began, in the same weights.
-
-    `with reference(): ...` makes the model the reference, in eval mode. New LoRA layers (B = 0) are
-    switched off; of all else that trains (an adapter that is continued, biases, token rows) a copy
-    from before the first step is swapped in.
-    """
+    """The policy as it was before the first step: `with reference(): ...`, in eval mode. New LoRA
+    layers (B = 0) are switched off. Of all else that trains (an adapter that is continued, biases,
+    token rows) a frozen copy is swapped in."""
 
     def __init__(self, model: nn.Module):
         self.model = model

@@ -31,8 +31,7 @@ from torch import Tensor
 INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # what is no flag
 
 
-def needs(loss) -> set[str]:
-    """The names of a loss's parameters."""
+def needs(loss) -> set[str]:  # the names of its parameters
     return set(inspect.signature(loss).parameters)
 
 
@@ -75,11 +74,8 @@ def per_token(logps: Pair, lengths: Pair) -> Pair:
 
 
 def sigmoid(policy, reference, beta, label_smoothing=0.0):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(beta * margin).
-
-    label_smoothing e makes it conservative DPO, for labels that are wrong with probability e:
-    -(1 - e) log sigmoid(beta * margin) - e log sigmoid(-beta * margin).
-    """
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(z), z = beta * margin.
+    For labels that are wrong with probability e: -(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
     z = beta * margin(policy, reference)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
@@ -168,10 +164,8 @@ def dpo_loss(
 
 def kto(delta, sign, beta, z0):
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8): 1 - sigmoid(+-beta (delta - z0)).
-
-    To people an outcome's value is concave in gains and convex in losses from a reference point
-    (prospect theory). Here the point is z0: how far the policy has moved on average.
-    """
+    Prospect theory: people's value is concave in gains and convex in losses from a reference point,
+    which here is z0: how far the policy has moved on average."""
     return 1 - torch.sigmoid(sign * beta * (delta - z0))
 
 
@@ -190,10 +184,8 @@ def kto_loss(
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **flags: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
-
     logps, ref_logps (B,) in nats; desirable (B,) bool; z0 () >= 0 from `kl_baseline`.
-    Returns losses and rewards, each (B,). At the first step a loss is 1/2 times its weight.
-    """
+    Returns losses and rewards, each (B,). At the first step a loss is 1/2 times its weight."""
     delta, sign = logps - ref_logps, torch.where(desirable, 1.0, -1.0)
     losses = ask(KTO_LOSSES[loss_type], flags, delta=delta, sign=sign, beta=beta, z0=z0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)

@@ -56,10 +56,8 @@ def derive_levels() -> Tensor:
 
 def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """weight, any shape and float dtype -> packed uint8 [(n+1)//2, 1], absmax fp32 [blocks].
-
     absmax_b = max |w| over block b; code = the level nearest to w / absmax_b, the lower one of two;
-    byte i = code[2i] << 4 | code[2i+1].
-    """
+    byte i = code[2i] << 4 | code[2i+1]."""
     n = weight.numel()
     x = F.pad(weight.detach().flatten().float(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = x.abs().amax(1)
@@ -83,11 +81,9 @@ def dequantize(packed, absmax, shape, dtype, blocksize: int = 64) -> Tensor:
 
 
 def dynamic_map() -> Tensor:
-    """The 256 levels for scales (Dettmers, arXiv 1511.04561): 7 decades, finer towards 1.
-
-    Decade i of 0..6 holds 2**i numbers on each side of zero, the midpoints of an even grid over
-    (0.1, 1) times 10**(i-6); with 0 and 1 that makes 127 + 1 + 128.
-    """
+    """The 256 levels for scales (Dettmers, arXiv 1511.04561): 7 decades, finer towards 1. Decade i
+    of 0..6 has 2**i numbers on each side of zero, the midpoints of an even grid over (0.1, 1) times
+    10**(i-6). With 0 and 1 that makes 127 + 1 + 128."""
     values = [0.0, 1.0]
     for i in range(7):
         grid = torch.linspace(0.1, 1, 2**i + 1)
@@ -107,7 +103,6 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """absmax fp32 [blocks] -> codes uint8 [blocks], absmax2 fp32 [blocks/256 up], offset fp32 [].
-
     offset = mean(absmax); code = the entry of DYNAMIC_MAP nearest to (absmax - offset) / absmax2.
     """
     n, offset = len(absmax), absmax.mean()
@@ -132,11 +127,9 @@ def rebuild(packed, scales: list[Tensor], shape, dtype, blocksize, *tables) -> T
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W' + b. The frozen W is rebuilt in forward and again in backward, never kept.
-
-    W is first rounded to the dtype that it was quantized from, then cast to x's. So all dtypes
-    compute with the same weights, and a merged model is the one that was trained.
-    """
+    """x W' + b. The frozen W is rebuilt in forward and again in backward, never kept. It is first
+    rounded to the dtype that it was quantized from, then cast to x's: so all dtypes compute with
+    the same weights, and a merged model is the one that was trained."""
 
     @staticmethod
     def forward(ctx, x, bias, layer):
@@ -152,11 +145,9 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """nn.Linear with a weight that is frozen in another format. The bias may train.
-
-    A format is a subclass with two methods: pack(weight) turns a weight (out, in) into buffers,
-    and dequantize() rebuilds it from them, in `self.dtype`.
-    """
+    """nn.Linear with a weight that is frozen in another format. The bias may train. A format is a
+    subclass with two methods: pack(weight) turns a weight (out, in) into buffers, and dequantize()
+    rebuilds it from them, in `self.dtype`."""
 
     def __init__(self, in_features: int, out_features: int, dtype=torch.bfloat16):
         super().__init__()

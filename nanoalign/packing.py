@@ -16,9 +16,8 @@ with the token itself and ends before `until`. One number a token says who sees 
 
     key <= query < until[key]        (with a sliding window, their positions are close enough, too)
 
-The last token of a text predicts nothing that trains, so it is not in the row at all.
-
-The big libraries pad every example to the longest of its batch, and compute a pair's prompt twice.
+The last token of a text predicts nothing that trains, so it is not in the row. The big libraries
+pad every example to the longest of its batch, and compute a pair's prompt twice.
 """
 
 from bisect import bisect_left
@@ -41,10 +40,8 @@ Text = tuple[Ids, Sequence[bool]]  # what follows a prompt: ids, and which of th
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and the texts that continue it: one for SFT and KTO, one for each reply in DPO.
-
-    A completion may have several texts: in a conversation with thoughts each reply has its own.
-    """
+    """A prompt and the texts that continue it. A completion is one text, or more where there are
+    thoughts: then each reply has its own. SFT and KTO have one completion, DPO one a reply."""
 
     prompt: Ids  # with the header of the reply; none of it trains
     texts: list[Text]
@@ -194,12 +191,9 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry,
     scaling: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over a packed row, by definition: scores of every query with every key, and minus
-    infinity where the query may not see the key.
-
-    query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, H, T, D); H / H_kv query heads share
-    one head of keys and values.
-    """
+    """Attention over a packed row, by definition: a score is minus infinity where the query may not
+    see the key. query (1, H, T, D); key, value (1, H_kv, T, D), each head for H / H_kv query heads.
+    -> (1, H, T, D)."""
     index = torch.arange(query.shape[2], device=query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (1, H, T, T)

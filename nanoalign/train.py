@@ -117,11 +117,9 @@ def train(
     first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
     rows: Callable = fitting, total: Callable = alone,
 ) -> Iterator[Step]:  # fmt: skip
-    """Train the policy in place, and yield each step when it is done.
-
-    A resumed run goes on at step `first`. `order` gives the examples of an epoch. float16 needs a
-    `scale`, or small gradients vanish. Several processes need other `rows` and another `total`.
-    """
+    """Train the policy in place, from step `first`, and yield each step when it is done. `order`
+    gives the examples of an epoch. float16 needs a `scale`, or small gradients vanish. Several
+    processes need other `rows` and another `total` (run/ranks.py)."""
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
     per_epoch, steps = plan(cfg, len(examples))
     longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
