@@ -29,7 +29,7 @@ def fault_of(check: Callable, answer: Callable[[], ModuleType], student: str) ->
         return str(wrong)
     except NotImplementedError:
         return "not written yet"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(f.filename).stem in EXERCISES]
         where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
