@@ -125,9 +125,8 @@ def simpo(policy, lengths, beta, simpo_gamma):
 
 
 def orpo(policy, lengths, beta):
-    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7), without a reference: SFT on the
-    chosen reply, and beta times -log sigmoid(log(odds of chosen / odds of rejected)), where
-    odds = p / (1 - p) and log p is the mean over a reply's tokens."""
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): SFT on the chosen reply plus beta *
+    -log sigmoid(log(odds of chosen / odds of rejected)), odds = p / (1 - p), log p per token."""
     policy = per_token(policy, lengths)
     chosen, rejected = (p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in policy)
     return -policy.chosen - beta * F.logsigmoid(chosen - rejected)
