@@ -304,6 +304,23 @@ def test_theirs_opens_here_without_being_quantized_again(double, shard, tmp_path
     assert torch.equal(logits(ours), logits(theirs))
 
 
+@BOTH
+def test_merge_writes_a_model_in_4_bits(double, tmp_path, capsys):
+    """Without an adapter; bitsandbytes opens it."""
+    directory = make(tmp_path / "dense", Qwen2Config, torch.bfloat16, **SMALL)
+    make_tokenizer().save_pretrained(directory)
+    nested = ["--use_bnb_nested_quant"] * bool(double)
+    merge(directory, tmp_path / "four", "--load_in_4bit", *nested)
+    assert capsys.readouterr().out.endswith("four, in NF4\n")
+    ours = open_4bit(directory, double)
+    same_model(load_lm(str(tmp_path / "four"), device="cpu").model, ours)
+    theirs = peer(tmp_path / "four", torch.bfloat16)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        merge(directory, tmp_path / "dense-again")  # no adapter, and nothing else to do
+    assert "not an adapter directory" in capsys.readouterr().err
+
+
 def test_wrong_4bit_directories(tmp_path):
     save_4bit(open_4bit(make(tmp_path / "dense")), tmp_path / "four")
     four, config = str(tmp_path / "four"), tmp_path / "four" / "config.json"

@@ -14,6 +14,11 @@ measures it), so it is never done here.
 
 Training notes beside the adapter that its base was in 4 bits, and how. Adapters of other tools
 don't say: --load_in_4bit does.
+
+**A model in 4 bits.** Without an adapter, --load_in_4bit writes a model as transformers with
+bitsandbytes writes it, in NF4: bytes that both read as they are.
+
+    python -m nanoalign.merge MODEL four --load_in_4bit
 """
 
 from argparse import BooleanOptionalAction
@@ -25,6 +30,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError
+from nanoalign.formats.bitsandbytes import save_4bit
 from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.note import read_note
 from nanoalign.formats.peft import add_adapter, load_adapter
@@ -62,7 +68,9 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     """Write base + adapter to a directory, dense, in --dtype (auto: that of the base)."""
     parser = Parser(prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
-    parser.add_argument("adapter_name_or_path", metavar="adapter", help="directory of an adapter")
+    parser.add_argument(
+        "adapter_name_or_path", metavar="adapter", help="directory of an adapter; a model"
+    )
     parser.add_argument("directory", type=Path, help="where the merged model goes")
     parser.add_argument("--model_name_or_path", help="another base than it names")
     parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
@@ -71,7 +79,29 @@ def main(argv: list[str] | None = None) -> None:
     if not is_free(args.directory):
         raise InputError(f"{args.directory}: not empty")
     with locked(args.directory):
-        merge(args, args.adapter_name_or_path, args.directory)
+        adapter = args.adapter_name_or_path
+        if args.load_in_4bit and not (Path(adapter) / "adapter_config.json").exists():
+            write_4bit(args, adapter, args.directory)
+        else:
+            merge(args, adapter, args.directory)
+
+
+def write_4bit(args, name: str, directory: Path) -> None:
+    """The model `name` in NF4, to a directory that bitsandbytes reads."""
+    if args.model_name_or_path or args.bnb_4bit_quant_type != "nf4":
+        fault = "--model_name_or_path" if args.model_name_or_path else "--bnb_4bit_quant_type"
+        raise InputError(f"{fault}: {name} is no adapter, and is written in NF4 as it is")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    how = {"dtype": args.dtype, "device": args.device, "double_quant": args.use_bnb_nested_quant}
+    model = load_lm(name, load_in_4bit=True, **how, **trust).model
+    tokenizer = from_pretrained(AutoTokenizer, name, **trust)
+
+    def write(place):
+        save_4bit(model, place)
+        tokenizer.save_pretrained(place)
+
+    write_whole(directory, write, into=True)
+    print(f"saved in {directory}, in NF4")
 
 
 @torch.no_grad()
