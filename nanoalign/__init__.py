@@ -56,3 +56,12 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+class Stopped(BaseException):
+    """A run was stopped, and has said so: its command ends with the exit code `code`. It is no
+    Exception, so that nothing in between goes on."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from nanoalign import Stopped
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from train_dpo import run_dpo
 from train_kto import run_kto
@@ -32,7 +33,7 @@ def child(action) -> int:
     try:
         action()
         code = 0
-    except SystemExit as stop:
+    except (SystemExit, Stopped) as stop:
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()

@@ -31,7 +31,7 @@ import nanoalign.train
 import train_dpo
 import train_kto
 import train_sft
-from nanoalign import InputError
+from nanoalign import InputError, Stopped
 from nanoalign.chatml import ChatML
 from nanoalign.run import paged, session
 from nanoalign.run.checkpoint import fingerprint
@@ -101,7 +101,7 @@ def at_step(monkeypatch, step, action):
 
 def stopped(monkeypatch, step, method, given, number=signal.SIGTERM):
     """Run until a signal arrives in the midst of a step."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
         at_step(patch, step, lambda: os.kill(os.getpid(), number))
         call(method, given)
     assert stop.value.code == 128 + number
@@ -211,7 +211,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **more)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
         patch.setattr(module, name, counted)
         if when == "before it":
             at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -253,7 +253,7 @@ def test_a_second_signal_stops_at_once(flags, whole, tmp_path, monkeypatch):
         time.sleep(0.01)
 
     given = flags("sft", tmp_path, save_steps=3)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
         at_step(patch, 5, twice)
         call("sft", given)
     assert stop.value.code == 128 + signal.SIGINT and tops(tmp_path) == ["checkpoint-3"]

@@ -14,12 +14,17 @@ TILE = 128  # flex_attention decides for so many queries and keys at once whethe
 LEAST_HEAD = 16  # numbers: triton's products have no smaller side
 
 
+def has_triton() -> bool:
+    """Can torch's compiler make kernels for a GPU? Windows may have no triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
 @cache
 def has_flex(device: torch.device, head: int = LEAST_HEAD) -> bool:
     """Is flex_attention one fast kernel there, for heads of so many numbers? It is made by triton,
     which on cards before Ampere (a T4, an RTX 20) has no use of the tensor cores: there it would
-    take ten times as long as all the rest together. Windows may have no triton."""
-    if device.type != "cuda" or head < LEAST_HEAD or not importlib.util.find_spec("triton"):
+    take ten times as long as all the rest together."""
+    if device.type != "cuda" or head < LEAST_HEAD or not has_triton():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

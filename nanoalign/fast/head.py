@@ -18,7 +18,6 @@ memory: step by step in fp32 each chunk would travel twenty times. A compiler ma
 it, which reads the logits in the head's own precision and writes the gradient in their place.
 """
 
-import importlib.util
 import math
 from dataclasses import replace
 from functools import cache, partial
@@ -26,6 +25,8 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanoalign.fast.flex import has_triton
 
 
 def token_logps(h: Tensor, head, targets: Tensor, chunk: int | None = None) -> Tensor:
@@ -133,7 +134,7 @@ def in_parts(dz, weight, out):
 def way_for(h: Tensor, rows: int, vocabulary: int):
     """The quicker of the two: one kernel on a GPU that has a compiler, else steps, all chunks in
     one buffer. (On a CPU, touching new memory costs as much as the softmax.)"""
-    if h.is_cuda and importlib.util.find_spec("triton"):
+    if h.is_cuda and has_triton():
         return one_kernel()
     return partial(in_buffer, h.new_empty(min(rows, len(h)), vocabulary, dtype=torch.float32))
 

@@ -10,11 +10,12 @@ is one operator of torch, which the compiler takes as it is.
 """
 
 import functools
-import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
+
+from nanoalign.fast.flex import has_triton
 
 CHUNK = 2**18  # weights at a time
 GPU_CHUNK = 2**22  # 16 MB of fp32: a GPU wants fewer and larger calls
@@ -76,7 +77,7 @@ def fused_decode():
     a model. The option keeps product and sum of a doubled scale two operations: as one, which is
     what a GPU prefers, they would be rounded once and not twice.
     """
-    if not importlib.util.find_spec("triton"):
+    if not has_triton():
         return decode
     return torch.compile(decode, dynamic=True, options={"emulate_precision_casts": True})
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from nanoalign import InputError
+from nanoalign import InputError, Stopped
 from nanoalign.run import ranks
 from nanoalign.run.flags import Config, parse
 
@@ -62,6 +62,8 @@ def command(name: str) -> Iterator[None]:
         why = error if isinstance(error, InputError) else InputError(os_error(error))
         print(f"{name}: error: {why}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         print(f"{name}: interrupted before there was anything to save", file=sys.stderr)
         sys.exit(130)

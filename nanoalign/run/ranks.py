@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanoalign import InputError
+from nanoalign import InputError, Stopped
 from nanoalign.logps import PackedLM
 from nanoalign.packing import Example
 from nanoalign.run.paged import parts
@@ -69,7 +69,7 @@ def job() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(RuntimeError):  # the keeper of the store may be gone
             if store.add("failed ranks", 1) > 1:
-                sys.exit(2 if isinstance(error, InputError) else 1)
+                raise Stopped(2 if isinstance(error, InputError) else 1) from None
         if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
             why = "another process of the job has died; checkpoints stand"
             raise InputError(f"rank {rank}: {why}") from None

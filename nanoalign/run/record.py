@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanoalign import InputError
+from nanoalign import InputError, Stopped
 from nanoalign.data import epoch_order
 from nanoalign.formats.balance import balanced
 from nanoalign.packing import row_tokens
@@ -97,7 +97,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number, frame):
         if noted and not ranks.LAUNCHED:
-            raise SystemExit(128 + number)
+            raise Stopped(128 + number)
         noted.append(number)
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -191,7 +191,7 @@ class Record:
 
     def stop(self, signal: int, where: str) -> None:
         self.log.say(f"{where}; --resume_from_checkpoint goes on from there")
-        raise SystemExit(128 + signal)
+        raise Stopped(128 + signal)
 
     @property
     def left(self) -> bool:
