@@ -260,11 +260,11 @@ def ours(case: Case, home: Path) -> dict:
         lm = run(cfg).policy.lm
     text = (home / "out" / "metrics.jsonl").read_text()
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
-    limit = row_tokens(cfg.max_row_tokens, lm.device)
+    limit = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
     batches = fitting(examples, case.batch, limit)
     how = how_of(cfg, lm, max(len(pack(batch).input_ids) for batch in batches))
     counted = sum((standing_bytes(lm.model) | row_bytes(sizes_of(lm.model), how)).values())
-    settled = {"rows": cfg.max_row_tokens, "checkpointing": bool(cfg.gradient_checkpointing)}
+    settled = {"rows": limit, "checkpointing": lm.model.is_gradient_checkpointing}
     counts = {"counted_gib": round(counted / 2**30, 2)}  # by run/bytes.py
     return settled | watch.result(examples, losses) | counts
 

@@ -79,6 +79,7 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model, self.scale, self.softcap, self.autocast = model, scale, softcap, autocast
         self.mean_weight = None
+        self.longest_row = None  # tokens that fit in memory, where a run has settled that
         self.windows = {None, model.config.to_dict().get("sliding_window")}
 
     @property

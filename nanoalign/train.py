@@ -122,7 +122,7 @@ def train(
     processes need other `rows` and another `total` (run/ranks.py)."""
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
     per_epoch, steps = plan(cfg, len(examples))
-    longest = row_tokens(cfg.max_row_tokens, policy.lm.device)
+    longest = row_tokens(cfg.max_row_tokens or policy.lm.longest_row, policy.lm.device)
     ordered: Examples = []
     policy.lm.train()
     for done in range(first, steps):

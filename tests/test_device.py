@@ -19,7 +19,7 @@ from nanoalign.packing import attention as by_definition
 from nanoalign.run import device as run_device
 from nanoalign.run import ranks
 from nanoalign.run.bytes import How, sizes_of
-from nanoalign.run.device import fuses_attention, settle, settle_rows, use_tf32
+from nanoalign.run.device import fuses_attention, settle, settle_rows, settled, use_tf32
 from nanoalign.run.flags import DPOConfig, parse
 from nanoalign.run.policy import load_policy
 from nanoalign.run.reference import reference_of
@@ -139,21 +139,23 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     lm = load_policy(cfg).lm
     examples = [Example([1] * 50, [([2] * 300, [True] * 300)] * 2)]
     settle_rows(cfg, lm, examples)
-    assert (
-        cfg.max_row_tokens is None and cfg.gradient_checkpointing is None
-    )  # a CPU settles nothing
+    assert lm.longest_row is None  # a CPU settles nothing
     monkeypatch.setattr(PackedLM, "device", CUDA)
     pretend_a_card(monkeypatch, free)
     capsys.readouterr()
     settle_rows(cfg, lm, examples)
     rows = 8192 if free == 2**30 else 2048
-    assert (cfg.max_row_tokens, cfg.gradient_checkpointing) == (rows, checkpointing)
+    assert lm.longest_row == rows and settled(cfg, lm) == {
+        "device": "cuda", "dtype": "float32", "max_row_tokens": rows,
+        "gradient_checkpointing": checkpointing,
+    }  # fmt: skip
+    assert cfg.max_row_tokens is None and cfg.gradient_checkpointing is None  # as they were given
     said = capsys.readouterr().out
     assert f"GiB free: rows of {rows} tokens, with" in said and said.count("\n") == 1
     assert lm.model.get_decoder().layers[0].gradient_checkpointing is checkpointing
-    cfg.max_row_tokens = 77
+    cfg.max_row_tokens, cfg.gradient_checkpointing = 77, checkpointing
     settle_rows(cfg, lm, examples)
-    assert cfg.max_row_tokens == 77 and capsys.readouterr().out == ""
+    assert settled(cfg, lm)["max_row_tokens"] == 77 and capsys.readouterr().out == ""
 
 
 def test_what_else_will_need_memory(model_dir, monkeypatch):

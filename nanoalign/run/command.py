@@ -28,7 +28,7 @@ def main(kind: type[Config], run: Callable[[Config], object], built_in: dict) ->
             run(cfg)
         except (MemoryError, RuntimeError) as error:
             if out_of_memory(error):
-                raise InputError(need_less(cfg)) from None
+                raise InputError(need_less(cfg, cfg.gradient_checkpointing)) from None
             raise
 
 
@@ -39,9 +39,9 @@ def out_of_memory(error: Exception) -> bool:
     return own or any(text in str(error) for text in words)
 
 
-def need_less(cfg: Config) -> str:
+def need_less(cfg: Config, checkpointing: bool | None) -> str:
     """The flags with which a run that ran out of memory would need less of it."""
-    less = [] if cfg.gradient_checkpointing else ["--gradient_checkpointing"]
+    less = [] if checkpointing else ["--gradient_checkpointing"]
     less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
     if cfg.use_peft and not cfg.load_in_4bit:
         less.append("--load_in_4bit")

@@ -17,6 +17,7 @@ from nanoalign.fast import flex
 from nanoalign.fast.head import chunk_rows
 from nanoalign.formats.peft import TrainedModule, is_layer
 from nanoalign.logps import PackedLM
+from nanoalign.packing import row_tokens
 from nanoalign.run import ranks
 from nanoalign.run.bytes import (
     How,
@@ -102,7 +103,7 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         tokens,
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
-        checkpointing=bool(cfg.gradient_checkpointing),
+        checkpointing=lm.model.is_gradient_checkpointing,
         compiled=compiles(cfg, lm.model, fuses_attention(lm)),
         train_all=not cfg.use_peft,
         chunk=chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
@@ -142,7 +143,7 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
     """On CUDA, settle what the flags leave open with the memory that the loaded model has left
-    free, write it into `cfg`, and say so in a line."""
+    free, do so, and say so in a line: how long rows are (lm.longest_row), and what layers keep."""
     if lm.device.type != "cuda" or None not in (cfg.max_row_tokens, cfg.gradient_checkpointing):
         return
     torch.cuda.empty_cache()
@@ -158,9 +159,19 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
     given = cfg.max_row_tokens, cfg.gradient_checkpointing
     left, sizes = room(free - taken, standing), sizes_of(lm.model)
     tokens, checkpointing = settle(left, sizes, how_of(cfg, lm), longest, most, *given)
-    cfg.max_row_tokens, cfg.gradient_checkpointing = tokens, checkpointing
+    lm.longest_row = tokens
     way = "with" if checkpointing else "without"
     chosen = f"rows of {tokens} tokens, {way} gradient checkpointing"
     print(f"{free / 2**30:.1f} GiB free: {chosen} (--max_row_tokens, --gradient_checkpointing)")
     if checkpointing:
         checkpoint_layers(lm.model)
+
+
+def settled(cfg: Config, lm: PackedLM) -> dict:
+    """What became of the flags that leave something open, under their names."""
+    return {
+        "device": str(lm.device),
+        "dtype": str(computes_in(lm)).removeprefix("torch."),
+        "max_row_tokens": row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device),
+        "gradient_checkpointing": lm.model.is_gradient_checkpointing,
+    }

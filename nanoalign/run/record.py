@@ -33,7 +33,7 @@ from nanoalign.run.checkpoint import (
     state_tensors,
     take_over,
 )
-from nanoalign.run.command import out_of_memory
+from nanoalign.run.command import need_less, out_of_memory
 from nanoalign.run.device import computes_in
 from nanoalign.run.files import locked, rehearse, write_whole
 from nanoalign.run.flags import Config
@@ -85,6 +85,9 @@ def begun(cfg: Config, run: Run, signals: list[int]) -> Iterator["Record"]:
             if sound and ranks.WORLD == 1:
                 with contextlib.suppress(Exception):
                     record.save_what_is_done()
+            if out_of_memory(error):
+                settled = run.policy.model.is_gradient_checkpointing
+                raise InputError(need_less(cfg, settled)) from None
             raise
 
 
@@ -255,7 +258,7 @@ class Record:
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
         if not self.left or self.stopped:
             return
-        longest = row_tokens(cfg.max_row_tokens, lm.device)
+        longest = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
         batches = method(ranks.rows(self.run.held_out, cfg.per_device_eval_batch_size, longest))
         if ranks.WORLD == 1:
             batches = takewhile(lambda _: not self.stopped, batches)

@@ -65,7 +65,8 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
     """Any number of examples in rows for a pass without gradient: twice as long as those of
     backward, which keeps all that a layer computes. That makes larger products, and each weight is
     read (from 4 bits: decoded) for more tokens."""
-    return ranks.level(in_rows(examples, 2 * row_tokens(cfg.max_row_tokens, lm.device)))
+    limit = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
+    return ranks.level(in_rows(examples, 2 * limit))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from nanoalign.run import checkpoint, ranks
 from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
-from nanoalign.run.device import settle_rows
+from nanoalign.run.device import settle_rows, settled
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import printable
@@ -183,6 +183,7 @@ def facts(cfg: Config, run: Run) -> dict:
     return {
         "method": cfg.method,
         "flags": vars(cfg),
+        "settled": settled(cfg, run.policy.lm),
         "examples": len(run.examples),
         "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
