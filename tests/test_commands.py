@@ -642,7 +642,7 @@ def test_home(tmp_path, monkeypatch):
     assert drawn == [tmp_path / "a.png"]
     said = []
     monkeypatch.setattr(chat, "open_policy", lambda args: said.append(args.directory))
-    monkeypatch.setattr(chat, "say", lambda policy, system, turns, args: said.append(turns))
+    monkeypatch.setattr(chat, "say", lambda policy, turns, args: said.append(turns))
     chat.main(["~/m", "--prompt=~/x"])
     assert said == [str(tmp_path / "m"), [{"role": "user", "content": "~/x"}]]
 
