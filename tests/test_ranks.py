@@ -87,6 +87,12 @@ def two(flags, tmp_path_factory, no_curves):
     call("dpo", alone)
     resumed = flags("dpo", home / "more", resume_from_checkpoint=str(home / "alone/checkpoint-2"))
     runs.append(("dpo", resumed | LORA))
+    # The first evaluation is the best, if a greater loss is the better one.
+    best = dict(load_best_model_at_end="true", greater_is_better="true", save_strategy="no")
+    best |= {"per_device_eval_batch_size": 2}
+    runs.append(("dpo", flags("dpo", home / "best", **best, **LORA)))
+    if ranks.CAN_SHARD:
+        runs.append(("sft", flags("sft", home / "best-fsdp", fsdp="true", **best, **FULL)))
     return done(runs, home)
 
 
@@ -125,6 +131,16 @@ def test_two_ranks_take_the_steps_of_one_process(method, kind, two, flags, tmp_p
 def test_a_run_goes_on_bit_for_bit_with_the_dropout_of_each_rank(two):
     assert tensors(two / "again") == tensors(two / "whole")
     assert metrics(two / "again") == metrics(two / "whole")[-3:]  # two steps and an evaluation
+
+
+@pytest.mark.parametrize("name", ["best", "best-fsdp"])
+def test_ranks_decide_together_which_step_is_kept(name, two):
+    if name == "best-fsdp" and not ranks.CAN_SHARD:
+        pytest.skip("needs torch 2.13")
+    losses = [line["eval_loss"] for line in metrics(two / name) if "eval_loss" in line]
+    assert losses[0] > losses[1]
+    assert json.loads((two / name / "run.json").read_text())["best_step"] == 2
+    assert tensors(two / name) == tensors(two / name / "checkpoint-2")
 
 
 def test_another_number_of_ranks_goes_on_with_a_checkpoint(two, flags, tmp_path, no_curves):

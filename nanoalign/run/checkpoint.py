@@ -28,7 +28,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -160,6 +160,18 @@ def load_state(
     state |= then
 
 
+def load_weights(directory: Path, named: dict[str, nn.Parameter]) -> None:
+    """Put back what trains, and nothing else."""
+    path = directory / "state.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            for name, parameter in named.items():
+                saved = file.get_tensor(f"weight.{name}")
+                parameter.detach().copy_(shards.part_of(saved, parameter))
+    except UNREADABLE as error:
+        raise InputError(f"{path}: damaged: {error}") from None
+
+
 def resume(cfg: Config, named: dict, optimizer, state: dict) -> Path | None:
     """Go on from the newest checkpoint of the run's directory ("last") or from a given one, if
     there is one yet. A damaged checkpoint is named and the one before it taken. -> the one that was
@@ -245,12 +257,12 @@ def continues(which: str | None, directory: Path) -> bool:
     return any(lies_in(path, directory) for path in found)
 
 
-def prune(directory: Path, keep: int | None, step: float = math.inf) -> None:
-    """Delete all but the newest `keep` checkpoints of the steps up to `step`.
+def prune(directory: Path, keep: int | None, step: float = math.inf, best: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints of the steps up to `step`, and but the best.
 
     Those beyond it may be damaged; they don't count, and the run will write them again.
     """
-    found = [path for path in checkpoints(directory) if int(path.name[11:]) <= step]
+    found = [path for path in checkpoints(directory) if best != int(path.name[11:]) <= step]
     for path in [] if keep is None else found[: max(0, len(found) - keep)]:
         with contextlib.suppress(OSError):  # a checkpoint too many must not end a run
             replace(path)

@@ -126,6 +126,10 @@ def no_evaluation(cfg) -> bool:
     return cfg.eval_strategy == "no" or not (cfg.eval_dataset or cfg.eval_fraction)
 
 
+def no_choice(cfg) -> bool:
+    return not (cfg.load_best_model_at_end or cfg.early_stopping_patience)
+
+
 def no_warmup(cfg) -> bool:
     """transformers' "constant" is so from the first step."""
     return cfg.lr_scheduler_type == "constant"
@@ -275,6 +279,16 @@ class Config:
     eval_steps: int | None = flag(
         None, "steps between evals; none: at the end", POSITIVE,
         idle=lambda c: no_evaluation(c) or c.eval_strategy == "epoch", free=True)
+    eval_on_start: bool = flag(False, "evaluate before step 1 too; it does not compete", free=True)
+    load_best_model_at_end: bool = flag(
+        False, "keep the step whose evaluation was the best, not the last one", free=True)
+    metric_for_best_model: str | None = flag(
+        None, "the metric of evaluations that says so; none: loss", idle=no_choice, free=True)
+    greater_is_better: bool | None = flag(
+        None, "none: where the metric's name does not end in loss", nargs="?", const=True,
+        idle=no_choice, free=True)
+    early_stopping_patience: int | None = flag(
+        None, "end the run after so many evaluations that were no better", POSITIVE, free=True)
     generate_during_eval: bool = flag(
         False, "show replies to held-out prompts at evaluation", idle=no_evaluation, free=True)
     save_strategy: Literal["no", "steps", "epoch"] = flag(
@@ -531,9 +545,11 @@ def check(cfg: Config, given: set[str]) -> None:
         raise InputError("--model_name_or_path: give the model to train")
     if not cfg.dataset_name:
         raise InputError("--dataset_name: give the data to train on")
-    if cfg.eval_strategy in ("steps", "epoch") and no_evaluation(cfg):
-        what = f"--eval_strategy {cfg.eval_strategy}"
-        raise InputError(f"{what}: needs --eval_dataset or --eval_fraction")
+    wish = f"eval_strategy {cfg.eval_strategy}" * (cfg.eval_strategy in ("steps", "epoch"))
+    for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
+        wish = wish or name * bool(getattr(cfg, name))
+    if wish and no_evaluation(cfg):
+        raise InputError(f"--{wish}: needs --eval_dataset or --eval_fraction")
     own = SCHEDULES[cfg.lr_scheduler_type]
     if strange := [name for name in cfg.lr_scheduler_kwargs if name not in own]:
         takes = ", ".join(own) or "no numbers"

@@ -47,6 +47,29 @@ def keep_lines(path: Path, until: int) -> list[dict]:
     return [json.loads(line) for line in kept]
 
 
+def metric_of(cfg: Config) -> tuple[str, bool]:
+    """What tells which evaluation is the best: its name in their lines; is greater better?"""
+    name = "eval_" + (cfg.metric_for_best_model or "loss").removeprefix("eval_")
+    greater = cfg.greater_is_better
+    return name, not name.endswith("loss") if greater is None else greater
+
+
+def best_of(cfg: Config, lines: list[dict]) -> tuple[dict | None, int]:
+    """The best evaluation among lines of metrics.jsonl, if there is one, and how many came after
+    it. One before step 1 does not compete; only a strictly better one takes the place."""
+    name, greater = metric_of(cfg)
+    best, since = None, 0
+    for line in lines:
+        if any(key.startswith("eval_") for key in line) and line["step"]:
+            value = line.get(name)  # it was not finite if it is not there
+            ahead = value is not None and (best is None or value != best[name])
+            if ahead and (best is None or (value > best[name]) is greater):
+                best, since = line, 0
+            else:
+                since += 1
+    return best, since
+
+
 class Log:
     """For a run that has done `step` of `total` steps; `close` it at its end. A run that goes on
     does so at Weights & Biases too, under its `run_id`. Ranks beyond the first keep no log."""

@@ -27,6 +27,7 @@ from nanoalign.run.checkpoint import (
     fingerprint,
     finished,
     lies_in,
+    load_weights,
     prune,
     resume,
     save_state,
@@ -35,9 +36,9 @@ from nanoalign.run.checkpoint import (
 )
 from nanoalign.run.command import need_less, out_of_memory
 from nanoalign.run.device import computes_in
-from nanoalign.run.files import locked, rehearse, write_whole
-from nanoalign.run.flags import Config
-from nanoalign.run.log import Log, keep_lines, replies
+from nanoalign.run.files import locked, rehearse, replace, write_whole
+from nanoalign.run.flags import Config, no_choice
+from nanoalign.run.log import Log, best_of, keep_lines, metric_of, replies
 from nanoalign.run.policy import load_saved, save_policy
 from nanoalign.run.session import Run, facts
 from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
@@ -49,17 +50,20 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     """Train run.policy as `cfg` says, from where it stands to its end, and save it.
 
     A signal lets the step finish, saves a checkpoint and ends the run. Once the last weights are
-    saved the run is finished: a signal in its last evaluation ends it without a checkpoint.
+    saved the run is finished: a signal in its last evaluation ends it without a checkpoint. But
+    where the best step is to be kept, the last evaluation comes first.
     """
     method = balanced(method, run.policy.model, cfg.router_aux_loss_coef)
     lock = contextlib.nullcontext() if ranks.RANK else locked(Path(cfg.output_dir))
     with stop_signals() as signals, lock, begun(cfg, run, signals) as record:
+        record.check_metric(method)
         record.evaluate(method)  # where the run was stopped before it could
         start = record.optimizer, record.step, order, lambda: record.state["scale"]
-        for step in train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total):
-            record.advance(step)
+        steps = train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total)
+        while not record.ended:
+            record.advance(next(steps))
             if record.ended:
-                record.save()
+                record.save_checkpoint() if cfg.load_best_model_at_end else record.save()
             record.evaluate(method)
             # Asked once a step: a signal after the save must not end the run without a checkpoint.
             stop = record.stopped
@@ -69,6 +73,7 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
                 record.stop(stop, f"stopped after step {record.step}")
         if record.left and (stop := record.stopped):
             record.stop(stop, "stopped in the last evaluation; the weights are saved")
+        record.end()
 
 
 @contextlib.contextmanager
@@ -118,6 +123,7 @@ class Record:
     def __init__(self, cfg: Config, run: Run, signals: list[int]):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
         self.signals, self.facts = signals, facts(cfg, run)
+        self.evaluations: list[dict] = []  # their lines in metrics.jsonl
         ranks.own_dropout(cfg.seed)  # not before: what a script adds must start equal on all ranks
         self.per_epoch, self.total = plan(cfg, len(run.examples))
         # Steps from one evaluation, and from one checkpoint, to the next; 0: only at the end.
@@ -142,35 +148,39 @@ class Record:
             "time": 0.0,
             "scale": INITIAL_SCALE if self.float16 else 1.0,
             "since_overflow": 0,
-            "evaluated": 0,  # after this step, the last time
+            "evaluated": -1,  # after this step, the last time
             "run_id": "",  # its name at Weights & Biases
             "fingerprint": this_run,
         }
         ranks.once(partial(clean_up, self.directory))
-        found, done = None, finished(cfg, self.state)
-        if done:
-            self.state["step"] = self.total
+        found, self.done = None, finished(cfg, self.state)  # the end is saved
+        if self.done:
+            self.state["step"] = self.state["step"] or self.total
             load_saved(run.policy, self.directory, cfg.trust_remote_code)
         elif cfg.resume_from_checkpoint is not None:
             found = resume(cfg, self.named, self.optimizer, self.state)
-        fresh = not done and (found is None or not lies_in(found, self.directory))
+        fresh = not self.done and (found is None or not lies_in(found, self.directory))
         if fresh:
             self.state["run_id"] = uuid.uuid4().hex
 
         self.start = time.monotonic() - self.state["time"]
 
         def begin():
-            if not done:
+            if not self.done:
                 rehearse(self.directory, partial(self.write, whole={}))
                 take_over(self.directory, fresh)
-                prune(self.directory, cfg.save_total_limit, self.step)
-            return keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
+            lines = keep_lines(self.directory / "metrics.jsonl", until=0 if fresh else self.step)
+            # They tell which step is the best so far, and whether patience is gone.
+            self.evaluations = [n for n in lines if any(key.startswith("eval_") for key in n)]
+            if not self.done:
+                prune(self.directory, cfg.save_total_limit, self.step, self.best)
+            return self.evaluations
 
         ranks.wait()  # all have read the checkpoint
-        lines = ranks.once(begin)
-        if done:
-            evaluations = [n for n in lines if any(key.startswith("eval_") for key in n)]
-            self.state["evaluated"] = max((line["step"] for line in evaluations), default=0)
+        self.evaluations = ranks.once(begin)
+        known = [line["step"] for line in self.evaluations]
+        self.state["evaluated"] = max([self.state["evaluated"], *known])
+        if self.done:
             left = "its evaluation is left" if self.left else "nothing to do"
             print(f"{self.directory}, step {self.step}: this run is finished; {left}")
         self.log = Log(cfg, self.total, self.step, self.state["run_id"])
@@ -184,7 +194,15 @@ class Record:
 
     @property
     def ended(self) -> bool:
-        return self.step == self.total
+        _, since = best_of(self.cfg, self.evaluations)
+        impatient = since >= (self.cfg.early_stopping_patience or math.inf)
+        return self.done or self.step == self.total or impatient
+
+    @property
+    def best(self) -> int:
+        """The step whose evaluation was the best so far, if it is the one to keep."""
+        line = best_of(self.cfg, self.evaluations)[0] if self.cfg.load_best_model_at_end else None
+        return line["step"] if line else 0
 
     @property
     def stopped(self) -> int:
@@ -199,7 +217,8 @@ class Record:
     @property
     def left(self) -> bool:
         """Is an evaluation due and not done?"""
-        due = self.due(self.eval_every) and self.state["evaluated"] < self.step
+        due = self.due(self.eval_every) if self.step else self.cfg.eval_on_start
+        due = due and self.state["evaluated"] < self.step
         return due and bool(self.run.held_out) and self.cfg.eval_strategy != "no"
 
     def due(self, every: int) -> bool:
@@ -244,12 +263,24 @@ class Record:
             self._line({**line, "num_tokens": tokens, "tokens_per_second": round(speed, 1)})
             state["window"], self.since = {}, (now, tokens)
 
-    def _line(self, metrics: dict[str, float]) -> None:
+    def _line(self, metrics: dict[str, float]) -> dict[str, float]:
         place = {"step": self.step, "epoch": self.step / self.per_epoch}
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if lost := [name for name in metrics if name not in finite]:  # JSON has no NaN
             self.log.say(f"step {self.step}: not finite: {', '.join(lost)}")
-        self.log.line({**place, **finite, "time": self.seconds()})
+        self.log.line(line := {**place, **finite, "time": self.seconds()})
+        return line
+
+    def check_metric(self, method: Method) -> None:
+        """Is the metric that is to tell the best step one of those that are measured? Asked of one
+        example of each label, before the run has cost anything."""
+        name = metric_of(self.cfg)[0].removeprefix("eval_")
+        if name == "loss" or not (self.run.held_out and not no_choice(self.cfg)):
+            return
+        few = list({example.label: example for example in self.run.held_out}.values())
+        known = evaluate(self.run.policy.lm, method([few]), ranks.total)
+        if name not in known:
+            raise InputError(f"--metric_for_best_model {name}: expected one of {', '.join(known)}")
 
     def evaluate(self, method: Method) -> None:
         """Measure the held-out examples, if that is due. The time that takes does not count as
@@ -265,8 +296,11 @@ class Record:
         measured = evaluate(lm, batches, ranks.total)
         if self.stopped:
             return
-        state["evaluated"] = self.step
-        self._line({f"eval_{name}": value for name, value in measured.items()})
+        former, state["evaluated"] = self.best, self.step
+        line = self._line({f"eval_{name}": value for name, value in measured.items()})
+        self.evaluations.append(ranks.once(lambda: line))  # rank 0 decides for all
+        if self.best != former:
+            self.keep_best(former)
         if cfg.generate_during_eval and ranks.RANK == 0:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + self.seconds() - started, self.since[1]
@@ -276,12 +310,13 @@ class Record:
         save_policy(self.run.policy, directory, whole)
         state = {**self.state, "time": self.seconds()}
         parts = {k: v for k, v in state.pop("fingerprint").items() if k != "data"}
-        text = json.dumps({**self.facts, **parts, "state": state}, indent=2)
+        best = {"best_step": self.best} if self.best else {}
+        text = json.dumps({**self.facts, **parts, **best, "state": state}, indent=2)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")
 
     def save(self) -> None:
         """The end, where the run's directory is."""
-        whole, self.saved = shards.whole_weights(self.run.policy.lm), self.step
+        whole, self.saved, self.done = shards.whole_weights(self.run.policy.lm), self.step, True
         if ranks.RANK == 0:
             write_whole(self.directory, partial(self.write, whole=whole), into=True, rescue=True)
             clean_up(self.directory)
@@ -298,14 +333,48 @@ class Record:
 
         if ranks.RANK == 0:
             write_whole(self.directory / f"checkpoint-{self.step}", write, rescue=True)
-            prune(self.directory, self.cfg.save_total_limit, self.step)
+            if not self.ended:  # else it stands until the end is saved
+                prune(self.directory, self.cfg.save_total_limit, self.step, self.best)
         ranks.wait()
+
+    def keep_best(self, former: int) -> None:
+        """The step that was just evaluated is the best so far: a checkpoint, whatever save_steps
+        says. That of the `former` best one goes, if it was saved for that alone."""
+        if self.saved < self.step:
+            self.save_checkpoint()
+        if former:
+            self.drop_checkpoint(former)
+
+    def drop_checkpoint(self, step: int) -> None:
+        """One that is not wanted any more, unless save_steps wants it."""
+        wanted = self.save_every and step % self.save_every == 0 and step < self.total
+        if ranks.RANK == 0 and not wanted:
+            replace(self.directory / f"checkpoint-{step}")
+
+    def end(self) -> None:
+        """The last save, if it is still to be made: of the best step, if that is to be kept."""
+        if self.done:
+            return
+        if self.step < self.total:
+            self.log.say(f"no evaluation was better in the last {self.cfg.early_stopping_patience}")
+        best, (name, greater) = best_of(self.cfg, self.evaluations)[0], metric_of(self.cfg)
+        if self.cfg.load_best_model_at_end and best:
+            if self.saved < self.step:
+                self.save_checkpoint()  # where the run goes on, if it is killed before it has saved
+            if best["step"] < self.step:
+                load_weights(self.directory / f"checkpoint-{best['step']}", self.named)
+            which = f"the {'highest' if greater else 'lowest'} of {len(self.evaluations)}"
+            self.log.say(f"step {best['step']} is kept: {name} {best[name]:.4g} is {which}")
+        self.save()
+        if self.cfg.load_best_model_at_end and self.best != self.step:
+            self.drop_checkpoint(self.step)
 
     def save_what_is_done(self) -> None:
         """Before the run ends with an error: the steps since the last checkpoint are good."""
         if self.saved < self.step:
-            self.save() if self.ended else self.save_checkpoint()
-            place = self.directory.name if self.ended else f"checkpoint-{self.step}"
+            last = self.ended and not self.cfg.load_best_model_at_end
+            self.save() if last else self.save_checkpoint()
+            place = self.directory.name if last else f"checkpoint-{self.step}"
             self.log.say(f"saved in {place}; --resume_from_checkpoint goes on there")
 
 

@@ -24,7 +24,7 @@ from nanoalign.run.curves import draw, read_run
 from nanoalign.run.device import settle_rows, settled
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
-from nanoalign.run.log import printable
+from nanoalign.run.log import best_of, printable
 from nanoalign.run.policy import Base, base_of, load_policy, tokenizer_of
 
 
@@ -203,7 +203,8 @@ def finish(cfg: Config, run: Run) -> Run:
         print("no curves.png: pip install 'nanoalign[plot]' for that")
     if lines:
         stops, saved = run.policy.template.stop_ids, run.policy.tokenizer.init_kwargs
-        how = lines[-1], stops, saved.get(KWARGS)
+        last = (cfg.load_best_model_at_end and best_of(cfg, lines)[0]) or lines[-1]
+        how = last, stops, saved.get(KWARGS)
         write_card(cfg, run.policy.lora, directory, len(run.examples), *how)
     if line := afterthought(lines):
         print(line)
