@@ -253,14 +253,14 @@ def test_threads(tmp_path, model, capsys, monkeypatch):
     data = write_data(tmp_path)
     flags = ["--model_name_or_path", model, "--dataset_name", str(data / "sft.jsonl")]
     flags += ["--max_steps", "2", "--logging_steps", "1"]
-    assert threads.speed(flags, 1, "PASSIVE", str(tmp_path / "out"), limit=400) > 0
-    assert math.isnan(threads.speed(flags, 1, "PASSIVE", str(tmp_path / "late"), limit=0.01))
+    assert threads.speed(flags, 1, "passive", str(tmp_path / "out"), limit=400) > 0
+    assert math.isnan(threads.speed(flags, 1, "passive", str(tmp_path / "late"), limit=0.01))
 
     asked = []
     monkeypatch.setattr(threads, "speed", lambda *case: asked.append(case) or 1234.5)
     threads.main([])
     head, _, idle, busy = capsys.readouterr().out.splitlines()
-    assert "1 thread |" in head and head.endswith(" passive |") and len(asked) >= 4
+    assert "1 thread |" in head and head.endswith(" 1,000 turns |") and len(asked) >= 4
     assert idle.count("1234 tok/s") == busy.count("1234 tok/s") == len(asked) // 2
 
 

@@ -29,12 +29,14 @@ from nanoalign.formats.note import NOTE
 from nanoalign.formats.templates import NativeTemplate
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
+from nanoalign.run import device
 from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
+from nanoalign.run.record import Record
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import check_output_dir, git_commit, start, use_threads
+from nanoalign.run.session import check_output_dir, git_commit, start
 from nanoalign.tools import chat, merge, plot
 
 pytestmark = [
@@ -1062,28 +1064,86 @@ def test_a_length_that_the_model_or_the_reference_does_not_serve(flag, model_dir
     assert code == 0 and "advice: --max_length" not in said
 
 
+@pytest.fixture
+def five_threads(monkeypatch):
+    """Said to be there, and none started."""
+    said = [5]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: said[-1])
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+
+
 @pytest.mark.parametrize(
-    "flags, environment, built_in, number, why",
+    "flags, environment, kept, built_in, number, why",
     [
-        ({}, None, True, 1, "the model is tiny"),
-        ({}, "3", True, 5, "OMP_NUM_THREADS"),  # torch read it when it was loaded
-        ({"threads": 2}, "3", True, 2, "--threads"),
-        ({}, None, False, 5, "one a core; --threads 1 is faster"),
-        ({"threads": 1}, None, False, 1, "--threads"),
+        ({}, None, None, True, 1, "the model is tiny"),
+        ({}, "3", None, True, 5, "(OMP_NUM_THREADS)"),  # torch read it when it was loaded
+        ({"threads": 2}, "3", None, True, 2, "(--threads)"),
+        ({}, None, None, False, 4, "(probed)"),
+        ({"threads": 1}, None, None, False, 1, "(--threads)"),
+        ({}, None, 3, False, 3, "(as before)"),
+        ({}, None, 3, True, 3, "(as before)"),
+        ({"threads": 1}, None, 3, False, 1, "(--threads; before it was 3, so sums round"),
+        ({}, "3", 5, False, 5, "(OMP_NUM_THREADS)"),
+        ({}, None, "many", False, 4, "(probed; before it was many"),
     ],
 )
-def test_threads(flags, environment, built_in, number, why, monkeypatch):
-    """The built-in model computes with one; what the user says wins."""
-    monkeypatch.delenv("OMP_NUM_THREADS")
+def test_threads(
+    flags, environment, kept, built_in, number, why, five_threads, tmp_path, monkeypatch
+):
+    """What the user says wins, then what the run had; the built-in model computes with one."""
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
-    before = torch.get_num_threads()
-    torch.set_num_threads(5)
-    try:
-        line = use_threads(SFTConfig(**flags), built_in)
-        assert torch.get_num_threads() == number and f"{number} thread" in line and why in line
-    finally:
-        torch.set_num_threads(before)
+    if kept:
+        (tmp_path / "checkpoint-2").mkdir()
+        (tmp_path / "checkpoint-2" / "state.json").write_text(json.dumps({"threads": kept}))
+        flags = flags | {"resume_from_checkpoint": "last"}
+    monkeypatch.setattr(device, "quicker", lambda most: (most - 1, "probed"))
+    line = device.use_threads(SFTConfig(output_dir=str(tmp_path), **flags), built_in)
+    assert torch.get_num_threads() == number and f"{number} thread" in line and why in line
+
+
+@pytest.mark.parametrize("slow, number", [(1.0, 1), (0.5, 5), (5.0, 1)])
+def test_one_thread_or_all_by_a_clock(slow, number, five_threads):
+    """A product of five threads takes `slow` times that of one; the probe reads a clock that goes
+    on by so much with each look. It is over in a fifth of a second, or after two slow products."""
+    time = 0.0
+
+    def now():
+        nonlocal time
+        time += 0.001 * (slow if torch.get_num_threads() == 5 else 1)
+        return time
+
+    got, why = device.quicker(5, now)
+    assert got == number and f"{1 / slow:.1f} times" in why
+    assert why.endswith("--threads 1 takes one" if number == 5 else "--threads 5 takes them")
+    assert time < 0.3 and device.quicker(1) == (1, "one core")
+
+
+def test_a_program_that_comes_later_is_spoken_of(five_threads, capsys):
+    said = []
+    cpu = Namespace(policy=Namespace(lm=Namespace(device=torch.device("cpu"))))
+    record = Namespace(fastest=0.0, step=9, run=cpu, log=Namespace(say=said.append))
+    for speed in (50, 100, 34, 33, 20):
+        Record.advise(record, speed)
+    assert len(said) == 1 and "--threads 1 is faster than 5" in said[0]
+    torch.set_num_threads(1)
+    Record.advise(record, 1)
+    assert len(said) == 1
+
+
+def test_a_run_keeps_its_number_of_threads(model_dir, script, tmp_path, five_threads, monkeypatch):
+    monkeypatch.setattr(device, "quicker", lambda most: (2, "probed"))
+    flags = dict(save_steps=1, max_steps=2, output_dir=tmp_path / "one")
+    code, said, _ = script("sft", **flags)
+    assert code == 0 and "2 threads (probed)" in said
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["threads"] == 2
+    monkeypatch.setattr(device, "quicker", lambda most: (1, "probed"))
+    code, said, _ = script("sft", **flags | dict(
+        output_dir=tmp_path / "two", resume_from_checkpoint=tmp_path / "one" / "checkpoint-1",
+    ))  # fmt: skip
+    assert code == 0 and "2 threads (as before)" in said
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["state"]["threads"] == 2
 
 
 def test_another_model_on_the_built_in_data(model_dir, script, adapter):

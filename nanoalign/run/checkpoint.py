@@ -241,6 +241,16 @@ def checkpoints_named(which: str, directory: Path) -> list[Path]:
     return [path] if one and path != directory else checkpoints(path)
 
 
+def kept_in(cfg: Config, name: str) -> dict:
+    """What a file of JSON says in the checkpoint that the run goes on from; {} if nothing."""
+    which = cfg.resume_from_checkpoint
+    for path in reversed(checkpoints_named(which, Path(cfg.output_dir)) if which else []):
+        with contextlib.suppress(OSError, ValueError):  # damaged, as `resume` will say
+            said = json.loads((path / name).read_text(encoding="utf-8"))
+            return said if isinstance(said, dict) else {}
+    return {}
+
+
 def lies_in(checkpoint: Path, directory: Path) -> bool:
     """Also if one of the two is named by a link."""
     real = Path(os.path.realpath(checkpoint))

@@ -7,6 +7,9 @@ where the flags leave these two open, the quickest choice is taken that fits by 
 bytes.py.
 """
 
+import os
+import time
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -16,9 +19,10 @@ from nanoalign.data import Examples
 from nanoalign.fast import flex
 from nanoalign.fast.head import chunk_rows
 from nanoalign.formats.peft import TrainedModule, is_layer
+from nanoalign.formats.weights import pick_device
 from nanoalign.logps import PackedLM
 from nanoalign.packing import row_tokens
-from nanoalign.run import ranks
+from nanoalign.run import checkpoint, ranks
 from nanoalign.run.bytes import (
     How,
     Sizes,
@@ -33,6 +37,52 @@ from nanoalign.run.flags import Config
 ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
 SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
 COMING = "its gradients", "AdamW's states"  # of standing_bytes: from the first step on
+
+
+def use_threads(cfg: Config, tiny: bool) -> str:
+    """Set the number of a CPU's threads. -> how many there are and why, in a line.
+
+    With another number sums have another order, so a run that is resumed takes the one it had.
+    """
+    most, then = torch.get_num_threads(), checkpoint.kept_in(cfg, "state.json").get("threads")
+    if cfg.threads:
+        number, why = cfg.threads, "--threads"
+    elif "OMP_NUM_THREADS" in os.environ:
+        number, why = most, "OMP_NUM_THREADS"
+    elif isinstance(then, int) and then > 0:
+        number, why = then, "as before"
+    elif pick_device(cfg.device).type != "cpu":
+        number, why = most, "one a core"
+    elif tiny:
+        number, why = 1, "the model is tiny; --threads takes more"
+    else:
+        number, why = quicker(most)
+        number = min(ranks.gather(number))
+    torch.set_num_threads(number)
+    if then not in (None, number):
+        why += f"; before it was {then}, so sums round otherwise"
+    return f"computes on the CPU with {number} thread{'s' * (number > 1)} ({why})"
+
+
+def quicker(most: int, now=time.perf_counter) -> tuple[int, str]:
+    """`most` threads or one, by a fifth of a second of small products; and why.
+
+    Threads that share a product wait for each other, and spin meanwhile. Beside one busy program
+    each product then takes until the scheduler lets the last of them go on.
+    """
+    if most == 1:
+        return 1, "one core"
+    a, b, done = torch.ones(256, 512), torch.ones(512, 512), Counter()
+    for number in (most, 1, most, 1):
+        torch.set_num_threads(number)
+        a @ b  # the threads are there
+        begin = now()
+        while now() - begin < 0.05:
+            a @ b
+            done[number] += 1
+    gain = done[most] / done[1]
+    why = f"{most} threads make {gain:.1f} times the products of one; --threads 1 takes one"
+    return (most, why) if gain > 1.1 else (1, why.replace("1 takes one", f"{most} takes them"))
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:

@@ -171,7 +171,8 @@ class Config:
         True, "on CUDA, float32 products keep 10 bits of a factor: much faster",
         idle=lambda c: c.device in ("cpu", "mps"), free=True)
     threads: int | None = flag(
-        None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core", POSITIVE, free=True)
+        None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core or one, as a probe says",
+        POSITIVE, free=True)
     chat_template: str | None = flag(
         None, "native: the tokenizer's own template; none: strings as they are; not given: what it "
         "was trained with, else native, or chatml where the tokenizer has none", choices=TEMPLATES)

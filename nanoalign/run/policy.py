@@ -4,9 +4,7 @@
 trains, and how it computes.
 """
 
-import json
 import os
-from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +33,7 @@ from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run import shards
-from nanoalign.run.checkpoint import checkpoints_named
+from nanoalign.run.checkpoint import kept_in
 from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
 
@@ -127,12 +125,8 @@ def tokenizer_of(cfg: Config, base: Base | None = None) -> Opened:
 def saved_template(cfg: Config) -> dict:
     """What the checkpoint that the run goes on from says of its template: its name, what it is
     given, and the date that it prints, so that the run's data are the same after midnight."""
-    which = cfg.resume_from_checkpoint
-    for path in reversed(checkpoints_named(which, Path(cfg.output_dir)) if which else []):
-        with suppress(OSError, ValueError, TypeError):  # damaged, as `resume` will say
-            saved = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-            return {key: saved[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in saved}
-    return {}
+    saved = kept_in(cfg, "tokenizer_config.json")
+    return {key: saved[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in saved}
 
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> None:

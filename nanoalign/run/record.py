@@ -184,8 +184,9 @@ class Record:
             left = "its evaluation is left" if self.left else "nothing to do"
             print(f"{self.directory}, step {self.step}: this run is finished; {left}")
         self.log = Log(cfg, self.total, self.step, self.state["run_id"])
+        self.state["threads"] = torch.get_num_threads()  # a resumed run takes as many
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
-        self.saved = self.step  # in the newest checkpoint
+        self.saved, self.fastest = self.step, 0.0  # the newest checkpoint; tokens per second
 
     @property
     def step(self) -> int:
@@ -262,6 +263,16 @@ class Record:
                 line["grad_norm"] = step.grad_norm
             self._line({**line, "num_tokens": tokens, "tokens_per_second": round(speed, 1)})
             state["window"], self.since = {}, (now, tokens)
+            self.advise(speed)
+
+    def advise(self, speed: float) -> None:
+        """The probe's choice of threads stands; of a program that came later is only spoken."""
+        self.fastest = max(self.fastest, speed)
+        threads, on_cpu = torch.get_num_threads(), self.run.policy.lm.device.type == "cpu"
+        if on_cpu and threads > 1 and speed < self.fastest / 3:
+            self.fastest = 0.0  # said once
+            fell = f"advice: step {self.step}: tokens per second fell to less than a third"
+            self.log.say(f"{fell}; beside a busy program --threads 1 is faster than {threads}")
 
     def _line(self, metrics: dict[str, float]) -> dict[str, float]:
         place = {"step": self.step, "epoch": self.step / self.per_epoch}

@@ -21,7 +21,7 @@ from nanoalign.run import checkpoint, ranks
 from nanoalign.run.advice import advice, afterthought, length_advice
 from nanoalign.run.card import write_card
 from nanoalign.run.curves import draw, read_run
-from nanoalign.run.device import settle_rows, settled
+from nanoalign.run.device import settle_rows, settled, use_threads
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import best_of, printable
@@ -72,25 +72,6 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     measured = at_home and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
     before = world.measure(policy) if measured else None
     return Run(policy, examples, held_out, before)
-
-
-def use_threads(cfg: Config, tiny: bool) -> str:
-    """Set the number of a CPU's threads. -> how many there are and why, in a line.
-
-    Threads that share a product wait for each other, and spin meanwhile: one busy program beside
-    them, and each small product takes until the scheduler lets the last of them go on. The built-in
-    model's products are so small that a second thread gains little even on an idle machine.
-    """
-    why, number = "one a core; --threads 1 is faster beside a busy program", cfg.threads
-    if number:
-        why = "--threads"
-    elif "OMP_NUM_THREADS" in os.environ:
-        why = "OMP_NUM_THREADS"
-    elif tiny:
-        why, number = "the model is tiny; --threads takes more", 1
-    torch.set_num_threads(number or torch.get_num_threads())
-    n = torch.get_num_threads()
-    return f"computes on the CPU with {n} thread{'s' * (n > 1)} ({why})"
 
 
 def check_output_dir(cfg: Config, base: Base) -> None:
@@ -188,6 +169,7 @@ def facts(cfg: Config, run: Run) -> dict:
         "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
+        "threads": torch.get_num_threads(),
     }
 
 
