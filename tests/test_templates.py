@@ -940,6 +940,10 @@ def test_data_that_hold_their_template(model_dir, tmp_path, capsys):
                 call("sft", given)
         call(method, given | {"chat_template": "none"})
     assert capsys.readouterr().out.count("template: none\n") == 3
+    given |= {"dataset_name": tmp_path / "sft.jsonl", "eval_dataset": tmp_path / "sft.jsonl"}
+    given |= {"output_dir": tmp_path / "y", "generate_during_eval": "true", "chat_template": "none"}
+    call("sft", given)
+    assert "there is no prompt to reply to" in capsys.readouterr().out
     tokenizer, template, added = load_tokenizer(str(tmp_path / "sft"))
     assert isinstance(template, NoTemplate) and not added
     for layouts, file in ((SFT, "sft"), (DPO, "dpo")):

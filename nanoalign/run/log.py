@@ -158,7 +158,9 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
 
 def replies(policy: Policy, examples: list[Example]) -> str:
     """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
-    prompts = [list(split(example)[0]) for example in examples]
+    prompts = [prompt for example in examples if (prompt := list(split(example)[0]))]
+    if not prompts:
+        return "--generate_during_eval: there is no prompt to reply to"
     columns = {"prompt": [prompt[-64:] for prompt in prompts]}
     columns["policy"] = sample(policy, prompts, max_new_tokens=64)
     if policy.reference is not None:
