@@ -18,12 +18,12 @@ it holds what state.json holds, and a finished run that is resumed does only wha
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
-from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,15 +32,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanoalign import InputError
+from nanoalign import InputError, one_line
 from nanoalign.data import Examples
 from nanoalign.formats.note import NOTE
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config
+from nanoalign.train import learning_rate, plan
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
-FREE = {f.name for f in fields(Config) if f.metadata.get("free")}  # may change on the way
+FREE = {
+    f.name for f in dataclasses.fields(Config) if f.metadata.get("free")
+}  # may change on the way
+HOLDS = {  # flag -> the part of the fingerprint that knows what it names, wherever that lies
+    "dataset_name": "data", "dataset_train_split": "data", "eval_dataset": "evaluation data",
+    "dataset_test_split": "evaluation data", "model_name_or_path": "base",
+    "adapter_name_or_path": "starting weights",
+}  # fmt: skip
+LENGTH = "max_steps", "num_train_epochs"
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
 RESULT = (  # what a finished run leaves, and what else would be taken for it
     "run.json", "metrics.jsonl", "README.md", "curves.png", NOTE, "config.json",
@@ -86,17 +95,50 @@ def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
     }
 
 
-def differences(cfg: Config, ours: dict, theirs: dict) -> str:
+def differences(cfg: Config, ours: dict, theirs: dict, done: int) -> str:
     """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data". A flag that
-    was not known then had its default."""
+    was not known then had its default.
+
+    Another path is no difference where what it names is the same, nor is another number of steps
+    where it leaves the `done` ones as they were; that is only said.
+    """
     now, then = ours["flags"], vars(type(cfg)()) | theirs["flags"]
     flags = sorted((now.keys() | then.keys()) - FREE)
     changed = [name for name in flags if now.get(name) != then.get(name)]
-    words = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in changed]
-    parts = [
-        part for part in ours if part != "flags" and ours[part] != theirs.get(part, ours[part])
-    ]
-    return "; ".join(words + [f"other {part}" for part in sorted(parts)])
+    parts = ours.keys() - {"flags", "examples"}
+    parts = sorted(part for part in parts if ours[part] != theirs.get(part, ours[part]))
+    words, harmless = [], []
+    for name in changed:
+        said, part = f"--{name} was {then.get(name)}, is {now.get(name)}", HOLDS.get(name)
+        if part in theirs and part not in parts:
+            harmless.append(f"{said}: the same {part}")
+        elif name not in LENGTH:
+            words.append(said)
+        elif why := other_steps(cfg, then, ours["examples"], done):
+            words.append(f"{said}: {why}")
+        else:
+            harmless.append(f"{said}: the steps that were done are the same")
+    words += [f"other {part}" for part in parts]
+    for line in [] if words else harmless:
+        print(one_line(line))
+    return "; ".join(words)
+
+
+def totals(cfg: Config, then: dict, examples: int) -> tuple[Config, int, int]:
+    """The flags with the number of steps that they asked for then; that number, and the new one."""
+    old = dataclasses.replace(cfg, **{name: then[name] for name in LENGTH})
+    return old, plan(old, examples)[1], plan(cfg, examples)[1]
+
+
+def other_steps(cfg: Config, then: dict, examples: int, done: int) -> str:
+    """Why the `done` steps would not have been the same, if not so many had been asked for."""
+    old, before, total = totals(cfg, then, examples)
+    if total < done:
+        return f"step {done} is done"
+    if any(learning_rate(old, i, before) != learning_rate(cfg, i, total) for i in range(done)):
+        kind = f"a {cfg.lr_scheduler_type} schedule over another number of steps"
+        return f"{kind} would have had other learning rates; a constant one goes on"
+    return ""
 
 
 def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor]:
@@ -134,7 +176,7 @@ def load_state(
     damaged.
     """
     then = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    if wrong := differences(cfg, state["fingerprint"], then["fingerprint"]):
+    if wrong := differences(cfg, state["fingerprint"], then["fingerprint"], then["step"]):
         raise InputError(f"{directory}: a checkpoint of another run: {wrong}")
     then["fingerprint"] = state["fingerprint"]  # free flags are those of now
     then = state | {"step": None} | then
@@ -192,17 +234,27 @@ def resume(cfg: Config, named: dict, optimizer, state: dict) -> Path | None:
 
 
 def finished(cfg: Config, state: dict) -> bool:
-    """Is the run that is to be resumed finished? Then `state` is that of its end."""
+    """Is the run that is to be resumed finished? Then `state` is that of its end. It is not if more
+    steps are asked for."""
     path = Path(cfg.output_dir, "run.json")
     if not (names_own(cfg.resume_from_checkpoint, path.parent) and path.exists()):
         return False
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
-        wrong = differences(cfg, state["fingerprint"], then | {"data": then["data_sha256"]})
+        theirs, done = then | {"data": then["data_sha256"]}, then.get("state", {}).get("step", 0)
+        wrong = differences(cfg, state["fingerprint"], theirs, done)
+        flags = vars(type(cfg)()) | then["flags"]
+        _, before, total = totals(cfg, flags, state["fingerprint"]["examples"])
     except UNREADABLE as error:
         raise InputError(f"{path}: damaged: {error!r}") from None
     if wrong:
         raise InputError(f"{path.parent}: another run, which is finished: {wrong}")
+    if total > before:
+        if not checkpoints(path.parent):
+            left = "no checkpoint is left to go on from; --save_steps writes some"
+            raise InputError(f"{path.parent}: finished at step {done}, and {left}")
+        print(f"{path.parent}: was finished at step {done}, goes on to step {total}")
+        return False
     state |= then.get("state", {})
     return True
 

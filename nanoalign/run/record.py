@@ -24,6 +24,7 @@ from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.checkpoint import (
     clean_up,
+    data_fingerprint,
     fingerprint,
     finished,
     lies_in,
@@ -138,6 +139,8 @@ class Record:
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
         this_run = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
+        this_run["evaluation data"] = data_fingerprint(run.held_out)
+        this_run["examples"] = len(run.examples)
         this_run["optimizer"] = type(self.optimizer).__name__
         this_run["number of examples a step"] = cfg.per_step
         self.state = {  # what a checkpoint keeps of a run, beside weights and generators

@@ -7,7 +7,10 @@ model; or, when all weights train and no copy of "then" is left, a table made be
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
-from nanoalign.run.policy import load_base, place
+from nanoalign.run.policy import Opened, base_of, load_base, load_policy, place
 from nanoalign.train import Batches
 
 LogpsOf = Callable[[Batches], list[Tensor]]  # (C,) log-probs of the completions of each batch
@@ -76,12 +79,22 @@ def logps_of(lm: PackedLM, batches: Batches) -> list[Tensor]:
 
 
 def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
-    """Another model, as --ref_model_name_or_path names it."""
-    for line in length_advice(cfg, name):
+    """Another model, or an adapter on its base, as --ref_model_name_or_path names it."""
+    adapter = Path(name, "adapter_config.json").exists()
+    more = {"model_name_or_path": None, "adapter_name_or_path": name, "use_peft": True}
+    cfg = replace(cfg, **more if adapter else {})
+    base = base_of(cfg) if adapter else None
+    for line in length_advice(cfg, base.name if adapter else name):
         print(one_line(f"advice: {line}"))
-    lm = load_base(cfg, name)
-    lm.model.set_attn_implementation(packed())
-    place(cfg, lm)
+    if adapter:
+        opened = Opened(policy.tokenizer, policy.template, [], base.name, base.lora)
+        with redirect_stdout(StringIO()):  # it says what trains, and here nothing does
+            lm = load_policy(cfg, opened).lm
+        print(one_line(f"the reference is {base.name} with the adapter {name}"))
+    else:
+        lm = load_base(cfg, name)
+        lm.model.set_attn_implementation(packed())
+        place(cfg, lm)
     if len(lm.head().weight) < vocabulary(policy.tokenizer):
         raise InputError(f"{name}: has fewer tokens than the policy")
     return lm

@@ -101,8 +101,10 @@ def shapes_of(cfg: Config) -> Shapes:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     standing = standing_bytes(model) if cfg.ranks == 1 else sharded_bytes(model, cfg.ranks)
     if other := vars(cfg).get("ref_model_name_or_path"):
-        how = {"ref_model_name_or_path": None, "adapter_name_or_path": None, "use_peft": True}
-        frozen = shapes_of(replace(cfg, model_name_or_path=other, **how)).standing
+        kind = "adapter" if Path(other, "adapter_config.json").exists() else "model"
+        how = dict.fromkeys(("model_name_or_path", "adapter_name_or_path"))
+        how |= {"ref_model_name_or_path": None, "use_peft": True, f"{kind}_name_or_path": other}
+        frozen = shapes_of(replace(cfg, **how)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
     one_graph = cfg.device != "cpu" and cfg.ranks == 1  # on NVIDIA's cards from 2020 on
