@@ -20,6 +20,8 @@ import torch
 from scripts import ROOT, write_rows
 
 from nanoalign import InputError
+from nanoalign.data import Limits
+from nanoalign.formats.layouts import KTO, read_examples
 from nanoalign.packing import Example
 from nanoalign.run.flags import SFTConfig
 from nanoalign.run.policy import load_policy, save_policy
@@ -346,6 +348,28 @@ def test_it_learns_and_shows_what_changed(server, tmp_path):
         assert not state["votes"].startswith("run-1") or len(server.votes) == 20
     assert state["votes"] == "run-1 wins 20 of 20 (95 %: 84% to 100%): more than chance"
     assert {row["model"] for row in read_rows(tmp_path / "thumbs.pairs.jsonl")} == {name}
+
+
+def test_choices_are_ranked_too(server, policy, tmp_path):
+    """Against the log-probs of each reply by itself, which KTO's way gives."""
+    rows = []
+    for i in range(16):
+        asked = [{"role": "user", "content": f"What is {i}?"}]
+        replies = [{"role": "assistant", "content": text} for text in ("Yes." * (i % 3 + 1), "No")]
+        rows.append(dict(prompt=asked, chosen=replies[:1], rejected=replies[1:], model="m"))
+    training = page.Training(server.args, "dpo", rows, 1e-3, 1)
+    found = page.ranking(policy, training)
+    assert found["of"] == len(held := read_rows(training.test)) == 4 and training.steps == 2
+
+    def logp(row, name):
+        thumb = dict(prompt=row["prompt"], completion=row[name], label=True)
+        write_rows(training.test, [thumb])
+        examples, _ = read_examples(
+            [str(training.test)], KTO, policy.tokenizer, policy.template, Limits(), notes=[]
+        )
+        return policy(examples).logps.item()
+
+    assert found["right"] == sum(logp(row, "chosen") > logp(row, "rejected") for row in held)
 
 
 def test_what_the_script_refuses_is_shown(server, tmp_path):
