@@ -1137,7 +1137,7 @@ def test_a_run_keeps_its_number_of_threads(model_dir, script, tmp_path, five_thr
     flags = dict(save_steps=1, max_steps=2, output_dir=tmp_path / "one")
     code, said, _ = script("sft", **flags)
     assert code == 0 and "2 threads (probed)" in said
-    assert json.loads((tmp_path / "one" / "run.json").read_text())["threads"] == 2
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["settled"]["threads"] == 2
     monkeypatch.setattr(device, "quicker", lambda most: (1, "probed"))
     code, said, _ = script("sft", **flags | dict(
         output_dir=tmp_path / "two", resume_from_checkpoint=tmp_path / "one" / "checkpoint-1",

@@ -147,7 +147,7 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     rows = 8192 if free == 2**30 else 2048
     assert lm.longest_row == rows and settled(cfg, lm) == {
         "device": "cuda", "dtype": "float32", "max_row_tokens": rows,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": checkpointing, "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert cfg.max_row_tokens is None and cfg.gradient_checkpointing is None  # as they were given
     said = capsys.readouterr().out

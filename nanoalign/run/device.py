@@ -224,4 +224,5 @@ def settled(cfg: Config, lm: PackedLM) -> dict:
         "dtype": str(computes_in(lm)).removeprefix("torch."),
         "max_row_tokens": row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device),
         "gradient_checkpointing": lm.model.is_gradient_checkpointing,
+        "threads": torch.get_num_threads(),
     }

@@ -169,7 +169,6 @@ def facts(cfg: Config, run: Run) -> dict:
         "data_sha256": run.data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
-        "threads": torch.get_num_threads(),
     }
 
 
