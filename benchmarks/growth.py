@@ -2,8 +2,9 @@
 
     python benchmarks/growth.py --model MODEL
 
-Six figures, each from this one command: time per token of an SFT step against sequence length and
-batch size; of attention alone against the length of the row; peak memory of the head against the
+Seven figures, each from this one command: time per token of an SFT step against sequence length and
+batch size; of attention alone against the length of the row; of packing trees against how many
+branches they have, and how deep; peak memory of the head against the
 vocabulary at fixed tokens, beside plain logits; examples per second from a file to ids and masks,
 beside TRL's way with dataset.map; peak memory of --many_rows read, encoded and put in order, beside
 that of their ids alone; and seconds of a whole run of one step, and of --help, as commands, beside
@@ -77,6 +78,42 @@ def attention_of_rows(examples=(4, 16, 64, 256), length: int = 128) -> None:
             x.requires_grad_()
         seconds = best(lambda: attention(q, k, v, geometry, 0.125).sum().backward(), 5)
         print(f"  a row of {tokens:>6} tokens {1e6 * seconds / tokens:>8.2f} us")
+
+
+def packing_of_trees(numbers=(2, 4, 8, 16, 32, 64), length: int = 100) -> None:
+    """Packing alone, and beside it the attention of the row, of trees of two kinds: a prompt with
+    so many replies; and a conversation of so many turns with thoughts, in which each reply leaves
+    the trunk (depth), and the next turn goes on without its thought."""
+    import random
+
+    import torch
+
+    from nanoalign.fast.attention import attention
+    from nanoalign.packing import Example, pack
+
+    rng = random.Random(0)
+
+    def ids(n):
+        return [rng.randrange(1000) for _ in range(n)]
+
+    print(
+        f"\npacking a tree, and its attention, time per token of the row; texts of {length} tokens"
+    )
+    for number in numbers:
+        replies = [ids(length) for _ in range(number)]
+        trunk, turns = [], []
+        for reply in replies:
+            turns.append(trunk + ids(length // 2) + reply)  # with its thought, and what it says
+            trunk = trunk + reply
+        for kind, texts in (("branches", replies), ("turns", turns)):
+            example = Example(ids(length), [(text, [True] * len(text)) for text in texts])
+            geometry = pack([example]).geometry
+            tokens = len(geometry.position)
+            q, k, v = (torch.randn(1, h, tokens, 64, dtype=torch.bfloat16) for h in (9, 3, 3))
+            packing = best(lambda: pack([example]))
+            attending = best(lambda: attention(q, k, v, geometry, 0.125))
+            times = (f"{1e6 * seconds / tokens:>8.2f} us" for seconds in (packing, attending))
+            print(f"  {number:>3} {kind:<8} {tokens:>6} tokens", *times)
 
 
 def data_memory(rows: int, longest: int, model: str) -> None:
@@ -244,6 +281,7 @@ def main() -> None:
         many_rows(args.many_rows, args.model)
         vocabularies()
         attention_of_rows()
+        packing_of_trees()
         lengths_and_batches(args)
 
 

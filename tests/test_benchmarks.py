@@ -150,6 +150,17 @@ def test_attention_of_rows(monkeypatch, capsys):
     assert two.endswith(f"18 tokens {1e6 / 18:>8.2f} us")
 
 
+def test_packing_of_trees(monkeypatch, capsys):
+    """So many replies of nine tokens to a prompt of nine; so many turns, each on the last one's."""
+    monkeypatch.setattr(growth, "best", lambda action: (action(), 1.0)[1])
+    growth.packing_of_trees(numbers=(1, 2), length=9)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:3] for line in lines] == [
+        ["1", "branches", "17"], ["1", "turns", "21"],
+        ["2", "branches", "25"], ["2", "turns", "42"],
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
 def test_many_rows(model, capsys):
     """The ids are counted; how much more memory there is, beside a tokenizer, is not asked here."""
