@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from nanoalign import InputError, nf4
-from nanoalign.formats.balance import OLD, balanced, load_balancing_loss
 from nanoalign.formats.bitsandbytes import save_4bit
-from nanoalign.formats.experts import Experts, unstack
+from nanoalign.formats.mixture import OLD, Experts, balanced, load_balancing_loss, unstack
 from nanoalign.formats.weights import freeze_linears, load_lm
 from nanoalign.lora import LoRALinear
 from nanoalign.model import probe

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from nanoalign import InputError, packing
 from nanoalign import model as model_file
 from nanoalign.fast.miniature import miniature
-from nanoalign.formats.balance import OLD
+from nanoalign.formats.mixture import OLD
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate, generation, make_policy, probe, sample
 from nanoalign.packing import Example, packed

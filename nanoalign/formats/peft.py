@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.formats.experts import outside_experts
 from nanoalign.formats.files import is_finite
+from nanoalign.formats.mixture import outside_experts
 from nanoalign.lora import (
     LoRALinear,
     TokenRows,
@@ -100,7 +100,7 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     "all-linear": all but embedding and head. A name means each layer whose path ends in it; a
     string that is no layer's name is a regex for the whole path. What a flag names and is not there
     is an InputError; of an adapter, if nothing is there. A mixture's experts are never meant
-    (experts.py), nor what `exclude_modules` and `modules_to_save` name.
+    (mixture.py), nor what `exclude_modules` and `modules_to_save` name.
     """
     linear, tables = outside_experts(model, linear_names(model)), table_paths(model)
     paths = [path for path, _ in model.named_modules() if path in {*linear, *tables}]

@@ -2,7 +2,7 @@
 
 `load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
 one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too;
-but a mixture's experts, which it leaves dense, are linear layers here (experts.py).
+but a mixture's experts, which it leaves dense, are linear layers here (mixture.py).
 
 To load a model and then quantize it has its peak of memory at the dense model, which 4 bits were
 meant to avoid. Here weights stream: the model is built with its parameters on the meta device,
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from nanoalign import InputError, one_line
 from nanoalign.formats import files
 from nanoalign.formats.bitsandbytes import PACKED, STATE, from_bitsandbytes, is_nf4
-from nanoalign.formats.experts import in_model, unstack
+from nanoalign.formats.mixture import in_model, unstack
 from nanoalign.logps import PackedLM
 from nanoalign.model import probe
 from nanoalign.nf4 import FrozenLinear, NF4Linear

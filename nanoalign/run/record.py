@@ -19,7 +19,7 @@ import torch
 
 from nanoalign import InputError, Stopped
 from nanoalign.data import epoch_order
-from nanoalign.formats.balance import balanced
+from nanoalign.formats.mixture import balanced
 from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.checkpoint import (
