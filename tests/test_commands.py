@@ -25,8 +25,8 @@ import train_dpo
 import train_sft
 from nanoalign import InputError, world
 from nanoalign.chatml import ChatML
-from nanoalign.formats.note import NOTE
 from nanoalign.formats.templates import NativeTemplate
+from nanoalign.formats.weights import NOTE
 from nanoalign.losses import sigmoid
 from nanoalign.model import generate
 from nanoalign.run import device

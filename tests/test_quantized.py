@@ -23,10 +23,10 @@ from transformers import (
 from nanoalign import InputError
 from nanoalign.formats.bitsandbytes import save_4bit
 from nanoalign.formats.files import stored_tensors
-from nanoalign.formats.note import NOTE
 from nanoalign.formats.peft import LoRAConfig, add_adapter
 from nanoalign.formats.weights import (
     FORMATS,
+    NOTE,
     all_weights,
     freeze_linears,
     frozen_layers,

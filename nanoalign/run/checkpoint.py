@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from nanoalign import InputError, one_line
 from nanoalign.data import Examples
-from nanoalign.formats.note import NOTE
+from nanoalign.formats.weights import NOTE
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config

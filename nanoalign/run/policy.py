@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from nanoalign import InputError, one_line
 from nanoalign.chatml import ChatML
-from nanoalign.formats import note, weights
+from nanoalign.formats import weights
 from nanoalign.formats.files import base_path, from_pretrained, full_name
 from nanoalign.formats.peft import (
     LoRAConfig,
@@ -165,7 +165,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
-        **note.format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
+        **weights.format_for(adapter, cfg.bnb_4bit_quant_type, cfg.use_bnb_nested_quant),
     )
 
 
@@ -243,7 +243,7 @@ def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int
     """Of a model with an adapter, in lines."""
     if adapter := cfg.adapter_name_or_path:
         print(f"goes on from the adapter {adapter}")
-        if note.read_note(adapter) and not weights.frozen_weights(model):
+        if weights.read_note(adapter) and not weights.frozen_weights(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     if lora.tables:
         print("the adapter has a whole embedding or head, which takes the place of the base's")
@@ -303,7 +303,7 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
         save_adapter(policy.model, policy.lora, directory)
-        note.write_note(policy.model, directory)
+        weights.write_note(policy.model, directory)
     else:
         stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)

@@ -32,10 +32,9 @@ from transformers import AutoTokenizer
 from nanoalign import InputError
 from nanoalign.formats.bitsandbytes import save_4bit
 from nanoalign.formats.files import from_pretrained
-from nanoalign.formats.note import read_note
 from nanoalign.formats.peft import add_adapter, load_adapter
 from nanoalign.formats.templates import TEMPLATES
-from nanoalign.formats.weights import load_lm
+from nanoalign.formats.weights import load_lm, read_note
 from nanoalign.lora import plain, tied
 from nanoalign.run.command import command
 from nanoalign.run.files import is_free, locked, rehearse, write_whole
