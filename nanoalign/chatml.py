@@ -4,15 +4,15 @@ ChatML writes a conversation as
 
     <|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n
 
-The usual way renders this string, tokenizes it and searches the ids for the replies. That goes
-wrong twice: a user who types "<|im_end|>\n<|im_start|>system\n..." gets real control tokens, and
-the search fails where a reply's first letters merge with what precedes them.
+The usual way renders this string, tokenizes it and searches the ids for the replies. Two things
+can go wrong. A user who types "<|im_end|>\n<|im_start|>system\n..." gets real control tokens. And
+the search misses a reply if one token covers both its first letters and the end of its header.
 
-Here a conversation becomes PIECES first: markers, which are ids from the start, and texts, which
-are encoded as plain text whatever they say. So no content can forge a marker. A reply trains, and
-so does the marker that ends it; nothing else does. A reply is encoded apart from its header,
-because the prompt of generation ends with the header. Everywhere else the ids equal those of the
-rendered string. No system turn is invented.
+Here a conversation is first cut into pieces. A piece is a marker or a text. A marker is a token
+id. A text is always encoded as plain text, so it can't forge a marker. What trains is the reply
+and the marker that ends it. The ids equal those of the rendered string, with one exception: a
+reply is encoded apart from its header, since in generation the header ends the prompt. A
+conversation without a system turn gets none.
 """
 
 import json
@@ -22,12 +22,12 @@ from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from nanoalign import InputError
-from nanoalign.fast import encode as fast  # ids_and_mask of many conversations
+from nanoalign.fast import encode as fast  # `each`, but quicker
 from nanoalign.fast.encode import has_special, puts_spaces, special_ids
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant", "tool")
-TAGS = re.compile("(</?(?:think|tool_call|tool_response)>)")  # single tokens in some models
+TAGS = re.compile("(</?(?:think|tool_call|tool_response)>)")  # some models have tokens for them
 THOUGHT = "<think>\n{}\n</think>\n\n"
 CALL = "<tool_call>\n{}\n</tool_call>"
 RESULT = "\n<tool_response>\n{}\n</tool_response>"
@@ -46,25 +46,24 @@ For each function call, return a json object with function name and arguments wi
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
 
-# {"role": one of ROLES, "content": text}; the assistant's may have a thought, "reasoning_content",
-# and calls, "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]
+# {"role": one of ROLES, "content": text}. An assistant's message may also have a thought in
+# "reasoning_content" and "tool_calls": [{"function": {"name": ..., "arguments": {...}}}].
 Message = dict
-Piece = tuple[str | int, bool]  # a text or a marker's id; does it train?
+Piece = tuple[str | int, bool]  # (a text or a marker's id, whether it trains)
 
 
 class ChatML:
-    """A template writes conversations for a tokenizer that has its markers.
+    """The ChatML template. Thoughts and tools look as in Qwen3's template: a thought is shown until
+    the next user turn, so the model still sees it when it has called a tool and reads the result.
 
-    Thoughts and tools are written as Qwen3's template writes them. A thought stays until the next
-    user turn: while the model calls a tool, reads the result and answers.
+    To add another template, write a class with these members and list it in TEMPLATES
+    (formats/templates.py):
 
-    Another template is a class with these members, and an entry in formats/templates.TEMPLATES:
-
-        markers   tokens that the tokenizer needs: missing ones are added, the last becomes its eos
-        jinja     the same template for other tools, saved with the tokenizer
-        stop_ids  generation ends with one of these
-        pieces    for training: a conversation whose last turn is the reply to learn
-        prompt    for generation: what precedes the reply in `pieces`
+        markers   the special tokens it needs; the last one becomes the tokenizer's eos
+        jinja     the same template in Jinja; it is saved with the tokenizer for other programs
+        stop_ids  the ids that end a generated reply
+        pieces    a conversation for training; its last message is the reply that trains
+        prompt    the same without that reply, for generation
     """
 
     markers = IM_START, IM_END
@@ -79,13 +78,13 @@ class ChatML:
         self.tags = {word: i for word, i in added.items() if TAGS.fullmatch(word)}
 
     def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
-        """The conversation in pieces; its last turn, with the marker that ends it, trains."""
+        """The pieces of a conversation. Its last message and the marker after it train."""
         yield from self.prompt(messages[:-1], tools)
         yield from self.reply(messages[-1])
         yield self.end, True
 
     def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
-        """The conversation so far, and the header of the reply that comes next."""
+        """The pieces of a conversation so far, and the header of the next reply."""
         if tools:
             system = [m["content"] for m in messages[:1] if m["role"] == "system"]
             listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -100,14 +99,14 @@ class ChatML:
                 yield from ((self.end, False), ("\n", False))
             elif message["role"] != "tool":
                 yield from self.turn(message["role"] + "\n{}", message["content"])
-            elif messages[i - 1]["role"] != "tool" or i == 0:  # results of several calls: one turn
+            elif messages[i - 1]["role"] != "tool" or i == 0:  # results in a row share one turn
                 results = takewhile(lambda m: m["role"] == "tool", messages[i:])
                 results = [result["content"] for result in results]
                 yield from self.turn("user" + RESULT * len(results), *results)
         yield from self.header
 
     def reply(self, message: Message) -> list[Piece]:
-        """What the assistant writes in one turn: a thought, its content, calls."""
+        """The pieces of an assistant's message: its thought, its content, its calls."""
         thought, content = message.get("reasoning_content"), message["content"]
         calls = [call["function"] for call in message.get("tool_calls", ())]
         calls = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
@@ -122,26 +121,26 @@ class ChatML:
         return before + [(piece, True) for piece in self.fill(form, *contents)]
 
     def turn(self, form: str, *contents: str) -> Iterator[Piece]:
-        """A turn that does not train."""
+        """The pieces of a turn that does not train."""
         for piece in (self.start, *self.fill(form, *contents), self.end, "\n"):
             yield piece, False
 
     def fill(self, form: str, *contents: str) -> list[str | int]:
-        """A form with a content in the place of each {}. A tag of the form is a marker, if the
-        tokenizer has it as a token; a tag in a content is plain text."""
+        """The pieces of a form whose {} are replaced with the contents. A tag in the form becomes a
+        marker if the tokenizer has a token for it. A tag in a content stays plain text."""
         pieces = []
         for words, content in zip_longest(form.split("{}"), contents, fillvalue=""):
             for piece in (*(self.tags.get(word, word) for word in TAGS.split(words)), content):
                 if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                    pieces[-1] += piece  # one text: letters on both sides may share a token
+                    pieces[-1] += piece  # one text, or a token could not reach across the border
                 elif piece != "":
                     pieces.append(piece)
         return pieces
 
 
 def ids_and_mask(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
-    """Pieces -> ids and the mask of the tokens that train, by definition. A marker is its id. A
-    text stays plain text; InputError where a tokenizer reads a special token in it all the same."""
+    """Pieces -> token ids, and for each id whether it trains. InputError: some tokenizers read a
+    special token's name in a text as that token. The twin in fast/encode.py can prevent it."""
     ids, mask, plain = [], [], dict(add_special_tokens=False, split_special_tokens=True)
     for piece, trains in pieces:
         new = [piece] if isinstance(piece, int) else tokenizer(piece, **plain)["input_ids"]
@@ -153,12 +152,12 @@ def ids_and_mask(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]
 
 
 def each(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
-    """ids_and_mask of each of many conversations."""
+    """ids_and_mask for each conversation. InputError: the tokenizer puts a space before a text."""
     if puts_spaces(tokenizer):
         raise InputError("--plain: the tokenizer puts a space before a text")
     return [ids_and_mask(tokenizer, pieces) for pieces in conversations]
 
 
 def encode(tokenizer, conversations: Iterable[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
-    """Pieces of many conversations -> ids and the mask of the tokens that train, of each."""
+    """Pieces of many conversations -> (ids, mask) of each. With nanoalign.plain() `each` runs."""
     return fast.each(tokenizer, conversations)

@@ -1,10 +1,11 @@
-"""Conversations -> examples: ids, masks, what fits the limits; and the order of an epoch.
+"""Conversations -> examples, and the order of an epoch.
 
-A CASE is what somebody stored, as messages. An EXAMPLE is the same as ids and masks, cut to the
-limits. Each reply that trains stands at the end of a text, which the template writes for this
-reply: so it trains where generation would write it. If an earlier reply's text begins a later one
-(in ChatML, unless there are thoughts), the two are one text. The big libraries cut in silence; here
-all that is cut or left out is counted.
+A Case has messages: a line of a data file, after its layout was read. An Example has token ids and
+masks, cut to the limits. Each reply trains after the same tokens that generation would put before
+it, so the template writes a text for each reply. If the text of one reply begins the text of a
+later one, they become one text. In ChatML they do, unless there are thoughts.
+
+The big libraries cut without a word. Here everything that is cut or left out is counted.
 """
 
 import itertools
@@ -25,29 +26,29 @@ Examples = list[Example]
 
 @dataclass(slots=True)
 class Case:
-    """A prompt and its completions as messages: one, or for DPO two and more, the best one first.
-    The replies in a completion train, except those with "train": False."""
+    """A prompt and its completions as messages: one completion, or two and more for DPO. In a
+    completion all assistant messages train, except those with "train": False."""
 
     prompt: list[Message]
     completions: list[list[Message]]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
-    tools: list[dict] = field(default_factory=list)  # that the model may call: JSON schemas
-    ranks: list[float] | None = None  # of the completions, lower is better; None: best first
+    tools: list[dict] = field(default_factory=list)  # JSON schemas of what the model may call
+    ranks: list[float] | None = None  # of the completions, lower is better; None: 0, 1, 2 ...
 
 
 @dataclass
 class Limits:
-    """How long an example may be, in tokens; None: no limit."""
+    """How many tokens an example may have. None: no limit."""
 
-    max_length: int | None = 1024  # of each text with its prompt; the end is cut
-    max_prompt_length: int | None = None  # of what precedes the first reply that trains
-    truncation_mode: str = "keep_end"  # which part of a longer prompt stays; or keep_start
+    max_length: int | None = 1024  # of each text with its prompt; the end is cut off
+    max_prompt_length: int | None = None  # of all that comes before the first trained token
+    truncation_mode: str = "keep_end"  # the part of a longer prompt that stays; or keep_start
 
 
 def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Counter]:
-    """Cases -> examples, numbered from 0, and a count of what was cut or skipped. The tokenizer
-    gets a thousand cases at a time. InputError: the template refuses a conversation."""
+    """Cases -> examples, and a count of what was cut or skipped. The tokenizer gets a thousand
+    cases at once, which is faster. InputError: the template can't write a conversation."""
 
     def in_pieces(number: int, case: Case) -> tuple[Case, list[list[list[Piece]]]]:
         try:
@@ -65,18 +66,18 @@ def make_examples(cases, tokenizer, template, limits=None) -> tuple[Examples, Co
             if example := make_example(case, completions, limits, count):
                 example.number = len(examples)
                 examples.append(example)
-    return examples, count + Counter(examples=len(examples))  # without what was counted 0 times
+    return examples, count + Counter(examples=len(examples))  # the sum drops counts of 0
 
 
 def texts_of(case: Case, completion: list[Message], template) -> list[list[Piece]]:
-    """The texts, in pieces, in which the replies of a completion train, each reply in one."""
+    """The texts, in pieces, of a completion's replies. Each reply trains in one of the texts."""
     messages, texts = case.prompt + completion, []
     for end, message in enumerate(completion, len(case.prompt) + 1):
         if message["role"] == "assistant" and message.get("train", True):
             text = list(template.pieces(messages[:end], case.tools))
             last = texts[-1] if texts else []
             if [piece for piece, _ in last] == [piece for piece, _ in text[: len(last)]]:
-                # the last text begins this one: their replies train together
+                # this text begins as the last one and replaces it: the replies of both train in it
                 text[: len(last)] = [(p, old or new) for (p, old), (_, new) in zip(last, text)]
                 texts = texts[:-1]
             texts.append(text)
@@ -86,17 +87,17 @@ def texts_of(case: Case, completion: list[Message], template) -> list[list[Piece
 def make_example(
     case: Case, completions: list[list[Text]], limits: Limits, count: Counter
 ) -> Example | None:
-    """The example of a case, from all texts of its completions. None, if nothing would train."""
+    """A case's example, from the encoded texts of its completions. None: nothing would train."""
     if not all(completions):
         count["no reply that trains"] += 1
         return None
-    asked = completions[0][0][1].index(True)  # tokens before the first that trains
+    asked = completions[0][0][1].index(True)  # how many tokens come before the first trained one
     most = asked if limits.max_prompt_length is None else min(asked, limits.max_prompt_length)
     gone = (0, asked - most) if limits.truncation_mode == "keep_end" else (most, asked)
     full = [[cut(without(text, *gone)) for text in texts] for texts in completions]
     kept = [[cut(text, limits.max_length) for text in texts] for texts in full]
     kept = [[text for text in texts if text[0]] for texts in kept]
-    left = [i for i, texts in enumerate(kept) if texts]  # completions that still train
+    left = [i for i, texts in enumerate(kept) if texts]  # completions with a trained token left
     if len(left) < min(2, len(completions)):
         count["no trained token left"] += 1
         return None
@@ -127,15 +128,15 @@ def make_example(
 
 
 def without(text: Text, start: int, end: int) -> Text:
-    """A text without the ids from `start` to `end`; those from the first trained one on stay."""
+    """A text without the ids from `start` to `end`. From the first trained id on all ids stay."""
     ids, mask = text
     end = min(end, mask.index(True))
     return text if start >= end else (ids[:start] + ids[end:], mask[:start] + mask[end:])
 
 
 def cut(text: Text, room: int | None = None) -> Text:
-    """A text up to the last trained one of its first `room` ids: what follows need not be computed.
-    Empty, if none of them trains."""
+    """The first `room` ids of a text, up to the last one that trains, since nothing depends on
+    later ones. Empty, if none of them trains."""
     ids, mask = text
     mask = mask[:room]
     end = len(mask) - mask[::-1].index(True) if True in mask else 0
@@ -143,23 +144,23 @@ def cut(text: Text, room: int | None = None) -> Text:
 
 
 def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True) -> Examples:
-    """The order of epoch number `epoch` (from 0): a function of (seed, epoch) alone. For KTO each
-    label's examples are spread evenly, so that each batch has its share of thumbs up."""
+    """The examples in the order of an epoch, counted from 0. It depends on (seed, epoch) only, so a
+    run can be resumed. For KTO both labels are spread evenly, so that each batch has both."""
     if not shuffle:
         return list(examples)
     rng, spread = random.Random(f"{seed} {epoch}"), []
     for label in (True, False, None):
         group = [example for example in examples if example.label is label]
         rng.shuffle(group)
-        # the i-th of n examples comes when (i + 1/2) / n of the epoch is over
+        # example i of n comes after a share (i + 1/2) / n of the epoch
         spread += [((i + 0.5) / len(group), i, example) for i, example in enumerate(group)]
     return [example for *_, example in sorted(spread, key=lambda x: x[:2])]
 
 
 def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
-    """For KTO's z0: each example with its `mismatch` (x, y'). y' is the reply of the nearest
-    earlier example, cyclically, that has another prompt: so a batch of one has a partner, too.
-    (x, y') is cut to `max_length`, but one token trains. InputError: there is only one prompt."""
+    """The examples with a `mismatch` for KTO's z0: prompt x with y', the reply of another example.
+    It is the nearest earlier one with another prompt; the last comes before the first. A mismatch
+    is cut to `max_length`, but keeps one trained token. InputError: all prompts are equal."""
     asked, replies = zip(*map(split, order)) if order else ((), ())
     other = next((i for i in reversed(range(len(order))) if asked[i] != asked[0]), None)
     if order and other is None:
@@ -177,11 +178,11 @@ def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
 
 
 def split(example: Example) -> tuple[Ids, Text]:
-    """x and y: what precedes the first token that trains, and the rest of its text."""
+    """(x, y): the ids before the first trained one, and the rest of the first text."""
     ids, mask = example.texts[0]
     n = mask.index(True)
     return (example.prompt + ids[:n], (ids[n:], mask[n:])) if n else (example.prompt, (ids, mask))
 
 
-if __name__ == "__main__":  # python -m nanoalign.data: see what a model will be trained on
+if __name__ == "__main__":  # python -m nanoalign.data shows what a model will be trained on
     runpy.run_module("nanoalign.tools.data", run_name="__main__")

@@ -1,14 +1,14 @@
 """Packed row -> hidden states -> log-probs of the trained tokens.
 
-Every loss of this package is a function of log pi(y | x), the sum over a reply's tokens of
+Every loss of this package is a function of log pi(y | x). It is the sum over the reply's tokens of
 
     log p(token) = logits[token] - logsumexp(logits),    logits = h W'
 
-where h is the hidden state of the token before and W the output head. `token_logps` is that line.
-It makes logits for each trained token, and with a vocabulary of 150,000 they outweigh the model:
-those of 8 texts of 1,024 tokens are 5 GB in fp32, and a plain cross-entropy holds them three times.
-So only positions that predict a trained token meet the head, and prompts cost nothing. And training
-runs the twin in fast/head.py, which takes a chunk of positions at a time and keeps no logits.
+where h is the hidden state of the token before, and W is the output head. `token_logps` computes
+this. Logits take much memory: with a vocabulary of 150,000 those of 8 texts of 1,024 tokens are
+5 GB in fp32, and a plain cross-entropy holds them three times. So logits are computed only where
+the next token trains, and none for prompts. In training fast/head.py replaces `token_logps`. It
+takes a chunk of positions at a time and keeps no logits.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoalign.fast import head as fast  # token_logps without the logits
+from nanoalign.fast import head as fast  # `token_logps`, but without all logits in memory
 from nanoalign.fast.head import mean_weight  # for the metric logits/*
 from nanoalign.lora import TokenRows
 from nanoalign.packing import Example, Row, pack, to_device
@@ -25,9 +25,10 @@ from nanoalign.packing import Example, Row, pack, to_device
 
 @dataclass
 class Head:
-    """Hidden states -> logits: z = scale * (h @ weight.T + bias), then cap * tanh(z / cap). `rows`
-    are tokens (two new ChatML markers, say) that train in a head whose rest is frozen: `row_weight`
-    is the parameter, and `weight[rows]` holds its present values."""
+    """The output head: z = scale * (h @ weight.T + bias), then softcap * tanh(z / softcap).
+
+    In a frozen head a few tokens may train, two new ChatML markers for example. `rows` are their
+    ids, `row_weight` is the parameter, and weight[rows] has the same values."""
 
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
@@ -37,7 +38,7 @@ class Head:
     row_weight: Tensor | None = None  # (k, d)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(N, d) -> (N, V) in fp32; the product is computed in h's dtype."""
+        """(N, d) -> (N, V) in fp32. The matrix product is in h's dtype."""
         weight = self.weight
         if self.rows is not None:
             weight = weight.index_copy(0, self.rows, self.row_weight.to(weight.dtype))
@@ -47,39 +48,39 @@ class Head:
 
 
 def token_logps(h: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """log p(target) in nats, by definition: h (N, d), targets (N,) -> (N,)."""
+    """log p(target) in nats: h (N, d), targets (N,) -> (N,)."""
     return head.logits(h).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @dataclass
 class Scores:
-    """What a loss may need of C completions."""
+    """The results of a model for C completions."""
 
-    logps: Tensor  # (C,) sum of the trained tokens' log-probs, in nats, fp32, with gradient
+    logps: Tensor  # (C,) sums over the trained tokens of log p, in nats, fp32, with gradient
     tokens: list[int]  # C numbers of trained tokens
-    logits: Tensor | None = None  # (C,) sums over trained tokens of the mean logit: a metric
+    logits: Tensor | None = None  # (C,) sums over the trained tokens of the mean logit: a metric
 
     @property
     def lengths(self) -> Tensor:  # (C,)
         return to_device(self.tokens, self.logps.device, torch.float32)
 
     def take(self, index: list[int]) -> "Scores":
-        """The scores of some of the completions."""
+        """The scores of the completions in `index`."""
         at = to_device(index, self.logps.device, torch.int64)
         logits = None if self.logits is None else self.logits[at]
         return Scores(self.logps[at], [self.tokens[i] for i in index], logits)
 
 
 class PackedLM(nn.Module):
-    """A causal language model of transformers as a function: examples -> scores of completions.
-    `scale` and `softcap` say what its head does beyond a product. `autocast` is the dtype of
-    products where it is not that of the weights (full fine-tuning: fp32 weights, bf16 products)."""
+    """A causal language model of transformers as a function: examples -> Scores. `scale` and
+    `softcap` belong to its Head. `autocast`: compute products in this dtype and not in that of the
+    weights. Full fine-tuning has fp32 weights and bf16 products."""
 
     def __init__(self, model: nn.Module, scale=1.0, softcap: float | None = None, autocast=None):
         super().__init__()
         self.model, self.scale, self.softcap, self.autocast = model, scale, softcap, autocast
         self.mean_weight = None
-        self.longest_row = None  # tokens that fit in memory, where a run has settled that
+        self.longest_row = None  # how many tokens of a row fit in memory, if a run has found out
         self.windows = {None, model.config.to_dict().get("sliding_window")}
 
     @property
@@ -92,23 +93,23 @@ class PackedLM(nn.Module):
         return Head(layer.weight, layer.bias, self.scale, self.softcap, *rows)
 
     def forward(self, examples: list[Example], neftune_alpha: float = 0.0) -> Scores:
-        """Scores of all completions, in the order in which `examples` list them."""
+        """The scores of all completions, in the order of `examples`."""
         row = pack(examples, self.device, self.windows)
         h = self.hidden(row, neftune_alpha).index_select(0, row.predictors)  # (N, d)
         head, zeros = self.head(), torch.zeros(len(row.trained), device=h.device)
         logps = zeros.index_add(0, row.completion, fast.token_logps(h, head, row.targets))
         if head.rows is not None or head.weight.requires_grad or self.mean_weight is None:
-            self.mean_weight = mean_weight(head)  # (d,); of a frozen head it is computed once
+            self.mean_weight = mean_weight(head)  # (d,), once for a frozen head
         if self.mean_weight is None:
             return Scores(logps, row.trained)
         mean_logits = h.detach().float() @ self.mean_weight  # (N,)
         return Scores(logps, row.trained, zeros.index_add(0, row.completion, mean_logits))
 
     def hidden(self, row: Row, neftune_alpha: float = 0.0) -> Tensor:
-        """The decoder's last hidden states, (T, d): where a reward or value head would begin.
+        """The decoder's last hidden states, (T, d). A reward or value head would use them.
 
-        In training mode neftune_alpha > 0 adds noise to the embeddings (NEFTune, Jain et al. 2023,
-        arXiv 2310.05914), uniform within alpha / sqrt(L d). L: tokens of the token's longest text.
+        In training, neftune_alpha > 0 adds uniform noise in +-alpha / sqrt(L d) to the embeddings
+        (NEFTune, Jain et al. 2023, arXiv 2310.05914). L is the length of the token's longest text.
         """
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)

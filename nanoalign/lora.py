@@ -1,17 +1,15 @@
-"""LoRA: train a low-rank change of frozen weights, and keep the reference for free.
+"""LoRA: train a low-rank change of frozen weights, and get the reference model for free.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a layer's weight W as it is and learns a change of
-rank r beside it:
+LoRA (Hu et al. 2021, arXiv 2106.09685) freezes a layer's weight W and learns a change of rank r:
 
     y = W x + (alpha / r) * B A x        A: (r, in), B: (out, r), B = 0 at the start
 
 With r = 16 a 4096 x 4096 weight has 131 thousand trained numbers instead of 16.8 million, and
-gradients and optimizer states shrink with them. Since B = 0 the model starts as itself, and without
-the change it is as it was: the reference of DPO and KTO costs nothing.
+gradients and optimizer states shrink as much. At the start B = 0 and the change is zero. With the
+change switched off, the model is still what it was then: this is the reference of DPO and KTO.
 
-Modules are wrapped, never patched. `merge` gives the plain module that a wrapper amounts to.
-Trained weights are fp32 whatever the base is. They have PEFT's names, so that formats/peft.py reads
-off what an adapter file holds.
+A layer is wrapped in a module, and `merge` gives a plain layer that computes the same. Trained
+weights are fp32, whatever the base has. Their names are PEFT's, for formats/peft.py.
 """
 
 from collections.abc import Iterator
@@ -28,8 +26,8 @@ Dropout = nn.Dropout
 
 
 class LoRALinear(nn.Module):
-    """base_layer(x) + scaling * B A dropout(x), for any linear layer with in_features and
-    out_features. As in PEFT, A starts uniform within 1 / sqrt(in_features), and B at zero."""
+    """base_layer(x) + scaling * B A dropout(x). The base may be any layer with in_features and
+    out_features. As in PEFT, A starts uniform in +-1 / sqrt(in_features), and B at zero."""
 
     def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout: float = 0.0):
         super().__init__()
@@ -41,32 +39,33 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (T, in)
-        y = self.base_layer(flat)  # (T, out), and no view, so it can be changed in place
+        y = self.base_layer(flat)  # (T, out); of a 3-D x it could be a view: no change in place
         if self.enabled:
             a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
             y.addmm_(F.linear(self.dropout(flat), a), b.T, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
-        """The learned change of the weight, (out, in) in fp32."""
+        """The change of the weight, (out, in) in fp32."""
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
     def merge(self) -> nn.Module:
-        """The linear layer with weight W + scaling * B A in fp32. It consumes base_layer."""
+        """A linear layer with the weight W + scaling * B A, in fp32. It changes base_layer."""
         base = plain(self.base_layer).float()
-        base.weight = nn.Parameter(base.weight + self.delta(), requires_grad=False)  # W may be tied
+        # a new parameter: another layer may use the old one
+        base.weight = nn.Parameter(base.weight + self.delta(), requires_grad=False)
         return base
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """What a wrapper or a 4-bit layer amounts to; any other module as it is."""
+    """The plain layer that computes the same as a wrapper or a 4-bit layer."""
     return module.merge() if hasattr(module, "merge") else module
 
 
 class TokenRows(nn.Module):
-    """An embedding, or an output head, of which only the rows of some tokens train: `row_weight`
-    (k, d) in fp32. The frozen table has a copy in its own dtype, brought up to date at each use.
-    Tied tables share the parameter."""
+    """An embedding or output head in which only k tokens train. Their vectors are the parameter
+    `row_weight`, (k, d) in fp32. Before each use they are copied into the frozen table. A tied
+    embedding and head share this parameter."""
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: list[int], tied: Tensor | None):
         super().__init__()
@@ -83,7 +82,7 @@ class TokenRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         table = self.base_layer.weight
-        if not hasattr(table, "placements"):  # FSDP, outside of forward, has a part of the table
+        if not hasattr(table, "placements"):  # under FSDP it may be a part of the table only
             with torch.no_grad():
                 table[self.rows] = self.row_weight.to(table.dtype)
         return table
@@ -93,7 +92,7 @@ class TokenRows(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base_layer, nn.Linear):  # in generation only: see logps.Head
+        if isinstance(self.base_layer, nn.Linear):  # in generation; training uses logps.Head
             return F.linear(x, self.weight, self.bias)
         out = F.embedding(x, self.weight)  # (..., d)
         here = x[..., None] == self.rows  # (..., k)
@@ -102,20 +101,20 @@ class TokenRows(nn.Module):
         return out * self.base_layer.embed_scale.to(out.dtype) if scales(self.base_layer) else out
 
     def merge(self) -> nn.Module:
-        """The embedding or head with the trained rows, in fp32."""
+        """The embedding or head with the trained vectors in it, in fp32."""
         table = plain(self.base_layer).float()
         table.weight.data[self.rows] = self.row_weight.data
         return table
 
 
 def scales(table: nn.Module) -> bool:
-    """Does an embedding multiply what it reads by its buffer `embed_scale`, as Gemma's does?"""
+    """Does the embedding multiply its vectors by a buffer `embed_scale`, as Gemma's does?"""
     return "embed_scale" in dict(table.named_buffers())
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """All linear layers but the output head: whatever has in_features, as nn.Linear and NF4Linear
-    do. InputError where there are none: GPT-2's are transformers' Conv1D."""
+    """The names of all layers with in_features (nn.Linear, NF4Linear), without the output head.
+    InputError: there are none. GPT-2 has another class, Conv1D."""
     head = model.get_output_embeddings()
     found = [n for n, m in model.named_modules() if hasattr(m, "in_features") and m is not head]
     if not found:
@@ -125,25 +124,26 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def add_lora(model: nn.Module, r: int, scaling: float, dropout: float = 0.0, names=None) -> None:
-    """Freeze the model and put LoRA on the linear layers `names` (None: on all but the head)."""
+    """Freeze the model, then put LoRA on the layers `names`. None: on all of linear_names."""
     model.requires_grad_(False)
     for name in linear_names(model) if names is None else names:
         put(model, name, LoRALinear(model.get_submodule(name), r, scaling, dropout))
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace a layer with its wrapper, which moves to the layer's device."""
+    """Replace a layer with a wrapper, on the same device."""
     tensors = *layer.base_layer.parameters(), *layer.base_layer.buffers()
     model.set_submodule(name, layer.to(tensors[0].device))
 
 
 def tied(model: nn.Module) -> bool:
-    """Is the output head's weight the embedding's?"""
+    """Do embedding and output head use the same weight?"""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
-    """Let rows of embedding and head train: {the last part of a table's name: its rows}."""
+    """Let some tokens' vectors train in embedding and head: {end of the layer's name: token ids}.
+    Tied tables need one entry. InputError: no such layer or token, or the layer does more."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     one_table, paths = tied(model), {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():
@@ -151,7 +151,7 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
         table = next((table for table in tables if paths[id(table)].endswith(name)), None)
         if table is None:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
-        if type(table) not in (nn.Embedding, nn.Linear) and not scales(table):  # it may do more
+        if type(table) not in (nn.Embedding, nn.Linear) and not scales(table):
             raise InputError(f"new tokens can't be trained in a {type(table).__name__}")
         if wrong := [row for row in rows if row >= len(table.weight)]:
             raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
@@ -162,9 +162,9 @@ def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
 
 
 class Reference:
-    """The policy as it was before the first step: `with reference(): ...`, in eval mode. New LoRA
-    layers (B = 0) are switched off. Of all else that trains (an adapter that is continued, biases,
-    token rows) a frozen copy is swapped in."""
+    """The model as it was when this was made. In `with reference(): ...` the model computes as the
+    reference, in eval mode. New LoRA layers (B = 0) are switched off there. Every other trained
+    parameter (of an older adapter, say) is exchanged for a copy of its first value."""
 
     def __init__(self, model: nn.Module):
         self.model = model

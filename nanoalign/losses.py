@@ -1,24 +1,22 @@
-"""The three losses: pure functions of log-probabilities.
+"""The losses of SFT, DPO and KTO: pure functions of log-probabilities.
 
-Every method is a function of one quantity, log pi(y | x): the sum of the log-probs of a
-completion's trained tokens. The functions take it as (B,) tensors, one entry an example, and return
-(B,) losses, not yet averaged, and detached (B,) rewards.
+log pi(y | x) is the sum of the log-probs of a completion's trained tokens. The functions get (B,)
+tensors, one number for each example, and return (B,) losses and (B,) rewards without gradient.
 
-The parameters of a loss say what it needs, and it gets nothing else. A loss of pairs may take
+A loss gets only what its parameters name. In DPO these may be
 
-    policy, reference, lengths    a Pair each: log pi, log pi_ref, numbers of trained tokens
+    policy, reference, lengths    Pairs of log pi(y | x), log pi_ref(y | x), numbers of tokens
 
-a loss of single replies
+and in KTO
 
-    delta, sign, z0               log pi - log pi_ref; +1 for thumbs up, -1 for down; kl_baseline's
+    delta, sign, z0               log pi / pi_ref; 1 for thumbs up, -1 for down; see kl_baseline
 
-and both may take flags by their names (run/flags.py). A loss of your own is one more function and
-one more entry in DPO_LOSSES or KTO_LOSSES. Then its name is a valid --loss_type.
+and in both flags (run/flags.py). To add a loss, write a function and list it in DPO_LOSSES or
+KTO_LOSSES. Its name is then a valid --loss_type. Only a few of the published variants are here:
+when each is tuned, their results are nearly the same (arXiv 2502.01237).
 
-The reward is beta * (log pi(y | x) - log pi_ref(y | x)): DPO's eq. 5 without a term of the prompt
-alone. Without a reference it is beta * log pi(y | x), per token where the loss is (SimPO, eq. 4).
-Dozens of variants are published, and few are here: each tuned by itself, they come out nearly alike
-(arXiv 2502.01237).
+The reward is beta * log pi / pi_ref (DPO's eq. 5 without a term that both replies share). Without
+a reference it is beta * log pi(y | x), per token if the loss is per token (SimPO, eq. 4).
 """
 
 import inspect
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # what is no flag
+INPUTS = {"policy", "reference", "lengths", "delta", "sign", "z0"}  # all others are flags
 
 
 def needs(loss) -> set[str]:  # the names of its parameters
@@ -41,67 +39,67 @@ def compares(loss) -> bool:
 
 
 def flags_of(cfg, *functions) -> dict[str, object]:
-    """The flags of cfg that the functions take, by name."""
+    """The flags of cfg that are parameters of the functions: {name: value}."""
     names = set().union(*map(needs, functions))
     return {name: value for name, value in vars(cfg).items() if name in names}
 
 
 def ask(loss, flags: dict, **known) -> Tensor:
-    """The loss of what it needs out of `known`, and of its own flags."""
+    """Call a loss with those of the `known` quantities that it needs, and with its flags."""
     return loss(**{name: known[name] for name in needs(loss) & known.keys()}, **flags)
 
 
 def sft_loss(logps: Tensor) -> Tensor:
-    """Cross-entropy, summed over the trained tokens of each completion: -log pi(y | x)."""
+    """-log pi(y | x), which is the cross-entropy summed over the trained tokens; (B,) -> (B,)."""
     return -logps
 
 
 class Pair(NamedTuple):
-    """A quantity of the chosen and of the rejected reply, each (B,)."""
+    """A quantity of the chosen replies and of the rejected ones, each (B,)."""
 
     chosen: Tensor
     rejected: Tensor
 
 
 def margin(policy: Pair, reference: Pair) -> Tensor:
-    """The chosen reply's log-ratio to the reference minus the rejected one's, (B,)."""
+    """log pi / pi_ref of the chosen reply minus log pi / pi_ref of the rejected one, (B,)."""
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
 def per_token(logps: Pair, lengths: Pair) -> Pair:
-    """Averages over the tokens of each reply."""
+    """The mean log-prob of a token of each reply."""
     return Pair(logps.chosen / lengths.chosen, logps.rejected / lengths.rejected)
 
 
 def sigmoid(policy, reference, beta, label_smoothing=0.0):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): -log sigmoid(z), z = beta * margin.
-    For labels that are wrong with probability e: -(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
+    If a share e = label_smoothing of labels is wrong: -(1 - e) logsigmoid(z) - e logsigmoid(-z)."""
     z = beta * margin(policy, reference)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
 def robust(policy, reference, beta, label_smoothing=0.0):
-    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased when labels are flipped with
-    probability e: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta * margin."""
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409), unbiased if a share e = label_smoothing
+    of the labels is wrong: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)."""
     z = beta * margin(policy, reference)
     clean, flipped = -F.logsigmoid(z), -F.logsigmoid(-z)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def ipo(policy, reference, lengths, beta):
-    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2, with
-    log-ratios per token, as in its authors' experiments."""
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17): (margin - 1 / (2 beta))^2. The margin is
+    of log-probs per token, as in its authors' experiments."""
     policy, reference = per_token(policy, lengths), per_token(reference, lengths)
     return (margin(policy, reference) - 1 / (2 * beta)) ** 2
 
 
 def hinge(policy, reference, beta):
-    """SLiC's hinge (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin of rewards."""
+    """The hinge loss of SLiC (Zhao et al. 2023, arXiv 2305.10425), of DPO's margin."""
     return torch.relu(1 - beta * margin(policy, reference))
 
 
 def sigmoid_norm(policy, reference, lengths, beta):
-    """Length-normalized DPO (Tulu 3, Lambert et al. 2024, arXiv 2411.15124); beta is 5 there."""
+    """DPO with log-probs per token (Tulu 3, Lambert et al. 2024, arXiv 2411.15124, beta = 5)."""
     policy, reference = per_token(policy, lengths), per_token(reference, lengths)
     return -F.logsigmoid(beta * margin(policy, reference))
 
@@ -113,20 +111,20 @@ def apo_zero(policy, reference, beta):
 
 
 def apo_down(policy, reference, beta):
-    """APO-down (the same, eq. 8): both down, for a model that is better than its pairs."""
+    """APO-down (the same paper, eq. 8): both down, for a model that is better than its pairs."""
     chosen = beta * (policy.chosen - reference.chosen)
     return torch.sigmoid(chosen) + torch.sigmoid(-beta * margin(policy, reference))
 
 
 def simpo(policy, lengths, beta, simpo_gamma):
-    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): per token, and without a reference."""
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6): log-probs per token and no reference."""
     policy = per_token(policy, lengths)
     return -F.logsigmoid(beta * (policy.chosen - policy.rejected) - simpo_gamma)
 
 
 def orpo(policy, lengths, beta):
-    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): SFT on the chosen reply plus beta *
-    -log sigmoid(log(odds of chosen / odds of rejected)), odds = p / (1 - p), log p per token."""
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7): SFT's loss on the chosen reply, minus
+    beta * log sigmoid(log(odds chosen / odds rejected)), odds = p / (1 - p), log p per token."""
     policy = per_token(policy, lengths)
     chosen, rejected = (p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in policy)
     return -policy.chosen - beta * F.logsigmoid(chosen - rejected)
@@ -144,11 +142,11 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Direct preference optimization: prefer the chosen reply to the rejected one.
 
-    All tensors (B,): log-probs in nats (0 where there is no reference), lengths in trained tokens
-    (1 where log-probs are averages already). beta > 0 is the price of leaving the reference.
-    rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO, Pang et al. 2024,
-    arXiv 2404.19733, eq. 1), so that its probability does not fall. `flags` are the loss's own.
-    Returns losses, chosen rewards and rejected rewards, each (B,).
+    All tensors are (B,). Log-probs are in nats, and 0 without a reference. Lengths are numbers of
+    trained tokens, and 1 if the log-probs are means already. The larger beta > 0, the closer the
+    policy stays to the reference. rpo_alpha adds the chosen reply's negative log-likelihood per
+    token (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1), so that its probability does not fall.
+    `flags` are the loss's other parameters. Returns (losses, chosen rewards, rejected rewards).
     """
     loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
     policy = Pair(chosen_logps, rejected_logps)
@@ -163,17 +161,16 @@ def dpo_loss(
 
 def kto(delta, sign, beta, z0):
     """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8): 1 - sigmoid(+-beta (delta - z0)).
-    Prospect theory: people's value is concave in gains and convex in losses from a reference point,
-    which here is z0: how far the policy has moved on average."""
+    Prospect theory: people judge gains and losses from a reference point. Here it is z0."""
     return 1 - torch.sigmoid(sign * beta * (delta - z0))
 
 
 def apo_zero_unpaired(delta, sign, beta):
-    """APO-zero (as above) for single labels: KTO with the reference point held at zero."""
+    """APO-zero for single replies: KTO with z0 = 0."""
     return 1 - torch.sigmoid(sign * beta * delta)
 
 
-# z0 costs two passes without gradient a step; a loss that does not take it saves them.
+# z0 costs two more forward passes a step. They are left out for a loss that does not name it.
 KTO_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 
 
@@ -182,9 +179,9 @@ def kto_loss(
     beta: float = 0.1, loss_type: str = "kto",
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **flags: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
-    logps, ref_logps (B,) in nats; desirable (B,) bool; z0 () >= 0 from `kl_baseline`.
-    Returns losses and rewards, each (B,). At the first step a loss is 1/2 times its weight."""
+    """Kahneman-Tversky optimization: learn from single replies with a thumb up or down.
+    logps, ref_logps (B,) in nats; desirable (B,) bool, True for thumbs up; z0 () from kl_baseline.
+    Returns losses and rewards, each (B,). Before the first step each loss is half its weight."""
     delta, sign = logps - ref_logps, torch.where(desirable, 1.0, -1.0)
     losses = ask(KTO_LOSSES[loss_type], flags, delta=delta, sign=sign, beta=beta, z0=z0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
@@ -192,7 +189,7 @@ def kto_loss(
 
 
 def kl_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KTO's reference point z0 = max(0, mean of log pi(y' | x) - log pi_ref(y' | x)), where y'
-    answers another prompt (section 4.1): an estimate of KL(pi || pi_ref) that needs no sampling.
-    (B,), (B,) of all that an optimizer step has -> (), without gradient."""
+    """KTO's z0 = max(0, mean of log pi(y' | x) - log pi_ref(y' | x)), where y' is the reply to
+    another prompt (section 4.1). It estimates KL(pi || pi_ref) without sampling replies.
+    (B,), (B,) of all examples of an optimizer step -> (), without gradient."""
     return (logps - ref_logps).mean().clamp(min=0).detach()

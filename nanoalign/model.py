@@ -1,9 +1,9 @@
-"""A model of transformers -> a policy: what is trained, and what belongs to it; and text out of it.
+"""A model of transformers -> a policy that can train and generate.
 
-The model stays as transformers made it, but its attention goes through packing.packed_attention, by
-way of AttentionInterface. Where a tokenizer lacks the markers of the chat template it gets them,
-and the model gets a row for each. Some models compute what packed rows or a Head do not know:
-`probe` tries it.
+The code is transformers'. Only attention is ours: packing.packed_attention, through transformers'
+AttentionInterface. If the tokenizer lacks markers of the chat template, it gets them, and the
+embeddings get a vector for each. Some models do more than packed rows or a Head can express:
+`probe` finds out.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, encode
-from nanoalign.fast.compiled import uncompiled  # for generation
-from nanoalign.fast.miniature import miniature_model  # small enough to be tried
+from nanoalign.fast.compiled import uncompiled  # compiled layers can't generate quickly
+from nanoalign.fast.miniature import miniature_model  # two layers of the same kind
 from nanoalign.logps import PackedLM, Scores
 from nanoalign.lora import Reference, add_lora, add_token_rows, tied
 from nanoalign.packing import Example, packed
@@ -28,13 +28,13 @@ from nanoalign.packing import Example, packed
 class Policy:
     lm: PackedLM  # examples -> scores
     tokenizer: object
-    template: ChatML  # or another class of its kind
-    lora: object = None  # what an adapter's file says of it (formats/peft.py)
-    attention: str = field(init=False)  # the implementation that generation runs under
+    template: ChatML  # or another class with the same members
+    lora: object = None  # the settings of its adapter (formats/peft.py)
+    attention: str = field(init=False)  # transformers' name of the attention for generation
     reference: Reference | None = field(init=False)  # the policy as it is now; None: all trains
 
     def __post_init__(self):
-        self.attention = self.model.config._attn_implementation  # it has no public name
+        self.attention = self.model.config._attn_implementation  # there is no public name for it
         self.model.set_attn_implementation(packed())
         frozen = not all(p.requires_grad for p in self.model.parameters())
         self.reference = Reference(self.lm) if frozen else None
@@ -48,8 +48,8 @@ class Policy:
 
 
 def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) -> Policy:
-    """A model with LoRA of rank r on its linear layers. None: all weights train, in fp32, with
-    products in the dtype that they had. The tokenizer gets the template's markers."""
+    """Put LoRA of rank r on a model's linear layers. r=None: all weights train. They become fp32,
+    and products keep the model's dtype. The tokenizer gets the template's markers."""
     scale, softcap = probe(type(model), model.config, model.name_or_path or "the model")
     template, added = open_template(tokenizer, template)
     rows, autocast = fit_embeddings(model, tokenizer, added), None
@@ -65,11 +65,11 @@ def make_policy(model: nn.Module, tokenizer, r=None, alpha=16, template=ChatML) 
 def probe(
     build: Callable, config, name: str, convert: Callable | None = None
 ) -> tuple[float, float | None]:
-    """What the head of a kind of model does beyond a product, (scale, softcap); or InputError.
+    """-> (scale, softcap) of the Head of a kind of model. InputError: it can't be trained here.
 
-    Some models ignore AttentionInterface, or their head does more: their log-probs would be wrong,
-    and nobody would notice. So two examples in one row must give the log-probs of transformers' own
-    forward, text by text, on a miniature: `build(config)`, which `convert` may change afterwards.
+    Some models ignore AttentionInterface, or their head does more. Their log-probs would be wrong
+    without a sign. So a small model, build(config), computes two examples in one row. The log-probs
+    must be those of transformers' forward, text by text. `convert` may change the model in between.
     """
     ids = list(range(1, 24))
     examples = [
@@ -107,10 +107,10 @@ def probe(
 
 
 def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
-    """-> the template, and the ids of the markers that the tokenizer lacked and now has."""
+    """Add the template's missing markers to the tokenizer -> the template, the new ids."""
     missing = [marker for marker in kind.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
-    if kind.jinja:  # for other tools: the template, and that its last marker ends a text
+    if kind.jinja:  # other programs read these two from the saved tokenizer
         tokenizer.chat_template, tokenizer.eos_token = kind.jinja, kind.markers[-1]
     template = kind(tokenizer)
     if tokenizer.pad_token_id is None:  # generation pads; training never does
@@ -120,12 +120,13 @@ def open_template(tokenizer, kind: type) -> tuple[ChatML, list[int]]:
 
 
 def vocabulary(tokenizer) -> int:
-    """How many rows an embedding needs: more than len(tokenizer), if it skips ids."""
+    """How many vectors an embedding needs. A tokenizer that skips ids needs more than its len."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, list[int]]:
-    """Rows for the added tokens, each the mean of the old ones. -> what add_token_rows takes."""
+    """Give each added token the mean vector in embedding and head. -> the argument `indices` of
+    lora.add_token_rows. InputError: the tokenizer has more ids than the embedding has vectors."""
     tokens, rows = vocabulary(tokenizer), len(model.get_input_embeddings().weight)
     if tokens - len(added) > rows:
         raise InputError(f"the tokenizer has {tokens} ids, the embeddings {rows} rows")

@@ -1,23 +1,20 @@
-"""NF4: a frozen weight in four bits, and the linear layer that trains through it (QLoRA).
+"""NF4: a frozen weight in four bits, and the linear layer that computes with it.
 
-arXiv 2305.14314. LoRA never changes the base weights, so they need only be good enough to compute
-with. Four bits give 16 levels.
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314) is LoRA on such weights. They never change, so they
+need only be good enough to compute with. Four bits give 16 levels: quantiles of a normal
+distribution. Trained weights are close to normal, so all levels are used about equally often. One
+level is zero (appendix E), or weights that are zero would become noise. From -1 to 0 there are 8
+levels and from 0 to 1 there are 9, and both count the zero.
 
-**The levels are quantiles of a normal.** The weights of a trained network are close to normal with
-mean zero, and a code carries most when all its values are equally frequent. Zero must be a level
-(appendix E), or exact zeros (padding, pruning) would come back as noise. So each half has levels of
-its own: 8 from -1 to the zero, 9 from there to 1.
-
-**The scale is local.** Each run of 64 weights, in row-major order, is divided by its largest
-magnitude, the absmax, so one outlier spoils 63 neighbours and not a matrix. On normal weights the
-rms error is 9.2 % of the rms weight. In bits a weight:
+Each block of 64 weights, in row-major order, is divided by its largest magnitude, the absmax. So an
+outlier spoils 63 other weights and not the matrix. On normal weights the rms error is 9.2 % of the
+rms weight. Bits per weight:
 
     plain     4 + 32 / 64                            = 4.500
     doubled   4 +  8 / 64 + 32 / (64 * 256)          = 4.127
 
-"Doubled" quantizes the scales, too: less their mean, in 8 bits, 256 to a block. A 7 B model takes
-14 GB in bf16, and 3.9 or 3.6 GB here. The bytes are those of bitsandbytes, which makes them in C++
-and CUDA. In training the twins in fast/nf4.py run: the same numbers, sooner.
+"Doubled": the absmax values, minus their mean, are quantized to 8 bits in blocks of 256. A 7 B
+model takes 14 GB in bf16, and 3.9 or 3.6 GB here. The bytes equal those of bitsandbytes.
 """
 
 import functools
@@ -29,25 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoalign import InputError
-from nanoalign.fast import nf4 as fast  # rebuild, as below but in one go
+from nanoalign.fast import nf4 as fast  # `rebuild`, but quicker
 from nanoalign.fast.nf4 import in_chunks, product_with
 
 # fmt: off
-LEVELS = torch.tensor([  # as published, and as every NF4 file holds them in fp32
+LEVELS = torch.tensor([  # as published; every NF4 file holds these fp32 values
     -1.0, -0.696192801, -0.525073051, -0.394917488, -0.284441382, -0.18477343, -0.0910500363,
     0.0, 0.0795802996, 0.160930201, 0.246112302, 0.337915242, 0.440709829, 0.562617004,
     0.722956836, 1.0,
 ])
 # fmt: on
-MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2  # (15,): a code is the number of those below the value
-TINY = 1e-38  # the least divisor: the scale of a block of zeros is 0
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2  # (15,); a value's code: how many are below it
+TINY = 1e-38  # divide by this at least: the absmax of a block of zeros is 0
 
 
 def derive_levels() -> Tensor:
-    """LEVELS from their definition (arXiv 2305.14314, appendix E), to 1e-6 of the constants."""
-    tail = 1 - (1 / 32 + 1 / 30) / 2  # half a step inside of 1, whose quantile is infinite
+    """LEVELS computed from their definition (appendix E); equal to the constants within 1e-6."""
+    tail = 1 - (1 / 32 + 1 / 30) / 2  # not 1: the normal quantile of 1 is infinite
 
-    def half(n):  # n quantiles from the tail towards the median, without the median
+    def half(n):  # n quantiles from `tail` down to the median, which is left out
         return [NormalDist().inv_cdf(tail + (0.5 - tail) * i / n) for i in range(n)]
 
     negative, positive = [-q for q in half(7)], half(8)[::-1]
@@ -55,25 +52,25 @@ def derive_levels() -> Tensor:
 
 
 def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """weight, any shape and float dtype -> packed uint8 [(n+1)//2, 1], absmax fp32 [blocks].
-    absmax_b = max |w| over block b; code = the level nearest to w / absmax_b, the lower one of two;
-    byte i = code[2i] << 4 | code[2i+1]."""
+    """A weight of any shape and float dtype -> packed uint8 ((n+1)//2, 1), absmax fp32 (blocks,).
+    absmax = max |w| of a block; code = the level nearest to w / absmax, the lower one if there are
+    two; byte i = code[2i] << 4 | code[2i+1]."""
     n = weight.numel()
     x = F.pad(weight.detach().flatten().float(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = x.abs().amax(1)
-    # bitsandbytes multiplies by the reciprocal: a division would differ in the last bit
+    # bitsandbytes multiplies by 1 / absmax. A division would differ in the last bit.
     scaled = x * (1 / absmax.clamp(min=TINY))[:, None]
-    if n % blocksize:  # but it divides an incomplete last block, whose scale is never 0
+    if n % blocksize:  # but bitsandbytes divides in an incomplete last block, and its absmax > 0
         scaled[-1] = x[-1] / absmax[-1].clamp_(min=TINY)
     codes = torch.zeros_like(x, dtype=torch.uint8)
-    for midpoint in MIDPOINTS.tolist():  # 15 vector comparisons beat a binary search
+    for midpoint in MIDPOINTS.tolist():  # faster than a binary search for each weight
         codes += scaled > midpoint
     packed = codes[:, 0::2] << 4 | codes[:, 1::2]
     return packed.view(-1, 1)[: (n + 1) // 2], absmax
 
 
 def dequantize(packed, absmax, shape, dtype, blocksize: int = 64) -> Tensor:
-    """The inverse: level * absmax in fp32, rounded once to dtype. -> a tensor of `shape`."""
+    """quantize backwards: level * absmax in fp32, rounded to dtype -> a tensor of `shape`."""
     n = math.prod(shape)
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[:n]
     scales = absmax.repeat_interleave(blocksize)[:n]
@@ -81,9 +78,8 @@ def dequantize(packed, absmax, shape, dtype, blocksize: int = 64) -> Tensor:
 
 
 def dynamic_map() -> Tensor:
-    """The 256 levels for scales (Dettmers, arXiv 1511.04561): 7 decades, finer towards 1. Decade i
-    of 0..6 has 2**i numbers on each side of zero, the midpoints of an even grid over (0.1, 1) times
-    10**(i-6). With 0 and 1 that makes 127 + 1 + 128."""
+    """The 256 levels of 8-bit scales (Dettmers, arXiv 1511.04561): 0, 1, and +-7 decades. Decade i
+    (0 to 6) has 2**i numbers: the midpoints of an even grid over (0.1, 1), times 10**(i-6)."""
     values = [0.0, 1.0]
     for i in range(7):
         grid = torch.linspace(0.1, 1, 2**i + 1)
@@ -97,14 +93,14 @@ DYNAMIC_MAP = dynamic_map()
 
 @functools.cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """LEVELS and DYNAMIC_MAP on a device, copied there once."""
+    """LEVELS and DYNAMIC_MAP on a device. They are copied once."""
     return LEVELS.to(device), DYNAMIC_MAP.to(device)
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax fp32 [blocks] -> codes uint8 [blocks], absmax2 fp32 [blocks/256 up], offset fp32 [].
-    offset = mean(absmax); code = the entry of DYNAMIC_MAP nearest to (absmax - offset) / absmax2.
-    """
+    """absmax fp32 (n,) -> codes uint8 (n,), absmax2 fp32 (n / 256, rounded up), offset fp32 ().
+    offset = mean(absmax); code = the entry of DYNAMIC_MAP nearest to (absmax - offset) / absmax2;
+    absmax2 = max |absmax - offset| of 256 values."""
     n, offset = len(absmax), absmax.mean()
     x = F.pad(absmax - offset, (0, -n % 256)).view(-1, 256)
     absmax2 = x.abs().amax(1)
@@ -115,21 +111,21 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """map[code] * absmax2 + offset in fp32. (One fused operation would round differently.)"""
+    """DYNAMIC_MAP[code] * absmax2 + offset in fp32, rounded twice as in bitsandbytes."""
     scale = absmax2.repeat_interleave(256)[: len(codes)]
     return tables(codes.device)[1][codes.int()] * scale + offset
 
 
 def rebuild(packed, scales: list[Tensor], shape, dtype, blocksize, *tables) -> Tensor:
-    """A weight from its codes and its scales, [absmax] or the three of double_quantize."""
+    """A weight from its codes and scales. Scales: [absmax], or what double_quantize returns."""
     absmax = scales[0] if len(scales) == 1 else double_dequantize(*scales)
     return dequantize(packed, absmax, shape, dtype, blocksize)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W' + b. The frozen W is rebuilt in forward and again in backward, never kept. It is first
-    rounded to the dtype that it was quantized from, then cast to x's: so all dtypes compute with
-    the same weights, and a merged model is the one that was trained."""
+    """x W' + b. The weight W is rebuilt in forward, and again in backward, to save memory. It is
+    first rounded to the dtype that it had before quantization, and then cast to x's dtype. So the
+    weights are the same for each dtype of x, and in a merged model."""
 
     @staticmethod
     def forward(ctx, x, bias, layer):
@@ -145,9 +141,9 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """nn.Linear with a weight that is frozen in another format. The bias may train. A format is a
-    subclass with two methods: pack(weight) turns a weight (out, in) into buffers, and dequantize()
-    rebuilds it from them, in `self.dtype`."""
+    """nn.Linear with a frozen weight in another format. Its bias may train. Each format is a
+    subclass with two methods: pack(weight) stores a weight (out, in) in buffers, and dequantize()
+    rebuilds it in `self.dtype`."""
 
     def __init__(self, in_features: int, out_features: int, dtype=torch.bfloat16):
         super().__init__()
@@ -156,7 +152,7 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name="weight", **settings) -> "FrozenLinear":
-        """An nn.Linear, frozen; the bias is shared. An InputError calls the weight `name`."""
+        """Make one from an nn.Linear. InputError, with `name`: the weight has NaN or infinity."""
         weight = linear.weight.detach()
         if not torch.stack(weight.aminmax()).isfinite().all():
             raise InputError(f"{name}: holds NaN or infinity, cannot be quantized")
@@ -166,20 +162,20 @@ class FrozenLinear(nn.Module):
         return layer
 
     def merge(self) -> nn.Linear:
-        """The nn.Linear that this layer computes, in its own dtype."""
+        """An nn.Linear that computes the same, in `self.dtype`."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
         linear.bias = self.bias
         return linear
 
-    # A compiler would keep the weight from forward to backward, since both rebuild the same one.
+    # Not compiled: the compiler would keep the rebuilt weight from forward to backward.
     @getattr(torch, "_disable_dynamo", torch.compiler.disable)
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out), in x's dtype
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return FrozenProduct.apply(x, bias, self)
 
     def _apply(self, fn, recurse=True):
-        """`.to(dtype)` would round a scale, and so 64 weights: it gets the scales as integers."""
+        """Give fp32 scales to `fn` as integers: `.to(dtype)` would round them otherwise."""
 
         def on_bits(t):
             scale = t.dtype == torch.float32 and any(t is b for b in self.buffers())
@@ -193,9 +189,9 @@ class FrozenLinear(nn.Module):
 
 
 class NF4Linear(FrozenLinear):
-    """A weight in NF4: codes in `packed`, and their scales, plain (`absmax`) or doubled."""
+    """A linear layer with its weight in NF4: codes in `packed`, scales in `absmax` and others."""
 
-    product = staticmethod(product_with(tables))  # FrozenProduct for compiled layers
+    product = staticmethod(product_with(tables))  # FrozenProduct as one operator, to be compiled
 
     def __init__(self, *size, double_quant=False, blocksize=64):
         super().__init__(*size)

@@ -1,23 +1,22 @@
-"""Prompts and completions -> one row without padding, and who sees whom in it.
-
-A batch is one row of tokens. There is no pad token, no attention mask tensor, no left or right:
+"""A batch of examples -> one row of tokens without padding.
 
     | prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...
 
-A row is a forest: each example is a tree, and each of its texts (a prompt and what follows it) is
-a path in the tree. Positions count along the path. What texts of an example begin with in common
-stands in the row once (arXiv 2410.20305 does so for a pair's prompt). So DPO computes a prompt
-once for all replies to it. A conversation whose later turns do not see earlier thoughts is a trunk
-without thoughts and a branch for each reply.
+The big libraries pad every example to the longest of its batch, and compute the prompt of a pair
+twice. Here a row has no pad tokens, and the prompt is in it once (arXiv 2410.20305). Both replies
+see the prompt, and neither sees the other.
 
-The row lists a tree in the order of a first visit: one text up to its end, then what is new in the
-next text. So everything that continues a token's text is one stretch of the row. The stretch begins
-with the token itself and ends before `until`. One number a token says who sees whom:
+An example is a tree, and a text (a prompt with one continuation) is a path in it. Positions are
+counted along the path. Texts share the tokens that both begin with. If later turns of a
+conversation do not see earlier thoughts, its tree is a trunk without thoughts, with a branch for
+each reply.
 
-    key <= query < until[key]        (with a sliding window, their positions are close enough, too)
+The row has one text up to its end, then the new tokens of the next text, and so on. So all tokens
+that may see a token are one stretch of the row, from this token to just before `until`:
 
-The last token of a text predicts nothing that trains, so it is not in the row. The big libraries
-pad every example to the longest of its batch, and compute a pair's prompt twice.
+    key <= query < until[key]        (and inside of the sliding window, where a model has one)
+
+The last token of a text is not in the row, since no trained token comes after it.
 """
 
 from bisect import bisect_left
@@ -34,32 +33,32 @@ from nanoalign.fast import attention as fast  # attention without a (T, T) matri
 from nanoalign.fast.attention import prepared
 from nanoalign.fast.transfer import to_device  # torch.tensor that does not wait for a GPU
 
-Ids = Sequence[int]  # a list, or an array("i"): 4 bytes an id where a list takes 40
-Text = tuple[Ids, Sequence[bool]]  # what follows a prompt: ids, and which of them train
+Ids = Sequence[int]  # a list, or an array("i"), which takes 4 bytes an id and not 40
+Text = tuple[Ids, Sequence[bool]]  # the ids after a prompt, and which of them train
 
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and the texts that continue it. A completion is one text, or more where there are
-    thoughts: then each reply has its own. SFT and KTO have one completion, DPO one a reply."""
+    """A prompt and the texts that continue it. For SFT and KTO there is one completion, for DPO two
+    or more. A completion is one text, or several if its replies see different thoughts."""
 
-    prompt: Ids  # with the header of the reply; none of it trains
+    prompt: Ids  # with the header of the reply; it does not train
     texts: list[Text]
     label: bool | None = None  # KTO: thumbs up or down
     where: str = ""  # file and line
-    number: int = 0  # which example of the data, from 0
-    mismatch: "Example | None" = None  # KTO: (x, y'), y' the reply to another prompt
-    pairs: Sequence[tuple[int, int]] = ((0, 1),)  # DPO: completions, the better one first
-    completions: Sequence[int] | None = None  # of each text, from 0; None: one text each
+    number: int = 0  # its index in the data
+    mismatch: "Example | None" = None  # KTO: this prompt with the reply to another one
+    pairs: Sequence[tuple[int, int]] = ((0, 1),)  # DPO: (better, worse) completion
+    completions: Sequence[int] | None = None  # the completion of each text; None: one text each
 
     def paths(self) -> list[tuple[int, Ids, Text, int]]:
-        """The texts in the order of a first visit: how many ids each shares with the one before it,
-        all its ids, what of it follows the prompt, its completion."""
+        """The texts in the order of the row. For each: how many ids it shares with the text before
+        it, all its ids with the prompt, the text, its completion."""
         ordered: list[tuple[Ids, Text, int]] = []
         for i, text in enumerate(self.texts):
             ids = self.prompt + text[0]
             common = [shared(other, ids) for other, *_ in ordered]
-            # right after the last one of those that it shares the most with
+            # after the text that it shares most with, or the row would hold shared tokens twice
             after = max(range(len(common)), key=lambda j: (common[j], j), default=-1)
             completion = i if self.completions is None else self.completions[i]
             ordered.insert(after + 1, (ids, text, completion))
@@ -68,11 +67,11 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens of its tree, the last ones of texts included: what it takes of a row."""
+        """How many tokens its tree has; the last token of each text counts, too."""
         return sum(len(ids) - common for common, ids, *_ in self.paths())
 
     def __len__(self) -> int:
-        """Tokens of its completions, each with the prompt, as TRL counts them."""
+        """How many tokens its completions have, each with the prompt. TRL counts so."""
         if self.completions is None:
             return sum(len(self.prompt) + len(ids) for ids, _ in self.texts)
         texts = list(zip(self.completions, self.texts))
@@ -86,36 +85,36 @@ class Example:
 
 
 def pairs_of(batch: list[Example]) -> tuple[list[int], list[int]]:
-    """The better and the worse completion of each pair: their indices among all of the batch."""
+    """The better completions of all pairs, and the worse ones, as indices into the batch's."""
     starts = accumulate((example.count for example in batch), initial=0)
     pairs = [(n + i, n + j) for n, example in zip(starts, batch) for i, j in example.pairs]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def shared(a: Ids, b: Ids) -> int:
-    """How many ids two texts begin with in common: a bisection, since slices compare quickly."""
+    """How many ids both begin with. It bisects, since slices are compared quickly."""
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 @dataclass
 class Geometry:
-    """Where the texts of a row of T tokens lie."""
+    """Which tokens of a row see which. The row has T tokens."""
 
-    position: Tensor  # (T,) counted along each text, from 0
-    until: Tensor  # (T,) where the stretch of the row that sees a token ends
-    runs: list[tuple[int, int]]  # of each text: tokens that the row had, and new ones
-    block_masks: dict = field(default_factory=dict)  # by window, for a GPU's kernel
+    position: Tensor  # (T,) in the text, from 0
+    until: Tensor  # (T,) the first later index that does not see the token
+    runs: list[tuple[int, int]]  # each text: how many tokens it shares and how many are new
+    block_masks: dict = field(default_factory=dict)  # of each window, for flex_attention
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """May the token at index `query` see the one at index `key`? The two tensors broadcast."""
+        """May the token at index `query` see the token at index `key`? The tensors broadcast."""
         seen = (key <= query) & (query < self.until[key])
         if window is not None:
             seen = seen & (self.position[query] - self.position[key] < window)
         return seen
 
     def longest(self) -> list[int]:
-        """(T,) tokens of the longest text through each token, its last one included."""
-        longest, path = [], []  # path: where in the row the tokens of a text are
+        """T numbers: how many tokens the longest text has that goes through each token."""
+        longest, path = [], []  # path: the indices in the row of a text's tokens
         for depth, new in self.runs:
             path[depth:] = range(len(longest), len(longest) + new)
             longest += [0] * new
@@ -126,40 +125,40 @@ class Geometry:
 
 @dataclass
 class Row:
-    """A packed batch: T tokens, of which N predictions train, for C completions."""
+    """A packed batch of T tokens. N tokens of its C completions train."""
 
     input_ids: Tensor  # (T,)
     geometry: Geometry
-    predictors: Tensor  # (N,) where in the row the n-th trained token is predicted
-    targets: Tensor  # (N,) that token
-    completion: Tensor  # (N,) the completion it belongs to
-    trained: list[int]  # trained tokens of each of the C completions
+    predictors: Tensor  # (N,) the index in the row of the token before each trained token
+    targets: Tensor  # (N,) the ids of the trained tokens
+    completion: Tensor  # (N,) the completion of each trained token
+    trained: list[int]  # C numbers of trained tokens
 
 
 def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None,)) -> Row:
-    """One row of all examples, completions in the order given, for layers with these windows."""
+    """Pack all examples into one row. `windows` are those of the model's layers; None: no limit."""
     ids, position, until, runs = [], [], [], []
-    hits, trained = [], []  # (completion, predictor, target) of each trained token; their numbers
-    path: list[int] = []  # where in the row the tokens of the text before are
+    hits, trained = [], []  # hits: (completion, predictor, target) of each trained token
+    path: list[int] = []  # the indices in the row of the last text's tokens
     for example in batch:
         first, prompt = len(trained), len(example.prompt)
         trained += [0] * example.count
         for common, text, (_, mask), completion in example.paths():
-            depth = min(common, len(path))  # so much of the text is in the row
-            for i in path[depth:]:  # nothing that comes now continues these tokens
+            depth = min(common, len(path))  # the first `depth` tokens are in the row already
+            for i in path[depth:]:  # no later token of the row may see these
                 until[i] = len(ids)
             new = text[depth:-1]
             runs += [(depth, len(new))] if new else []
             path[depth:] = range(len(ids), len(ids) + len(new))
             position += range(depth, depth + len(new))
-            until += new  # as many numbers, replaced when the end is known
+            until += new  # any numbers; they are replaced when the end is known
             ids += new
             at = [j for j, trains in enumerate(mask, prompt) if trains and j]
             hits += [(first + completion, path[j - 1], text[j]) for j in at]
             trained[first + completion] += len(at)
     for i in path:
         until[i] = len(ids)
-    hits.sort(key=lambda hit: hit[0])  # a completion's predictions stand together
+    hits.sort(key=lambda hit: hit[0])  # put each completion's trained tokens together
     tokens = to_device([ids, position, until], device, torch.int32)  # (3, T)
     completions, predictors, targets = to_device([*zip(*hits)] or [[], [], []], device, torch.int64)
     geometry = prepared(Geometry(*tokens[1:], runs), windows)
@@ -170,12 +169,12 @@ ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
 
 
 def row_tokens(limit: int | None, device: torch.device) -> int:
-    """How long a row of training may be: `limit`, or by device."""
+    """How many tokens a row may have in training: `limit`, or the device's number."""
     return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
 def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Parts that make rows of at most `tokens`. An example that is longer is a part by itself."""
+    """Batches of at most `tokens` tokens, in order. A longer example is alone in its batch."""
     parts, room = [], 0
     for example in examples:
         length = example.tokens
@@ -191,8 +190,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry,
     scaling: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over a packed row, by definition: a score is minus infinity where the query may not
-    see the key. query (1, H, T, D); key, value (1, H_kv, T, D), each head for H / H_kv query heads.
+    """Attention over a packed row. Where a query may not see a key, the score is minus infinity.
+    query (1, H, T, D); key and value (1, H_kv, T, D), each shared by H / H_kv heads of query.
     -> (1, H, T, D)."""
     index = torch.arange(query.shape[2], device=query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -209,22 +208,22 @@ def packed_attention(
     sliding_window: int | None = None, softcap: float | None = None,
     position_ids=None, use_cache=None, output_router_logits=None, **unknown,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in the form that transformers' AttentionInterface calls; -> (1, T, H, D). A keyword
-    that is not known here may change what a model computes (attention sinks do): an error."""
+    """The attention function that transformers calls, by its AttentionInterface; -> (1, T, H, D).
+    InputError: a keyword is unknown. It could change the result, as attention sinks do."""
     unknown = [name for name, on in unknown.items() if on is not None and on is not False]
     if unknown:
         raise InputError(f"its attention takes {', '.join(unknown)}, which packing does not know")
     if geometry is None:  # StableLM, Nemotron
         raise InputError("its layers do not hand the row's geometry down to their attention")
-    more = {"dropout": dropout} if dropout else {}  # the definition has none
+    more = {"dropout": dropout} if dropout else {}  # `attention` above has no dropout
     out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, **more)
-    return out.transpose(1, 2).contiguous(), None  # some models take no view
+    return out.transpose(1, 2).contiguous(), None  # some models call .view on it
 
 
 @cache
 def packed() -> str:
-    """The name under which transformers' models find packed_attention."""
-    from transformers import AttentionInterface  # half a second, and --help can do without
+    """Register packed_attention with transformers, and return its name there."""
+    from transformers import AttentionInterface  # here, since it would slow --help by 0.5 seconds
 
     AttentionInterface.register("packed", packed_attention)
     return "packed"

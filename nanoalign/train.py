@@ -1,6 +1,6 @@
-"""The loop: one optimizer step after another, the same for every method.
+"""The training loop. It is the same for every method.
 
-A METHOD is a generator. It gets the examples of one optimizer step, in batches that fit in memory.
+A method is a generator. It gets the examples of one optimizer step, in batches that fit in memory.
 For each batch it yields sums, each with the number of things that were summed:
 
     def sft(batches):
@@ -8,13 +8,14 @@ For each batch it yields sums, each with the number of things that were summed:
             scores = policy(batch)
             yield {"loss": (-scores.logps.sum(), sum(scores.tokens))}
 
-The loop lets each batch's summed loss through backward, and divides once by what the whole step
-counted: trained tokens for SFT, pairs for DPO, examples for KTO. So 8 x 1, 4 x 2 and 1 x 8 examples
-give the same gradient; a mean of the batches' means would not.
+The loop calls backward on the summed loss of each batch. At the end of the step it divides the
+gradient by the number of things in all batches: trained tokens for SFT, pairs for DPO, examples for
+KTO. So 8 x 1, 4 x 2 and 1 x 8 examples give the same gradient. The mean of the batches' means would
+be another, if some batches have more tokens than others.
 
-All else that a method yields is a metric, or "num_tokens", if it trained on other tokens than those
-of its examples. It has the whole step, so it can first ask for what the batches share: the
-reference's log-probs, KTO's z0.
+Other names that a method yields are metrics. ("num_tokens" is not: it counts the tokens, if they
+are not those of the examples.) A method has all batches of the step, so it can first compute what
+they share: log-probs of the reference, KTO's z0.
 """
 
 import math
@@ -40,7 +41,7 @@ def add(total: Sums, more: Sums) -> None:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Each sum over its count. The margin is a difference of means, so KTO has one, too."""
+    """Each sum divided by its count. KTO has no pairs; its margin is a difference of means."""
     out = {name: value / count for name, (value, count) in sums.items() if count}
     if "rewards/chosen" in out and "rewards/rejected" in out:
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
@@ -48,9 +49,9 @@ def means(sums: Sums) -> dict[str, float]:
 
 
 def learning_rate(cfg, step: int, total: int) -> float:
-    """At step 0, 1 ... of `total`: a linear warm-up from 0, then one of transformers' schedules."""
+    """The rate at step 0, 1 ... of `total`: a warm-up from 0, then a schedule of transformers."""
     peak, kind, warmup = cfg.learning_rate, cfg.lr_scheduler_type, cfg.warmup_steps
-    if warmup < 1:  # a share of the steps
+    if warmup < 1:  # as a share of all steps
         warmup = math.ceil(total * (warmup or cfg.warmup_ratio))
     warmup = 0 if kind == "constant" else int(warmup)
     if step < warmup:
@@ -71,14 +72,14 @@ def learning_rate(cfg, step: int, total: int) -> float:
 
 
 def plan(cfg, examples: int) -> tuple[int, int]:
-    """Steps of an epoch, and of the run. An epoch's last step takes what is left."""
+    """How many steps an epoch has, and the run. An epoch's last step may have fewer examples."""
     per_epoch = math.ceil(examples / cfg.per_step)
     steps = max(1, math.ceil(cfg.num_train_epochs * per_epoch))
     return per_epoch, cfg.max_steps if cfg.max_steps > 0 else steps
 
 
 def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
-    """AdamW on all that trains. The rate of a group of parameters may be a multiple of the learning
+    """AdamW on all trained parameters. A group of parameters may have a multiple of the learning
     rate: {"params": [...], "times": 16}, as LoRA+ does with B."""
     trained = [p for p in lm.parameters() if p.requires_grad]
     rates = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
@@ -87,7 +88,7 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
 
 
 def fitting(examples: Examples, size: int, tokens: int) -> Batches:
-    """Batches of `size` examples, or fewer where their row would have more than `tokens`."""
+    """Batches of `size` examples, or fewer if their row would have more than `tokens` tokens."""
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [part for batch in batches for part in in_rows(batch, tokens)]
 
