@@ -552,14 +552,37 @@ def test_a_server_reads_template_and_end_of_a_merged_model(tmp_path):
     read = gguf.SpecialVocab(tmp_path / "merged")  # what the converter writes into a file
     assert read.special_token_ids["eos"] == end and read.chat_template == tokenizer.chat_template
 
-    page = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
-    template = re.search('TEMPLATE """(.*?)"""', page, flags=re.S)[1]
+    own = (tmp_path / "merged" / "Modelfile").read_text(encoding="utf-8")
+    page = Path(__file__).parent.parent / "docs" / "serve.md"
+    assert f"```\n{own}```" in page.read_text(encoding="utf-8")
+    assert re.findall("^PARAMETER (.*)", own, flags=re.M) == [f'stop "{tokenizer.eos_token}"']
+    template = re.search('TEMPLATE """(.*?)"""', own, flags=re.S)[1]
     loop, rest = template.removeprefix("{{ range .Messages }}").split("{{ end }}")
     talk = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Yes?"), ("user", "Bye.")]
     turns = [loop.replace("{{ .Role }}", r).replace("{{ .Content }}", c) for r, c in talk]
     messages = [dict(role=role, content=content) for role, content in talk]
     ours = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert "".join(turns) + rest == ours and f'stop "{tokenizer.eos_token}"' in page
+    assert "".join(turns) + rest == ours
+
+
+def test_the_modelfile_of_a_model_with_a_template_of_its_own(tmp_path):
+    """Its stop token is said; a template that can't be written in Go's language is not."""
+    base = make(tmp_path / "base", vocab_size=300)
+    tokenizer = make_tokenizer(special=("<|endoftext|>", "<|end|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    save_policy(load_policy(SFTConfig(base, device="cpu")), tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    lines = (tmp_path / "merged" / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        "FROM .",
+        'PARAMETER stop "<|end|>"',
+    ]
+    assert any(line.startswith("#") and "TEMPLATE" in line for line in lines)
 
 
 def test_peft_does_not_mind_the_note_and_gets_the_same_logits(tmp_path):

@@ -19,6 +19,9 @@ don't say: --load_in_4bit does.
 bitsandbytes writes it, in NF4: bytes that both read as they are.
 
     python -m nanoalign.merge MODEL four --load_in_4bit
+
+**Ollama** doesn't read the chat template of a directory. A `Modelfile` beside the merged model says
+in its language what prompts look like and what ends a reply.
 """
 
 from argparse import BooleanOptionalAction
@@ -42,6 +45,22 @@ from nanoalign.run.flags import Parser, add_flags
 from nanoalign.run.policy import TRAINED_WITH, base_of, make_room, stop_at
 
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
+MODELFILE = """\
+# ollama create NAME -f Modelfile
+# For an architecture that Ollama imports; otherwise FROM a .gguf of llama.cpp's converter.
+FROM .
+"""
+GO = '''\
+# ChatML as training wrote it, in Go's template language, without tools and thoughts.
+TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+'''
+NO_GO = """\
+# Trained with a template that is not written here in Go's language: without a TEMPLATE line Ollama
+# may write other prompts. Take the line from the page of the base model there.
+"""
 FLAGS = ("dtype", "bnb_4bit_quant_type", "use_bnb_nested_quant", "device", "trust_remote_code")
 
 
@@ -61,6 +80,13 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
+
+
+def modelfile(template: str | None, stops: list[str]) -> str:
+    """What Ollama is told of a model that was trained with this template, and whose replies end
+    with one of these tokens."""
+    lines = [f'PARAMETER stop "{token}"\n' for token in stops]
+    return "".join([MODELFILE, GO if template == "chatml" else NO_GO, *lines])
 
 
 @command("nanoalign.merge")
@@ -126,14 +152,16 @@ def merge(args, adapter: str, directory: Path) -> None:
     load_adapter(model, lora, adapter)
     model.eval()
     template = tokenizer.init_kwargs.get(TRAINED_WITH)
-    if template in [*TEMPLATES]:
-        stop_at(model, TEMPLATES[template](tokenizer).stop_ids)
-    elif tokenizer.eos_token_id is not None:  # another tool trained the adapter
-        stop_at(model, [tokenizer.eos_token_id])
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if template in [*TEMPLATES]:  # otherwise another tool trained the adapter
+        stops = TEMPLATES[template](tokenizer).stop_ids
+    stop_at(model, stops)
+    for_ollama = modelfile(template, tokenizer.convert_ids_to_tokens(stops))
 
     def write(place, weights=None):
         model.save_pretrained(place, state_dict=weights)
         tokenizer.save_pretrained(place)
+        (place / "Modelfile").write_text(for_ollama, encoding="utf-8")
 
     rehearse(directory, partial(write, weights={}))
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]], device=model.device)
