@@ -63,7 +63,7 @@ from nanoalign.formats.weights import skeleton  # noqa: E402
 from nanoalign.logps import PackedLM  # noqa: E402
 from nanoalign.lora import add_lora  # noqa: E402
 from nanoalign.nf4 import NF4Linear  # noqa: E402
-from nanoalign.packing import attention, pack, row_tokens  # noqa: E402
+from nanoalign.packing import attention, pack  # noqa: E402
 from nanoalign.run import policy as run_policy  # noqa: E402
 from nanoalign.run import session  # noqa: E402
 from nanoalign.run.bytes import row_bytes, sizes_of, standing_bytes  # noqa: E402
@@ -260,7 +260,7 @@ def ours(case: Case, home: Path) -> dict:
         lm = run(cfg).policy.lm
     text = (home / "out" / "metrics.jsonl").read_text()
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
-    limit = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
+    limit = cfg.max_row_tokens or lm.row_tokens
     batches = fitting(examples, case.batch, limit)
     how = how_of(cfg, lm, max(len(pack(batch).input_ids) for batch in batches))
     counted = sum((standing_bytes(lm.model) | row_bytes(sizes_of(lm.model), how)).values())

@@ -47,7 +47,7 @@ def reward(example: Example, reply: list[int]) -> float:
 
 
 def run_grpo(cfg: GRPOConfig) -> Run:
-    if cfg.fsdp:
+    if cfg.sharded:
         raise InputError("--fsdp: a model in parts can't generate, and GRPO samples from it")
     run, size = start(cfg, DPO), cfg.num_generations
     lm = run.policy.lm

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanoalign.fast import head as fast  # `token_logps`, but without all logits in memory
 from nanoalign.fast.head import mean_weight  # for the metric logits/*
 from nanoalign.lora import TokenRows
-from nanoalign.packing import Example, Row, pack, to_device
+from nanoalign.packing import ROW_TOKENS, Example, Row, pack, to_device
 
 
 @dataclass
@@ -86,6 +86,11 @@ class PackedLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def row_tokens(self) -> int:
+        """How long a row of training may be."""
+        return self.longest_row or ROW_TOKENS["cpu" if self.device.type == "cpu" else "gpu"]
 
     def head(self) -> Head:
         layer = self.model.get_output_embeddings()

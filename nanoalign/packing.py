@@ -168,11 +168,6 @@ def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None
 ROW_TOKENS = {"cpu": 2048, "gpu": 4096}  # enough to keep the device busy
 
 
-def row_tokens(limit: int | None, device: torch.device) -> int:
-    """How many tokens a row may have in training: `limit`, or the device's number."""
-    return limit or ROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
-
-
 def in_rows(examples: list[Example], tokens: int) -> list[list[Example]]:
     """Batches of at most `tokens` tokens, in order. A longer example is alone in its batch."""
     parts, room = [], 0

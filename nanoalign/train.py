@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nanoalign.data import Examples, epoch_order
 from nanoalign.model import Policy
-from nanoalign.packing import Example, in_rows, row_tokens
+from nanoalign.packing import Example, in_rows
 
 Batches = list[list[Example]]
 Sums = dict[str, tuple[float | Tensor, int]]  # name -> (sum, number of things summed)
@@ -99,6 +99,15 @@ def alone(sums: Sums, parameters=()) -> Sums:
 
 
 @dataclass
+class Machine:
+    """What a step needs on the machine that computes it. The defaults are for one process."""
+
+    rows: Callable = fitting  # examples -> the batches that this process computes
+    total: Callable = alone  # adds up what all processes have summed (run/ranks.py)
+    scale: float = 1.0  # of the loss: without one, small gradients vanish in float16
+
+
+@dataclass
 class Step:
     """An optimizer step that was done."""
 
@@ -115,15 +124,14 @@ class Step:
 
 def train(
     cfg, policy: Policy, examples: Examples, method: Method, optimizer=None,
-    first: int = 0, order: Callable = epoch_order, scale: Callable = lambda: 1.0,
-    rows: Callable = fitting, total: Callable = alone,
+    first: int = 0, order: Callable = epoch_order, machine: Machine | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Train the policy in place, from step `first`, and yield each step when it is done. `order`
-    gives the examples of an epoch. float16 needs a `scale`, or small gradients vanish. Several
-    processes need other `rows` and another `total` (run/ranks.py)."""
+    gives the examples of an epoch."""
+    machine = machine or Machine()
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
     per_epoch, steps = plan(cfg, len(examples))
-    longest = row_tokens(cfg.max_row_tokens or policy.lm.longest_row, policy.lm.device)
+    longest = cfg.max_row_tokens or policy.lm.row_tokens
     ordered: Examples = []
     policy.lm.train()
     for done in range(first, steps):
@@ -131,9 +139,11 @@ def train(
         if step == 0 or not ordered:
             ordered = order(examples, epoch, cfg.seed, cfg.shuffle_dataset)
         drawn = ordered[step * cfg.per_step : (step + 1) * cfg.per_step]
-        batches = method(rows(drawn, cfg.per_device_train_batch_size, longest))
-        rate, factor = learning_rate(cfg, done, steps), scale() / sum(map(len, drawn))
-        sums, norm = optimizer_step(optimizer, rate, batches, cfg.max_grad_norm, factor, total)
+        batches = method(machine.rows(drawn, cfg.per_device_train_batch_size, longest))
+        rate, scale = learning_rate(cfg, done, steps), machine.scale / sum(map(len, drawn))
+        sums, norm = optimizer_step(
+            optimizer, rate, batches, cfg.max_grad_norm, scale, machine.total
+        )
         yield Step(done + 1, drawn, sums, rate, norm)
 
 

@@ -165,6 +165,7 @@ def test_what_else_will_need_memory(model_dir, monkeypatch):
     found, model = [], {"model_name_or_path": model_dir, "dataset_name": ["any"], "device": "cpu"}
     monkeypatch.setattr(run_device, "settle", lambda left, *_: found.append(left) or (2048, False))
     pretend_a_card(monkeypatch, 2**30)
+    monkeypatch.setattr(ranks, "LAUNCHED", True)
     monkeypatch.setattr(ranks, "WORLD", 2)
     monkeypatch.setattr(ranks, "gather", lambda thing: [thing, thing])
     lm = load_policy(DPOConfig(**model, use_peft=False)).lm
@@ -197,7 +198,7 @@ def test_fsdp_asks_for_a_torch_that_was_tried(model_dir, monkeypatch):
     words = ["--model_name_or_path", model_dir, "--dataset_name", "any", "--fsdp", "true"]
     monkeypatch.setattr(ranks, "LAUNCHED", True)
     monkeypatch.setattr(ranks, "CAN_SHARD", True)
-    assert parse(DPOConfig, words, {}).fsdp
+    assert parse(DPOConfig, words, {}).sharded
     monkeypatch.setattr(ranks, "CAN_SHARD", False)
     with pytest.raises(InputError, match="^--fsdp: needs torch 2.13 or a newer one$"):
         parse(DPOConfig, words, {})

@@ -133,7 +133,7 @@ def test_a_config_file(tmp_path, capsys):
     file = yaml(tmp_path / "a.yaml", text)
     words = [file, "--max-steps", "3", "--model_name_or_path", "m", "--report_to=wandb"]
     cfg = parse(METHODS["sft"][0], words, {})
-    assert (cfg.learning_rate, cfg.eval_strategy, cfg.dtype) == (1e-5, "no", "bfloat16")
+    assert (cfg.learning_rate, cfg.eval_strategy, cfg.computing_dtype) == (1e-5, "no", "bfloat16")
     assert cfg.use_peft and cfg.lora_target_modules == ["q_proj", "v_proj"]
     assert cfg.lr_scheduler_kwargs == {"power": 2, "lr_end": 1e-7}
     assert (cfg.dataset_name, cfg.max_steps, cfg.run_name) == (["d.jsonl"], 3, "2024-01-01")

@@ -21,7 +21,6 @@ from nanoalign.fast.head import chunk_rows
 from nanoalign.formats.peft import TrainedModule, is_layer
 from nanoalign.formats.weights import pick_device
 from nanoalign.logps import PackedLM
-from nanoalign.packing import row_tokens
 from nanoalign.run import checkpoint, ranks
 from nanoalign.run.bytes import (
     How,
@@ -122,7 +121,7 @@ def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
         return False
     if cfg.torch_compile is None:
         mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
-        return one_graph and not mixture and not cfg.fsdp
+        return one_graph and not mixture and not cfg.sharded
     return cfg.torch_compile and (one_graph or not cfg.gradient_checkpointing)
 
 
@@ -157,7 +156,7 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
         compiled=compiles(cfg, lm.model, fuses_attention(lm)),
         train_all=not cfg.use_peft,
         chunk=chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
-        sharded=cfg.fsdp,
+        sharded=cfg.sharded,
         cuda=lm.device.type == "cuda",
     )
 
@@ -198,7 +197,7 @@ def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
         return
     torch.cuda.empty_cache()
     free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
-    standing = sharded_bytes(lm.model, ranks.WORLD) if cfg.fsdp else standing_bytes(lm.model)
+    standing = sharded_bytes(lm.model, ranks.WORLD) if cfg.sharded else standing_bytes(lm.model)
     taken = standing.get("gathered weights", 0)  # for the row itself
     if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
         taken += sum(size for kind, size in standing.items() if kind not in COMING)
@@ -222,7 +221,7 @@ def settled(cfg: Config, lm: PackedLM) -> dict:
     return {
         "device": str(lm.device),
         "dtype": str(computes_in(lm)).removeprefix("torch."),
-        "max_row_tokens": row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device),
+        "max_row_tokens": cfg.max_row_tokens or lm.row_tokens,
         "gradient_checkpointing": lm.model.is_gradient_checkpointing,
         "threads": torch.get_num_threads(),
     }

@@ -317,6 +317,16 @@ class Config:
         """Examples an optimizer step, on all devices."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks.WORLD
 
+    @property
+    def computing_dtype(self) -> str:
+        """--dtype, by whichever of its three flags it was given."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
+
+    @property
+    def sharded(self) -> bool:
+        """One process has no other to share the model with."""
+        return self.fsdp and ranks.LAUNCHED
+
 
 @dataclass
 class SFTConfig(Config):
@@ -523,11 +533,8 @@ def check(cfg: Config, given: set[str]) -> None:
     # Generation would not find the weights gathered, nor has a compiled layer room for doing it.
     pairs += ("fsdp", "generate_during_eval"), ("fsdp", "torch_compile")
     wrong = [pair for pair in pairs if all(getattr(cfg, name) for name in pair)]
-    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if getattr(cfg, name):
-            if cfg.dtype not in ("auto", dtype):
-                wrong.append((name, f"dtype {cfg.dtype}"))
-            cfg.dtype = dtype
+    if (cfg.bf16 or cfg.fp16) and cfg.dtype not in ("auto", cfg.computing_dtype):
+        wrong.append(("bf16" if cfg.bf16 else "fp16", f"dtype {cfg.dtype}"))
     if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # which knows no parts of a weight
         wrong.append(("fsdp", "optim paged_adamw_32bit"))
     if cfg.plain and cfg.torch_compile:
@@ -566,6 +573,5 @@ def check(cfg: Config, given: set[str]) -> None:
             raise InputError(f"--loss_type {cfg.loss_type}: its number {name} is no flag yet")
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
-    cfg.fsdp = cfg.fsdp and ranks.LAUNCHED  # one process has nobody to share with
-    if cfg.fsdp and not ranks.CAN_SHARD:
+    if cfg.sharded and not ranks.CAN_SHARD:
         raise InputError("--fsdp: needs torch 2.13 or a newer one")

@@ -160,8 +160,8 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     adapter = cfg.load_in_4bit and cfg.adapter_name_or_path
     return weights.load_lm(
         name,
-        dtype=cfg.dtype,
-        device="cpu" if cfg.fsdp else cfg.device,  # whole; `shard` moves it in parts
+        dtype=cfg.computing_dtype,
+        device="cpu" if cfg.sharded else cfg.device,  # whole; `shard` moves it in parts
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
@@ -171,7 +171,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
 
 def place(cfg: Config, lm: PackedLM) -> None:
     """Cut a loaded model between the ranks, or compile its layers."""
-    if cfg.fsdp:
+    if cfg.sharded:
         shards.shard(lm, weights.pick_device(cfg.device))
     compile_layers(cfg, lm)
 

@@ -20,7 +20,6 @@ import torch
 from nanoalign import InputError, Stopped
 from nanoalign.data import epoch_order
 from nanoalign.formats.mixture import balanced
-from nanoalign.packing import row_tokens
 from nanoalign.run import paged, ranks, shards
 from nanoalign.run.checkpoint import (
     clean_up,
@@ -42,7 +41,7 @@ from nanoalign.run.flags import Config, no_choice
 from nanoalign.run.log import Log, best_of, keep_lines, metric_of, replies
 from nanoalign.run.policy import load_saved, save_policy
 from nanoalign.run.session import Run, facts
-from nanoalign.train import Method, Step, add, evaluate, make_optimizer, means, plan, train
+from nanoalign.train import Machine, Method, Step, add, evaluate, make_optimizer, means, plan, train
 
 INITIAL_SCALE = 2.0**16  # of the loss, in float16
 
@@ -59,8 +58,8 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     with stop_signals() as signals, lock, begun(cfg, run, signals) as record:
         record.check_metric(method)
         record.evaluate(method)  # where the run was stopped before it could
-        start = record.optimizer, record.step, order, lambda: record.state["scale"]
-        steps = train(cfg, run.policy, run.examples, method, *start, ranks.rows, ranks.total)
+        start = record.optimizer, record.step, order, record.machine
+        steps = train(cfg, run.policy, run.examples, method, *start)
         while not record.ended:
             record.advance(next(steps))
             if record.ended:
@@ -186,6 +185,7 @@ class Record:
         if self.done:
             left = "its evaluation is left" if self.left else "nothing to do"
             print(f"{self.directory}, step {self.step}: this run is finished; {left}")
+        self.machine = Machine(ranks.rows, ranks.total, self.state["scale"])
         self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.state["threads"] = torch.get_num_threads()  # a resumed run takes as many
         self.since = self.seconds(), self.state["num_tokens"]  # at the last line of metrics
@@ -243,6 +243,7 @@ class Record:
         cfg, state = self.cfg, self.state
         if self.float16 and (step.sums is not None or state["scale"] > 1):
             rescale(state, overflow=step.sums is None)
+            self.machine.scale = state["scale"]
         elif step.sums is None:
             where = [example.where for example in step.examples]
             more = [f"and {len(where) - 8} more"] if len(where) > 8 else []
@@ -303,7 +304,7 @@ class Record:
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
         if not self.left or self.stopped:
             return
-        longest = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
+        longest = cfg.max_row_tokens or lm.row_tokens
         batches = method(ranks.rows(self.run.held_out, cfg.per_device_eval_batch_size, longest))
         if ranks.WORLD == 1:
             batches = takewhile(lambda _: not self.stopped, batches)

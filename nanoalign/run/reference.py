@@ -20,7 +20,7 @@ from nanoalign import InputError, one_line
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy, vocabulary
-from nanoalign.packing import Example, in_rows, packed, row_tokens, to_device
+from nanoalign.packing import Example, in_rows, packed, to_device
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
@@ -68,8 +68,7 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
     """Any number of examples in rows for a pass without gradient: twice as long as those of
     backward, which keeps all that a layer computes. That makes larger products, and each weight is
     read (from 4 bits: decoded) for more tokens."""
-    limit = row_tokens(cfg.max_row_tokens or lm.longest_row, lm.device)
-    return ranks.level(in_rows(examples, 2 * limit))
+    return ranks.level(in_rows(examples, 2 * (cfg.max_row_tokens or lm.row_tokens)))
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     settle_rows(cfg, policy.lm, examples)
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
-    measured = at_home and ranks.RANK == 0 and not cfg.fsdp  # sharded, it can't generate
+    measured = at_home and ranks.RANK == 0 and not cfg.sharded  # sharded, it can't generate
     before = world.measure(policy) if measured else None
     return Run(policy, examples, held_out, before)
 

@@ -34,7 +34,7 @@ import torch
 from nanoalign import InputError
 from nanoalign.formats.layouts import DPO, read_cases
 from nanoalign.model import Policy, generate
-from nanoalign.packing import in_rows, row_tokens
+from nanoalign.packing import in_rows
 from nanoalign.run.command import command
 from nanoalign.run.files import saving, write_file, write_text
 from nanoalign.run.flags import Parser, add_flags
@@ -93,7 +93,7 @@ def score(policy: Policy, examples) -> dict[tuple[str, int], tuple]:
     pi, tokens) of chosen, and of rejected."""
     scored, seen = {}, Counter()
     policy.lm.eval()
-    for batch in in_rows(examples, 2 * row_tokens(None, policy.lm.device)):
+    for batch in in_rows(examples, 2 * policy.lm.row_tokens):
         scores = policy(batch)
         replies = iter(zip(scores.logps.tolist(), scores.tokens))
         for example in batch:

@@ -83,7 +83,7 @@ def shapes_of(cfg: Config) -> Shapes:
     """The model and all that trains on it, built on the meta device; and the reference's model."""
     name, _, lora = base_of(cfg)
     config = from_pretrained(AutoConfig, name, trust_remote_code=cfg.trust_remote_code)
-    dtype = getattr(config, "dtype", None) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    dtype = getattr(torch, cfg.computing_dtype, None) or getattr(config, "dtype", None)
     four_bit, dtype = cfg.load_in_4bit or is_nf4(config), dtype or torch.float32
     if is_nf4(config):
         del config.quantization_config  # it would call for bitsandbytes' own layers
