@@ -164,7 +164,7 @@ def test_logps_and_gradients(kind, four_bits, checkpointing, compiled, device):
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled and where == device:  # on a CPU nothing is by default
             flags = dict(
-                torch_compile=None, gradient_checkpointing=checkpointing, fsdp=False, plain=False
+                torch_compile=None, gradient_checkpointing=checkpointing, sharded=False, plain=False
             )
             compile_layers(SimpleNamespace(**flags), policy.lm)
         policy.lm.train()

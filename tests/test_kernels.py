@@ -228,7 +228,7 @@ def test_compiled_layers_and_their_gradients(kind, four_bits, checkpointing, dty
             p.data = p.data if p.requires_grad else p.data.to(dtype)
         if compiled:
             flags = dict(
-                torch_compile=None, gradient_checkpointing=checkpointing, fsdp=False, plain=False
+                torch_compile=None, gradient_checkpointing=checkpointing, sharded=False, plain=False
             )
             if checkpointing:
                 lm.model.gradient_checkpointing_enable({"use_reentrant": False})
