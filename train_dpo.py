@@ -16,7 +16,8 @@ from nanoalign.run.flags import DPOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.record import fit
 from nanoalign.run.reference import reference_of
-from nanoalign.run.session import Run, finish, start
+from nanoalign.run.report import finish
+from nanoalign.run.session import Run, start
 
 
 def run_dpo(cfg: DPOConfig) -> Run:

@@ -24,7 +24,8 @@ from nanoalign.run.log import reward_sums
 from nanoalign.run.ranks import joined
 from nanoalign.run.record import fit
 from nanoalign.run.reference import logps_of, long_rows, reference_of
-from nanoalign.run.session import Run, finish, start
+from nanoalign.run.report import finish
+from nanoalign.run.session import Run, start
 from nanoalign.train import plan
 
 

@@ -24,7 +24,8 @@ from nanoalign.packing import Example
 from nanoalign.run.command import main
 from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
-from nanoalign.run.session import Run, finish, start
+from nanoalign.run.report import finish
+from nanoalign.run.session import Run, start
 
 BUILT_IN = dict(
     model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],

@@ -29,9 +29,9 @@ from nanoalign.data import Case, make_examples
 from nanoalign.losses import sft_loss
 from nanoalign.model import Policy
 from nanoalign.packing import Example
-from nanoalign.run.curves import read_run
 from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy
+from nanoalign.run.report import read_run
 from nanoalign.train import Batches, Method, evaluate
 
 METHODS = {

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoalign.data import Examples, epoch_order
+from nanoalign.fast import paged
 from nanoalign.model import Policy
 from nanoalign.packing import Example, in_rows
 
@@ -84,7 +85,8 @@ def make_optimizer(cfg, lm: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in lm.parameters() if p.requires_grad]
     rates = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)}
     rates |= {"eps": cfg.adam_epsilon, "weight_decay": cfg.weight_decay}
-    return torch.optim.AdamW(trained, fused=True, **rates)
+    kind = paged.AdamW if cfg.optim == "paged_adamw_32bit" else torch.optim.AdamW
+    return kind(trained, fused=True, **rates)
 
 
 def fitting(examples: Examples, size: int, tokens: int) -> Batches:

@@ -515,7 +515,8 @@ from nanoalign.formats.layouts import SFT
 from nanoalign.run.flags import POSITIVE, Config, flag
 from nanoalign.run.record import fit
 from nanoalign.run.command import main
-from nanoalign.run.session import finish, start
+from nanoalign.run.report import finish
+from nanoalign.run.session import start
 
 
 @dataclass

@@ -33,7 +33,8 @@ import train_kto
 import train_sft
 from nanoalign import InputError, Stopped
 from nanoalign.chatml import ChatML
-from nanoalign.run import paged, session
+from nanoalign.fast import paged
+from nanoalign.run import session
 from nanoalign.run.checkpoint import fingerprint
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse

@@ -10,11 +10,11 @@ from conftest import Kept, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanoalign.fast import paged
 from nanoalign.formats.weights import all_weights, freeze_linears, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.packing import Example, pack, packed
-from nanoalign.run import paged
 from nanoalign.run.bytes import How, kept_in_a_layer, row_bytes, sizes_of, standing_bytes
 from nanoalign.tools import memory
 

@@ -231,7 +231,10 @@ def compiled(lm, checkpointing=False, torch_compile=None):
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     cfg = SimpleNamespace(
-        torch_compile=torch_compile, gradient_checkpointing=checkpointing, sharded=False, plain=False
+        torch_compile=torch_compile,
+        gradient_checkpointing=checkpointing,
+        sharded=False,
+        plain=False,
     )
     compile_layers(cfg, lm)
 

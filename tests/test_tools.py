@@ -17,11 +17,11 @@ from nanoalign import InputError
 from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
 from nanoalign.model import generation
-from nanoalign.run.advice import advice, afterthought, length_advice, suggested_weights
-from nanoalign.run.card import write_card
+from nanoalign.run.advice import advice, length_advice, suggested_weights
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, save_policy
+from nanoalign.run.report import afterthought, write_card
 from nanoalign.tools import chat, plot
 from nanoalign.tools import data as show
 from nanoalign.tools.thumbs import read_rows

@@ -97,18 +97,3 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
         f"thumbs up and down weigh {w_up * up:g} : {w_down * down:g}; --{name} {low:.2f} to "
         f"{low * 4 / 3:.2f} brings them to between 1:1 and 4:3 (KTO's paper, v1; v4: and 3:2)"
     )
-
-
-def afterthought(lines: list[dict]) -> str | None:
-    """What the run's metrics ask to be explained."""
-    rewards = [line for line in lines if "rewards/margins" in line]
-    if not rewards:
-        return None
-    first, last = rewards[0], rewards[-1]
-    fell = last["rewards/chosen"] < min(0, first["rewards/chosen"])
-    if not fell or last["rewards/margins"] <= first["rewards/margins"]:
-        return None
-    return (
-        "both rewards fell while the margin rose: that is normal, the loss sees their difference; "
-        "a higher --beta, a lower --learning_rate or DPO's --rpo_alpha holds the chosen reply up"
-    )

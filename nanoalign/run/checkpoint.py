@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from nanoalign import InputError, one_line
 from nanoalign.data import Examples
+from nanoalign.fast import paged
 from nanoalign.formats.weights import NOTE
-from nanoalign.run import paged, ranks, shards
+from nanoalign.run import ranks, shards
 from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config
 from nanoalign.train import learning_rate, plan

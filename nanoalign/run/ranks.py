@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanoalign import InputError, Stopped
+from nanoalign.fast.paged import parts
 from nanoalign.logps import PackedLM
 from nanoalign.packing import Example
-from nanoalign.run.paged import parts
 from nanoalign.train import Batches, Sums, add, fitting
 
 # Did torchrun start this process? Other launchers set some of these variables too.

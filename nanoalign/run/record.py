@@ -20,7 +20,7 @@ import torch
 from nanoalign import InputError, Stopped
 from nanoalign.data import epoch_order
 from nanoalign.formats.mixture import balanced
-from nanoalign.run import paged, ranks, shards
+from nanoalign.run import ranks, shards
 from nanoalign.run.checkpoint import (
     clean_up,
     data_fingerprint,
@@ -133,8 +133,6 @@ class Record:
         self.save_every = saves[cfg.save_strategy]
         shards.settle(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)
-        if cfg.optim == "paged_adamw_32bit":
-            self.optimizer = paged.AdamW(self.optimizer.param_groups)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
         this_run = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)

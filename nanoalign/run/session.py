@@ -1,4 +1,4 @@
-"""What the scripts share at their two ends: from flags to data, and from policy to disk."""
+"""How a run starts: from flags to its data and its policy."""
 
 import contextlib
 import os
@@ -15,16 +15,13 @@ import nanoalign
 from nanoalign import InputError, one_line, world
 from nanoalign.data import Examples, Limits
 from nanoalign.formats.layouts import Layouts, describe, read_examples
-from nanoalign.formats.templates import KWARGS
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint, ranks
-from nanoalign.run.advice import advice, afterthought, length_advice
-from nanoalign.run.card import write_card
-from nanoalign.run.curves import draw, read_run
+from nanoalign.run.advice import advice, length_advice
 from nanoalign.run.device import settle_rows, settled, use_threads
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
-from nanoalign.run.log import best_of, printable
+from nanoalign.run.log import printable
 from nanoalign.run.policy import Base, base_of, load_policy, tokenizer_of
 
 
@@ -170,29 +167,6 @@ def facts(cfg: Config, run: Run) -> dict:
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
-
-
-def finish(cfg: Config, run: Run) -> Run:
-    """Beside the weights and run.json: the curves, a model card; and what there is to say."""
-    if ranks.RANK:
-        return run
-    directory = Path(cfg.output_dir)
-    lines = read_run(directory)
-    try:
-        draw({directory.name: lines}, directory / "curves.png")
-    except ImportError:
-        print("no curves.png: pip install 'nanoalign[plot]' for that")
-    if lines:
-        stops, saved = run.policy.template.stop_ids, run.policy.tokenizer.init_kwargs
-        last = (cfg.load_best_model_at_end and best_of(cfg, lines)[0]) or lines[-1]
-        how = last, stops, saved.get(KWARGS)
-        write_card(cfg, run.policy.lora, directory, len(run.examples), *how)
-    if line := afterthought(lines):
-        print(line)
-    if run.before:
-        print(world.report(run.before, world.measure(run.policy)))
-    print(f"saved in {cfg.output_dir}")
-    return run
 
 
 def git_commit(file: Path) -> str | None:

@@ -1,14 +1,14 @@
 """Pictures of runs: python -m nanoalign.plot RUN [RUN ...] [--out curves.png]
 
-Reads each run's metrics.jsonl and draws what is there (run/curves.py).
+Reads each run's metrics.jsonl and draws what is there (run/report.py).
 """
 
 from pathlib import Path
 
 from nanoalign import InputError
 from nanoalign.run.command import command
-from nanoalign.run.curves import draw, read_run
 from nanoalign.run.flags import Parser
+from nanoalign.run.report import draw, read_run
 
 
 @command("plot")

@@ -1,4 +1,4 @@
-"""AdamW whose states live in the host's memory, and visit the device for their step.
+"""AdamW whose states live in the host's memory: the twin of torch.optim.AdamW, with its numbers.
 
 AdamW keeps two numbers of 32 bits for each weight that trains: the running means of its gradient
 and of the gradient's square. When all weights train that is half of what a GPU holds before a row
