@@ -1,14 +1,18 @@
-"""The same numbers, sooner: what runs in training where the lesson has a plain definition.
+"""Faster code for definitions of the lesson. It computes the same numbers, up to rounding.
 
-Twins, under the names of their definitions (nanoalign.plain puts them aside):
+A twin replaces one definition in training; nanoalign.plain puts the definition back:
 
-    encode      chatml.each: ids_and_mask of many conversations
+    encode      chatml.each, and so ids_and_mask
     attention   packing.attention
-    dropout     nn.Dropout, in lora.py
-    nf4         nf4.rebuild: dequantize and double_dequantize; nf4.FrozenProduct
+    dropout     nn.Dropout in lora.py
+    nf4         nf4.rebuild, and so dequantize and double_dequantize; nf4.FrozenProduct
     head        logps.token_logps
     paged       torch.optim.AdamW, in train.py: its states in the host's memory
 
-Helpers, which no definition has: flex (attention on a GPU), transfer (numbers to a GPU), compiled
-(generation without the compiler), miniature (a small model to try).
+A helper replaces nothing:
+
+    flex        attention.py's kernel for GPUs
+    transfer    tensors to a GPU without waiting for it
+    compiled    generation with a model whose layers are compiled
+    miniature   a small model for a test of its kind
 """

@@ -1,8 +1,7 @@
-"""A model whose layers are compiled, as it is without: a helper of model.py.
+"""A helper of model.py: it switches compiled layers off during generation.
 
-A compiled layer is for rows: it has been compiled for a row's geometry and without a KV cache. In
-generation it would be compiled again, for prompts and for single tokens, which takes longer than
-most generations do.
+Layers are compiled for packed rows, which have a geometry and no KV cache. Generation would compile
+them again for prompts and for single tokens, and that takes longer than most generations.
 """
 
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncompiled(model):
-    """In here the model's layers run as they were written."""
+    """In `with uncompiled(model): ...` the layers run without the compiler."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
     for module in compiled:
-        module._compiled_call_impl = None  # where nn.Module.compile has put it; it has no undo
+        module._compiled_call_impl = None  # nn.Module.compile sets it, and has no way to undo it
     try:
         yield
     finally:

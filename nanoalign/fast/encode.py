@@ -1,10 +1,11 @@
-"""Pieces of many conversations -> ids: the twin of chatml.each, ids_and_mask of each of them.
+"""The twin of chatml.each. It encodes each distinct text once, and in one call.
 
-The definition calls the tokenizer for each piece. Here one call in batch encodes every distinct
-text; texts repeat a lot (a DPO prompt stands before both replies, "assistant\\n" before all). And
-two kinds of tokenizers get the care that they need: some read a special token's name wherever it
-stands, and `_disarmed` takes such names apart; some put a space before every text, and
-`_inside_after` finds out where it belongs. For all others the ids are those of the definition.
+The definition calls the tokenizer for each piece, but texts repeat: a DPO prompt comes before both
+replies, and "assistant\\n" before every reply.
+
+It also takes two kinds of tokenizers that the definition refuses. Some read the name of a special
+token in a text as that token: `_disarmed` prevents it. Some put a space before every text:
+`_inside_after` finds out where the space belongs. For all other tokenizers the ids are the same.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ def each(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], list
     conversations = list(conversations)
     markers = {p for pieces in conversations for p, _ in pieces if isinstance(p, int)}
     inside_after = _inside_after(tokenizer, markers)
-    ids_of = {False: {}, True: {}}  # does the text stand inside another? -> text -> its ids
+    ids_of = {False: {}, True: {}}  # {is it inside of a longer text?: {text: its ids}}
     for pieces in conversations:
         before = None
         for piece, _ in pieces:
@@ -45,8 +46,9 @@ def each(tokenizer, conversations: Iterable[list]) -> list[tuple[list[int], list
 
 
 def special_ids(tokenizer) -> set[int]:
-    """The ids of tokens that are more than words: markers, names of tools."""
-    added = tokenizer.added_tokens_decoder.items()  # but runs of white space mark nothing
+    """The ids that a text must not contain: special tokens and added tokens, such as <tool_call>.
+    Added tokens that are white space only do no harm."""
+    added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.content.strip(" \n\t▁")}
     return special | set(tokenizer.all_special_ids)
 
@@ -54,23 +56,22 @@ def special_ids(tokenizer) -> set[int]:
 def has_special(tokenizer, text: str, ids: list[int], special: set[int]) -> bool:
     """Do the ids of a text hold a special token?"""
     if tokenizer.unk_token_id is not None and tokenizer.unk_token not in text:
-        special = special - {tokenizer.unk_token_id}  # stands for an unknown character here
+        special = special - {tokenizer.unk_token_id}  # here it is some unknown character
     return not special.isdisjoint(ids)
 
 
 def puts_spaces(tokenizer) -> bool:
-    """Does a text have other ids where it begins than inside of a longer one?"""
+    """Does a text have other ids at a beginning than inside of a longer text?"""
     (alone,), (inside,) = _plain(tokenizer, ["a"]), _plain(tokenizer, ["a"], inside=True)
     return alone != inside
 
 
 def _inside_after(tokenizer, markers: set[int]) -> set[type]:
-    """After which pieces, texts (str) or markers (int), does a text stand inside a longer one?
+    """After which pieces is a text encoded without a space before it: texts (str), markers (int)?
 
-    Tokenizers of the SentencePiece family put a space before a text that begins, and take one that
-    is encoded alone for such a text. In a conversation a text after another text does not begin;
-    after a marker it does for some of these tokenizers only. For all other tokenizers it makes no
-    difference where a text stands: the empty set.
+    Tokenizers of the SentencePiece family put a space before the beginning of a text. In a
+    conversation a text after another text gets none. After a marker it depends on the tokenizer.
+    Other tokenizers never add a space: the set is empty.
     """
     if not puts_spaces(tokenizer):
         return set()
@@ -83,10 +84,11 @@ def _inside_after(tokenizer, markers: set[int]) -> set[type]:
 
 
 def _plain(tokenizer, texts: list[str], inside: bool = False) -> list[list[int]]:
-    """The ids of texts, in which the names of special tokens are words like any other.
+    """The ids of texts. The names of special tokens are encoded as plain words.
 
-    With `inside` each is encoded behind "a\\n", whose ids are then taken off: if the tokenizer puts
-    a space before a beginning, it goes there. (A text that merges with the newline goes without.)
+    With `inside` each text is encoded after "a\\n", and the ids of "a\\n" are removed. So a space
+    that the tokenizer adds comes before "a". If the text merges with the newline, this is not
+    possible, and it is encoded alone.
     """
     if not texts:
         return []
@@ -97,18 +99,19 @@ def _plain(tokenizer, texts: list[str], inside: bool = False) -> list[list[int]]
 
     if not inside:
         return read(texts)
-    start, *whole = read(["a\n", *("a\n" + text for text in texts)])
+    start, *longer = read(["a\n", *("a\n" + text for text in texts)])
     return [
         ids[len(start) :] if ids[: len(start)] == start else read([text])[0]
-        for text, ids in zip(texts, whole)
+        for text, ids in zip(texts, longer)
     ]
 
 
 def _disarmed(tokenizer, text: str, ids: list[int], special: set[int], inside: bool) -> list[int]:
-    """The ids of a text that holds no special token, though its own `ids` do.
+    """Ids of a text without special tokens. `ids` are those that the tokenizer gave for it.
 
-    The tokenizer matches added tokens that are not declared special even in plain text, and a
-    vocabulary may reach one by merges. Half a name is no name: halve until no part has one.
+    A tokenizer may read an added token's name in plain text as that token, if the token is not
+    declared special, or if merges lead to it. Then the text is cut in two halves, until no half
+    contains a name.
     """
     if not has_special(tokenizer, text, ids, special):
         return ids

@@ -1,7 +1,7 @@
-"""torch's flex_attention with our predicate, one kernel of a GPU: a helper of attention.py.
+"""A helper of attention.py: attention over a packed row in one kernel of a GPU.
 
-flex_attention compiles a function of two positions, "may this query see this key?", into a fused
-attention kernel. A block mask tells the kernel where in the row that need not even be asked.
+torch's flex_attention compiles a function of two positions, "may this query see this key?", into
+an attention kernel. A block mask says for which blocks of the row the answer is always yes or no.
 """
 
 import importlib.util
@@ -10,20 +10,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-TILE = 128  # flex_attention decides for so many queries and keys at once whether to look at them
-LEAST_HEAD = 16  # numbers: triton's products have no smaller side
+TILE = 128  # tokens: the side of a block of a block mask
+LEAST_HEAD = 16  # the smallest size of a head that triton's matrix products take
 
 
 def has_triton() -> bool:
-    """Can torch's compiler make kernels for a GPU? Windows may have no triton."""
+    """Can torch's compiler make kernels for a GPU? It needs triton, which Windows may lack."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def has_flex(device: torch.device, head: int = LEAST_HEAD) -> bool:
-    """Is flex_attention one fast kernel there, for heads of so many numbers? It is made by triton,
-    which on cards before Ampere (a T4, an RTX 20) has no use of the tensor cores: there it would
-    take ten times as long as all the rest together."""
+    """Is flex_attention fast on a device, for heads of this size? On cards before Ampere (a T4, an
+    RTX 20) triton does not use the tensor cores, and flex_attention would take ten times as long as
+    everything else together."""
     if device.type != "cuda" or head < LEAST_HEAD or not has_triton():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -31,7 +31,7 @@ def has_flex(device: torch.device, head: int = LEAST_HEAD) -> bool:
 
 @cache
 def compiled_flex():
-    """flex_attention, compiled on its own, for layers that are not."""
+    """flex_attention compiled by itself, for layers that are not compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiler_settings()
@@ -40,10 +40,11 @@ def compiled_flex():
 
 @cache
 def compiler_settings() -> None:
-    """So that few compilations serve all rows. (These have no place among torch.compile's options.)
+    """Set options without which the compiler would compile again for many rows. torch.compile does
+    not take them as arguments.
 
-    A row may by chance have as many blocks of tokens as the model has heads; with duck shapes the
-    compiler would take the two for one number, and compile again for the next row.
+    If a row has by chance as many blocks as the model has heads, "duck shapes" would treat both as
+    one number, and the next row would be compiled again.
     """
     import torch._dynamo.config as dynamo
     import torch.fx.experimental._config as shapes
@@ -53,21 +54,21 @@ def compiler_settings() -> None:
     shapes.use_duck_shape = False
 
 
-def bounds(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(T,) -> least and greatest of each TILE, the last one filled up with its last number."""
-    missing = -len(numbers) % TILE
-    return torch.cat([numbers, numbers[-1:].expand(missing)]).view(-1, TILE).aminmax(dim=1)
+def bounds(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,) -> the least and the greatest value of each block of TILE."""
+    missing = -len(values) % TILE  # the last block is filled up with its last value
+    return torch.cat([values, values[-1:].expand(missing)]).view(-1, TILE).aminmax(dim=1)
 
 
 def plan(geometry, window: int | None):
     """-> flex_attention's block mask, and whether the card has little shared memory.
 
-    The mask says which TILE x TILE pairs of tokens hold one in which the key is seen, and which
-    hold only such. Of the others the predicate decides, pair by pair, inside of the kernel.
+    A block is TILE queries by TILE keys. The mask lists blocks in which every query sees every key,
+    and blocks in which the kernel has to ask for each pair. All other blocks are skipped.
 
-    torch's own create_block_mask asks the predicate for all T x T pairs: 20 GB of temporaries for a
-    row of 32,768 tokens with a window. Here the least and greatest number of each block tell; with
-    a window a block may be taken for mixed that is empty, never the other way round.
+    torch's create_block_mask asks for all T x T pairs. For a row of 32,768 tokens with a window it
+    needs 20 GB for that. Here the least and greatest values of each block are enough. With a window
+    an empty block may be listed as one to ask for; this costs time, but the result is right.
     """
     if window in geometry.block_masks:
         return geometry.block_masks[window]
@@ -92,7 +93,7 @@ def plan(geometry, window: int | None):
         every &= high[:, None] - low < window
 
     def listed(blocks):
-        """-> how many of the blocks in a row are meant, and all of them, these first."""
+        """-> for each block of queries: how many blocks of keys are True, and all, those first."""
         order = blocks.byte().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
@@ -104,8 +105,8 @@ def plan(geometry, window: int | None):
 
 @cache
 def little_shared_memory(device: torch.device) -> bool:
-    """An RTX 30, 40 or 50, an A10, L4 or L40S lets a kernel have 99 KiB of a multiprocessor's fast
-    memory; an A100 163, an H100 227. (For AMD's cards flex_attention has settings of their own.)"""
+    """Has a card little shared memory? A kernel gets 99 KiB of it on an RTX 30, 40 or 50, an A10,
+    L4 or L40S, but 163 on an A100 and 227 on an H100. For AMD flex_attention has other settings."""
     if device.type != "cuda" or torch.version.hip:
         return False
     properties = torch.cuda.get_device_properties(device)
@@ -113,10 +114,10 @@ def little_shared_memory(device: torch.device) -> bool:
 
 
 def flex(query, key, value, geometry, scaling, window, softcap) -> Tensor:
-    """The predicate compiled into one kernel."""
+    """Attention by flex_attention; arguments and result as in packing.attention."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary's in fp32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary gives fp32 under autocast
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
@@ -134,13 +135,13 @@ def flex(query, key, value, geometry, scaling, window, softcap) -> Tensor:
 
 
 def kernel_options(query, little_shared_memory: bool) -> dict:
-    """With little shared memory flex_attention's own block sizes do not fit, or only just: a head
-    of 128 numbers by 2 KiB, one of 256 by 50 KiB not. Two stages of loading instead of three, and
-    smaller blocks in backward, do; in fp32, where a number is twice as long, smaller blocks of
-    queries and keys too. (In backward torch's own are as small as they can be there.)"""
+    """flex_attention's options for a card. With little shared memory its default blocks just fit
+    for heads of 128, and need 50 KiB too much for heads of 256. So data is loaded in two stages and
+    not three, and in backward blocks are smaller. In fp32 a number takes twice the memory, so
+    forward's blocks are smaller, too; backward's default blocks are small there already."""
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # its decoding kernel fails on some rows
-    # Not ROWS_GUARANTEED_SAFE, though every token sees itself: the first block of keys that a query
-    # meets may hold none that it sees, and without flex_attention's guard that is NaN.
+    # Not ROWS_GUARANTEED_SAFE, though each token sees itself. If a query sees no key of the first
+    # block that it meets, the result is NaN without flex_attention's guard.
     if little_shared_memory:
         large = query.shape[3] > 128
         options["fwd_num_stages"] = 2

@@ -1,21 +1,21 @@
-"""Log-probs of tokens without their logits: the twin of logps.token_logps.
+"""The twin of logps.token_logps. It never has all logits in memory.
 
-The definition makes an (N, V) matrix and autograd keeps it. Here the head is applied to a chunk of
-rows at a time, and a chunk's logits are gone before the next one's are made.
+The definition makes an (N, V) matrix of logits, and autograd keeps it. Here the head is applied to
+a chunk of positions at a time, and the logits of a chunk are freed before those of the next one.
 
-The usual way to get there (Cut Cross-Entropy, arXiv 2411.09009; Liger; checkpointing) computes the
-logits a second time in backward. A frozen head does not need that. With p = softmax(z), z = W h,
+The usual methods (Cut Cross-Entropy, arXiv 2411.09009; Liger; checkpointing) compute the logits
+again in backward. With a frozen head this is not needed. With z = W h and p = softmax(z)
 
     d (-logp) / d h = (p - onehot(target)) W
 
-is known in forward but for the factor that arrives in backward, and that is one number a token. So
-forward makes this (N, d) gradient while it has the logits at hand, and backward only scales it: two
-products of vocabulary size instead of three. A head that trains needs its chunks again in
-backward, where its own gradient is accumulated chunk by chunk.
+Backward multiplies this by one number for each token, and everything else is known in forward. So
+forward computes this (N, d) gradient while it has the logits, and backward only scales it. This
+takes two matrix products of vocabulary size instead of three. If the head trains, backward computes
+each chunk again and adds up the head's gradient.
 
-What lies between those products is elementwise but for one sum, and there a GPU only waits for its
-memory: step by step in fp32 each chunk would travel twenty times. A compiler makes one kernel of
-it, which reads the logits in the head's own precision and writes the gradient in their place.
+Between the products there are many elementwise operations. On a GPU each of them would read and
+write the chunk in fp32, twenty times in all. So the compiler makes one kernel of them. It reads the
+logits in the head's precision and writes the gradient over them.
 """
 
 import math
@@ -30,17 +30,15 @@ from nanoalign.fast.flex import has_triton
 
 
 def token_logps(h: Tensor, head, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """As logps.token_logps: h (N, d), targets (N,) -> (N,) in nats, fp32.
-
-    `chunk` rows of h are multiplied with the head at a time; None: as many as chunk_rows says.
-    """
+    """logps.token_logps: h (N, d), targets (N,) -> (N,) in nats, fp32. `chunk` positions are
+    multiplied with the head at a time; None: as many as chunk_rows says."""
     chunk = chunk or chunk_rows(len(head.weight), h.device)
     return TokenLogps.apply(h, head.weight, head.bias, head.row_weight, targets, head, chunk)
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """So many rows that their logits take the same memory whatever the vocabulary: on a CPU 64 MB
-    in fp32."""
+    """How many positions a chunk has. Its logits take the same memory for each vocabulary: on a CPU
+    64 MB in fp32."""
     if device.type == "cpu":
         return max(16, 2**24 // vocabulary)
     memory = 0 if device.type == "mps" else math.inf
@@ -50,26 +48,26 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 
 def gpu_rows(vocabulary: int, memory: float) -> int:
-    """Of a GPU with so many bytes: 256 MB in bf16, or 64 where 16 GB are all there is. A product
-    works in tiles of 128 or 256 rows, and one that is not full takes as long as one that is."""
+    """chunk_rows for a GPU with so many bytes: logits of 256 MB in bf16, or 64 MB on a card with 16
+    GB. It is a multiple of 256: a product computes 128 or 256 rows at a time, used or not."""
     logits = 2**25 if memory < 20 * 2**30 else 2**27
     return max(256, logits // vocabulary // 256 * 256)
 
 
 @torch.no_grad()
 def mean_weight(head) -> Tensor | None:
-    """The mean over the vocabulary is linear: mean_v(w_v . h) = mean_v(w_v) . h. So TRL's metric
-    logits/* takes one vector (d,) and no logits; None where a head does more than a product."""
+    """The mean row of the head, (d,). The mean of all logits is mean_v(w_v . h) = mean_v(w_v) . h,
+    so TRL's metric logits/* needs no logits. None: the head does more than a product."""
     if head.scale != 1.0 or head.softcap is not None or head.bias is not None:
         return None
     return head.weight.mean(0, dtype=torch.float32)
 
 
 def expression(z, target, scale, softcap, factor):
-    """z = h @ weight.T + bias (n, V) -> log-probs of `target` (n, 1), as (n,) in fp32, and
-    factor * d (-logp) / dz in the place of z; with a factor of None only the log-probs.
+    """z = h @ weight.T + bias (n, V), target (n, 1) -> log-probs (n,) in fp32, and the gradient
+    factor * d (-logp) / dz, written over z. If `factor` is None, there is no gradient.
 
-    A sum finds the target's logit: to gather it would need a second kernel, before z is changed.
+    The target's logit is found by a sum, since `gather` would be a second kernel before z changes.
     """
     u = scale * z.float()
     if softcap is not None:
@@ -91,16 +89,16 @@ def one_kernel():
 
 
 def in_buffer(buffer, z, target, scale, softcap, factor):
-    """As `expression`, step by step in the first rows of a buffer (chunk, V) in fp32."""
+    """`expression` without the compiler, in the first rows of a buffer (chunk, V) in fp32."""
     u = buffer[: len(z)].copy_(z)
     if scale != 1.0:
         u *= scale
     if softcap is not None:
         u.div_(softcap).tanh_().mul_(softcap)
-    slope = None if factor is None else factor * scale  # dz / du, times the factor
+    slope = None if factor is None else factor * scale  # factor * du / dz
     if factor is not None and softcap is not None:
         slope = slope * (1 - (u / softcap) ** 2)
-    # in place, but for Apple's GPU, of which nobody says that it reads all before it writes
+    # In place, but not on Apple's GPU: it may write a number before it has read all others.
     log_softmax = torch.log_softmax(u, 1, out=None if u.is_mps else u)
     logp = log_softmax.gather(1, target)[:, 0]
     if factor is None:
@@ -116,9 +114,8 @@ LONGEST = 32_766
 
 
 def product(dz: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = dz @ weight, (n, V) @ (V, d). In torch up to 2.13 a product on Apple's M1 or M2 that
-    sums more than LONGEST numbers is wrong (pytorch/pytorch#193487), so there it is made in parts
-    of the vocabulary."""
+    """out = dz @ weight, (n, V) @ (V, d). On Apple's M1 and M2 a product over more than LONGEST
+    numbers is wrong in torch up to 2.13 (pytorch/pytorch#193487). There it is made in parts."""
     if not dz.is_mps:
         return torch.mm(dz, weight, out=out)
     return in_parts(dz, weight, out)
@@ -132,15 +129,15 @@ def in_parts(dz, weight, out):
 
 
 def way_for(h: Tensor, rows: int, vocabulary: int):
-    """The quicker of the two: one kernel on a GPU that has a compiler, else steps, all chunks in
-    one buffer. (On a CPU, touching new memory costs as much as the softmax.)"""
+    """The faster way: one_kernel on a GPU with triton, otherwise in_buffer. All chunks share one
+    buffer, since on a CPU new memory costs as much time as the softmax."""
     if h.is_cuda and has_triton():
         return one_kernel()
     return partial(in_buffer, h.new_empty(min(rows, len(h)), vocabulary, dtype=torch.float32))
 
 
 class TokenLogps(torch.autograd.Function):
-    """See the top of this file."""
+    """The gradients of token_logps; the top of this file explains them."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, row_weight, targets, head, chunk):
@@ -152,11 +149,11 @@ class TokenLogps(torch.autograd.Function):
         keeps_dh = (need_h or need_rows) and not head_trains
         dh = torch.empty_like(h) if keeps_dh else None
         drows = h.new_empty(len(h), len(head.rows)) if need_rows else None
-        how, score = (head.scale, head.softcap), way_for(h, chunk, len(weight))
+        score, factor = way_for(h, chunk, len(weight)), 1.0 if keeps_dh else None
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             z = F.linear(h[part], head.weight, head.bias)  # (n, V)
-            logps[part], dz = score(z, targets[part, None], *how, 1.0 if keeps_dh else None)
+            logps[part], dz = score(z, targets[part, None], head.scale, head.softcap, factor)
             if keeps_dh:
                 product(dz, head.weight, dh[part])
             if need_rows:
@@ -170,7 +167,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # (N,) fp32
-        grad = -grad[:, None]  # what is kept is the gradient of -logp
+        grad = -grad[:, None]  # forward kept the gradient of -logp
         if not ctx.head_trains:
             dh, drows, h = ctx.saved_tensors
             drows = None if drows is None else (drows.float() * grad).T @ h.float()
@@ -181,11 +178,11 @@ class TokenLogps(torch.autograd.Function):
         dh = torch.empty_like(h)
         dweight = torch.zeros(head.weight.shape, dtype=torch.float32, device=h.device)
         dbias = None if head.bias is None else dweight.new_zeros(len(dweight))
-        how, score = (head.scale, head.softcap), way_for(h, chunk, len(dweight))
+        score = way_for(h, chunk, len(dweight))
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             z = F.linear(h[part], head.weight, head.bias)
-            _, dz = score(z, targets[part, None], *how, grad[part])  # (n, V)
+            _, dz = score(z, targets[part, None], head.scale, head.softcap, grad[part])  # (n, V)
             if dbias is not None:
                 dbias += dz.sum(0, dtype=torch.float32)
             product(dz, head.weight, dh[part])

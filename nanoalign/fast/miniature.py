@@ -1,8 +1,7 @@
-"""A kind of model, small enough to be tried in seconds: a helper of model.probe.
+"""A helper of model.probe: a small model of the same kind, so that the probe takes seconds.
 
-What a probe finds out does not depend on how many layers of a kind there are, nor on how many words
-or experts. The widths of heads and of the stream between layers stay: in many configs one follows
-from the others.
+What the probe finds does not depend on the numbers of layers, tokens or experts. The sizes of the
+hidden states and of heads stay, since in many configs one is computed from the others.
 """
 
 import copy
@@ -11,8 +10,8 @@ import torch
 
 from nanoalign import InputError
 
-SMALL = {  # of settings that a config has
-    4: ("sliding_window", "attention_chunk_size", "index_topk"),  # a text of 20 tokens reaches them
+SMALL = {  # {new value: settings of a config}
+    4: ("sliding_window", "attention_chunk_size", "index_topk"),  # so that 20 tokens exceed them
     64: (
         "vocab_size",
         "intermediate_size",
@@ -20,21 +19,21 @@ SMALL = {  # of settings that a config has
         "shared_expert_intermediate_size",
     ),
     32: ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    0: ("pad_token_id", "bos_token_id", "eos_token_id"),  # they are in any vocabulary
+    0: ("pad_token_id", "bos_token_id", "eos_token_id"),  # an id that is in any vocabulary
 }
 
 
 def miniature(config):
-    """A copy of the config with two layers (one of each kind), and all else small. InputError where
-    some of its layers are no attention."""
-    if config.get_text_config() is not config:  # Gemma 3 with its eyes, and the like
+    """A copy of the config with two layers, or one of each kind, and small sizes. InputError: some
+    layers have no attention, or the model reads more than text."""
+    if config.get_text_config() is not config:  # Gemma 3 with images, for example
         raise InputError("it is more than its text model; expected that one by itself")
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     for kind in kinds:
         if "attention" not in kind or "linear" in kind:  # a convolution, a recurrence
             raise InputError(f"its layers of kind {kind} are none that packing knows")
     config, shared = copy.deepcopy(config), getattr(config, "num_kv_shared_layers", None)
-    layers = max(2, len(kinds) * (2 if shared else 1))  # Gemma 4's last ones share the first's keys
+    layers = max(2, len(kinds) * (2 if shared else 1))  # in Gemma 4 the last ones share keys
     small = {key: size for size, keys in SMALL.items() for key in keys}
     small |= {"num_hidden_layers": layers, "layer_types": (kinds * 2)[:layers]}
     small["num_kv_shared_layers"] = len(kinds)
@@ -44,8 +43,8 @@ def miniature(config):
 
 
 def miniature_model(build, config):
-    """build(miniature(config)) in fp32, with random weights so large that a cap on scores or logits
-    shows. The CPU's generator alone is forked: asked for all, torch starts every GPU."""
+    """build(miniature(config)) in fp32. Its random weights are so large that a cap on scores or
+    logits changes the result. devices=[]: otherwise fork_rng would start every GPU."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         model = build(miniature(config)).float().eval()

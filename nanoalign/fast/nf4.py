@@ -1,12 +1,13 @@
-"""Weights in four bits, sooner and in little memory: the twin of nf4.rebuild and nf4.FrozenProduct.
+"""The twin of nf4.rebuild and, in compiled layers, of nf4.FrozenProduct. It takes less time and
+memory, and all bits are the same.
 
-`in_chunks` is a helper: nf4.quantize itself, a part of the weight at a time. All bits are the same.
+The definitions make fp32 tensors that are larger than the weight, and each of them is written to
+memory and read again. On a CPU the twin works in chunks of 2**18 weights, which stay in a core's
+second-level cache. On a GPU torch.compile makes one kernel of `decode`. In a compiled layer the
+product with a frozen weight is one operator of torch, which the compiler does not look into.
 
-The definitions make temporaries in fp32 that are larger than the weight itself, and each of them
-travels to memory and back. On a CPU, chunks of 2**18 weights keep them in a core's second-level
-cache: a 4096 x 4096 weight is quantized three times as fast. On a GPU, torch.compile fuses all of
-dequantizing into one kernel. And where a whole layer is compiled, the product with a frozen weight
-is one operator of torch, which the compiler takes as it is.
+`in_chunks` is a helper. It calls nf4.quantize for a chunk at a time: on a CPU a 4096 x 4096 weight
+is quantized three times as fast.
 """
 
 import functools
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 from nanoalign.fast.flex import has_triton
 
 CHUNK = 2**18  # weights at a time
-GPU_CHUNK = 2**22  # 16 MB of fp32: a GPU wants fewer and larger calls
+GPU_CHUNK = 2**22  # 16 MB of fp32: on a GPU few large calls are faster
 
 
 def in_chunks(quantize, weight, blocksize):
-    """quantize(weight, blocksize), chunk by chunk: in a few MB (on a GPU some 60) at any size."""
+    """quantize(weight, blocksize) chunk by chunk: a few MB are enough (on a GPU about 60)."""
     n, device = weight.numel(), weight.device
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(n / blocksize), device=device)
@@ -35,12 +36,12 @@ def in_chunks(quantize, weight, blocksize):
 
 
 def rebuild(packed, scales, shape, dtype, blocksize, levels, scale_levels):
-    """nf4.rebuild, by the quickest way there is on the device.
+    """nf4.rebuild in the fastest way that the device has.
 
-    `scales` are what absmax_of takes; the two tables are nf4.LEVELS and nf4.DYNAMIC_MAP.
+    `scales` is the argument of absmax_of; the two tables are nf4.LEVELS and nf4.DYNAMIC_MAP.
     """
     n, packed = math.prod(shape), packed.flatten()
-    if n % blocksize:  # complete the last block
+    if n % blocksize:  # fill up the last block
         packed = F.pad(packed, (0, len(scales[0]) * blocksize // 2 - len(packed)))
     decoded_by = way_for(n, packed.device)
     weight = decoded_by(packed.view(-1, blocksize // 2), scales, levels, scale_levels, dtype)
@@ -48,14 +49,14 @@ def rebuild(packed, scales, shape, dtype, blocksize, levels, scale_levels):
 
 
 def way_for(weights: int, device: torch.device):
-    """The quickest of the three below for so many weights."""
+    """The fastest of the three functions below for so many weights."""
     if device.type == "cpu":
         return decode_cpu
-    return fused_decode() if weights >= CHUNK else decode  # a small one has nothing to gain
+    return fused_decode() if weights >= CHUNK else decode  # small weights gain nothing by it
 
 
 def absmax_of(scales, scale_levels):
-    """[absmax], or [codes, absmax2, offset] as nf4.double_quantize gives them -> absmax, fp32."""
+    """[absmax] or the three tensors of nf4.double_quantize -> absmax in fp32."""
     if len(scales) == 1:
         return scales[0]
     codes, absmax2, offset = scales
@@ -63,7 +64,7 @@ def absmax_of(scales, scale_levels):
 
 
 def decode(packed, scales, levels, scale_levels, dtype):
-    """(blocks, bytes) uint8, scales of blocks -> (blocks, 2 * bytes), as one expression to fuse."""
+    """(blocks, bytes) uint8, scales of blocks -> weights (blocks, 2 * bytes)."""
     shifts = torch.arange(4, -1, -4, dtype=torch.int32, device=packed.device)  # high nibble first
     codes = (packed.int()[..., None] >> shifts & 15).flatten(1)
     return (levels[codes] * absmax_of(scales, scale_levels)[:, None]).to(dtype)
@@ -71,11 +72,11 @@ def decode(packed, scales, levels, scale_levels, dtype):
 
 @functools.cache
 def fused_decode():
-    """decode as ONE kernel, where triton is: 4 bits are read, 16 written, nothing in between.
+    """`decode` as one kernel, if there is triton. It reads 4 bits a weight and writes 16.
 
-    Only the number of blocks varies from weight to weight, so one compilation serves all shapes of
-    a model. The option keeps product and sum of a doubled scale two operations: as one, which is
-    what a GPU prefers, they would be rounded once and not twice.
+    Only the number of blocks differs between the weights of a model, so it is compiled once. The
+    option is for doubled scales: a GPU would compute their product and sum in one operation, round
+    once and not twice, and get other bits.
     """
     if not has_triton():
         return decode
@@ -83,11 +84,8 @@ def fused_decode():
 
 
 def decode_cpu(packed, scales, levels, scale_levels, dtype):
-    """decode for a CPU, faster than what inductor makes of it: a byte looks up a PAIR of levels.
-
-    The pair is one 64-bit word, so a lookup is one load and one store; and the fp32 products of a
-    chunk are rounded while they are in the cache.
-    """
+    """`decode` for a CPU, faster than torch.compile. A byte has two codes, and one lookup reads
+    both levels as a 64-bit word. A chunk is rounded while its fp32 products are in the cache."""
     absmax = absmax_of(scales, scale_levels)
     out = torch.empty(len(packed), 2 * packed.shape[1], dtype=dtype)
     step = CHUNK // out.shape[1]
@@ -99,17 +97,17 @@ def decode_cpu(packed, scales, levels, scale_levels, dtype):
 
 @functools.cache
 def words_of(levels):
-    """All 256 bytes as pairs of levels, high nibble first, each pair one 64-bit word."""
+    """For each of the 256 bytes its two levels, high nibble first, as one 64-bit word."""
     byte = torch.arange(256)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], -1).view(torch.int64).flatten()
 
 
 def product_with(tables):
-    """nf4.FrozenProduct as ONE operator of torch, for layers that are compiled.
+    """nf4.FrozenProduct as one operator of torch, for compiled layers. `tables` is nf4.tables.
 
-    A compiler that saw into it would find the same weight rebuilt in forward and in backward, do it
-    once, and keep 16 bits a weight in between. It cannot see into an operator, and keeps what that
-    was given: x is not needed, and the codes are in memory anyway. `tables` is nf4.tables.
+    If the compiler saw that forward and backward rebuild the same weight, it would rebuild it once
+    and keep it in between, at 16 bits a weight. It can't look into an operator, and this one saves
+    only codes and scales for backward, which are in memory anyway.
     """
     schema = (
         "(Tensor x, Tensor? bias, Tensor packed, Tensor[] scales, SymInt[] shape, "
@@ -129,7 +127,7 @@ def product_with(tables):
         return x.new_empty(*x.shape[:-1], shape[1 if transposed else 0])
 
     def keep(ctx, inputs, output):
-        _, bias, packed, scales, *ctx.how, _ = inputs
+        _, bias, packed, scales, *ctx.format, _ = inputs  # shape, dtype, blocksize
         ctx.save_for_backward(packed, *scales)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -137,7 +135,7 @@ def product_with(tables):
         dx = dbias = None
         packed, *scales = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            dx = product(grad, None, packed, scales, *ctx.how, True)  # (..., in)
+            dx = product(grad, None, packed, scales, *ctx.format, True)  # (..., in)
         if ctx.needs_input_grad[1]:
             dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return dx, dbias, None, [None] * len(scales), None, None, None, None

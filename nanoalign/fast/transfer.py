@@ -1,14 +1,13 @@
-"""Numbers of a program on a device: a helper, torch.tensor(..., device=...) without a wait."""
+"""A helper of packing.py: torch.tensor(values, device=...) that does not wait for a GPU."""
 
 import torch
 from torch import Tensor
 
 
-def to_device(numbers, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """The same tensor, but a GPU fetches it in its own time, from pinned memory. From ordinary
-    memory it would be copied at once: the program would wait until the GPU had done all that it was
-    given before, and then the GPU for the program."""
+def to_device(values, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on the device. A GPU copies it from pinned memory when it gets there. Copied from
+    ordinary memory, the program would wait until the GPU has finished all its earlier work."""
     kind = torch.device(device).type
-    here = torch.tensor(numbers, dtype=dtype, pin_memory=kind == "cuda")
-    # Apple's GPU would read memory that is no longer this tensor's (pytorch/pytorch#189690)
-    return here.to(device, non_blocking=kind != "mps")
+    on_cpu = torch.tensor(values, dtype=dtype, pin_memory=kind == "cuda")
+    # not on Apple's GPU: it may read this memory after it was freed (pytorch/pytorch#189690)
+    return on_cpu.to(device, non_blocking=kind != "mps")
