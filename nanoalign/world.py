@@ -118,8 +118,9 @@ def owns(cfg) -> bool:
     return at_home(cfg) and cfg.output_dir == str(HOME.parent / cfg.method)
 
 
-def prepare(model: str) -> None:
+def prepare(cfg) -> None:
     """Make the model that a run at home starts from, or InputError where it has to learn first."""
+    model = cfg.model_name_or_path if at_home(cfg) else None
     if model == str(BASE):
         build()
     elif model == str(LEARNED) and not (LEARNED / "config.json").exists():

@@ -1100,7 +1100,8 @@ def test_threads(
         (tmp_path / "checkpoint-2" / "state.json").write_text(json.dumps({"threads": kept}))
         flags = flags | {"resume_from_checkpoint": "last"}
     monkeypatch.setattr(device, "quicker", lambda most: (most - 1, "probed"))
-    line = device.use_threads(SFTConfig(output_dir=str(tmp_path), **flags), built_in)
+    data = [str(world.HOME / "sft.jsonl" if built_in else "a.jsonl")]
+    line = device.use_threads(SFTConfig(output_dir=str(tmp_path), dataset_name=data, **flags))
     assert torch.get_num_threads() == number and f"{number} thread" in line and why in line
 
 

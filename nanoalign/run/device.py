@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from nanoalign import world
 from nanoalign.data import Examples
 from nanoalign.fast import flex
 from nanoalign.fast.head import chunk_rows
@@ -38,7 +39,7 @@ SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
 COMING = "its gradients", "AdamW's states"  # of standing_bytes: from the first step on
 
 
-def use_threads(cfg: Config, tiny: bool) -> str:
+def use_threads(cfg: Config) -> str:
     """Set the number of a CPU's threads. -> how many there are and why, in a line.
 
     With another number sums have another order, so a run that is resumed takes the one it had.
@@ -52,7 +53,7 @@ def use_threads(cfg: Config, tiny: bool) -> str:
         number, why = then, "as before"
     elif pick_device(cfg.device).type != "cpu":
         number, why = most, "one a core"
-    elif tiny:
+    elif world.at_home(cfg):
         number, why = 1, "the model is tiny; --threads takes more"
     else:
         number, why = quicker(most)

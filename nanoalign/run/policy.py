@@ -48,14 +48,12 @@ class Base(NamedTuple):
     lora: LoRAConfig | None  # of the adapter that training goes on from
 
 
-class Opened(NamedTuple):
-    """What is known of a policy before any weight is read."""
+class Reader(NamedTuple):
+    """What turns conversations into ids."""
 
     tokenizer: object
     template: ChatML
     added: list[int]  # ids of the template's markers that the tokenizer lacked
-    base: str  # the base model's directory, GGUF file or name on the hub
-    lora: LoRAConfig | None  # of the adapter that training goes on from
 
 
 def base_of(cfg: Config) -> Base:
@@ -72,9 +70,8 @@ def base_of(cfg: Config) -> Base:
 def load_tokenizer(
     name: str, chat_template: str | None = None, trust_remote_code: bool = False,
     chat_template_kwargs: dict | None = None, resumed: dict | None = None,
-):  # fmt: skip
-    """-> (tokenizer, template, ids of the template's markers that had to be added); and a printed
-    line on the template.
+) -> Reader:  # fmt: skip
+    """The reader of the tokenizer `name`; a printed line tells the template.
 
     The template's name and what it is given are saved with the tokenizer. Without a `chat_template`
     they are taken from there, or from what a `resumed` run saved, so that a chat or the next stage
@@ -108,25 +105,21 @@ def load_tokenizer(
     template, added = open_template(tokenizer, TEMPLATES[kind])
     if isinstance(template, NativeTemplate) and template.opening.strip():
         print(f"the template itself begins a reply with {template.opening!r}, which trains too")
-    return tokenizer, template, added
+    return Reader(tokenizer, template, added)
 
 
-def tokenizer_of(cfg: Config, base: Base | None = None) -> Opened:
-    """`base` is base_of(cfg), where that is known already."""
-    base, name, lora = base or base_of(cfg)
-    if lora and base not in (cfg.model_name_or_path, lora.base_model_name_or_path):
-        print(one_line(f"{lora.base_model_name_or_path} is gone; the base is read from {base}"))
+def reader_of(cfg: Config, base: Base) -> Reader:
+    """What the run that the flags describe reads conversations with."""
+    name, tokenizer, lora = base
+    if lora and name not in (cfg.model_name_or_path, lora.base_model_name_or_path):
+        print(one_line(f"{lora.base_model_name_or_path} is gone; the base is read from {name}"))
+    # What a checkpoint says of its template: with another date in it the data would be others.
+    resumed = kept_in(cfg, "tokenizer_config.json")
+    resumed = {key: resumed[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in resumed}
     chosen = cfg.chat_template, cfg.trust_remote_code, cfg.chat_template_kwargs
-    tokenizer, template, added = load_tokenizer(name, *chosen, saved_template(cfg))
-    template.train_on_thoughts = cfg.train_on_thoughts
-    return Opened(tokenizer, template, added, base, lora)
-
-
-def saved_template(cfg: Config) -> dict:
-    """What the checkpoint that the run goes on from says of its template: its name, what it is
-    given, and the date that it prints, so that the run's data are the same after midnight."""
-    saved = kept_in(cfg, "tokenizer_config.json")
-    return {key: saved[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in saved}
+    reader = load_tokenizer(tokenizer, *chosen, resumed)
+    reader.template.train_on_thoughts = cfg.train_on_thoughts
+    return reader
 
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> None:
@@ -176,21 +169,26 @@ def place(cfg: Config, lm: PackedLM) -> None:
     compile_layers(cfg, lm)
 
 
-def load_policy(cfg: Config, opened: Opened | None = None, as_base: bool = False) -> Policy:
+def load_policy(
+    cfg: Config, base: Base | None = None, reader: Reader | None = None, as_base: bool = False
+) -> Policy:
     """The model that the flags describe, on its device, with everything frozen but what trains.
 
-    `opened` is tokenizer_of(cfg), where the data was read first. `as_base`: no new adapter is made,
-    and one that is there is not filled yet, so that `reference` is the base model. Raises
-    InputError for whatever is wrong with the directory, the adapter or the flags.
+    `base` is base_of(cfg) and `reader` is reader_of(cfg, base), where the data was read first.
+    `as_base`: no new adapter is made, and one that is there is not filled yet, so that `reference`
+    is the base model. Raises InputError for whatever is wrong with the directory, the adapter or
+    the flags.
     """
-    opened = opened or tokenizer_of(cfg)
-    name, lora, adapter = opened.base, opened.lora, cfg.adapter_name_or_path
+    base = base or base_of(cfg)
+    tokenizer, template, added = reader or reader_of(cfg, base)
+    name, _, lora = base
+    adapter = cfg.adapter_name_or_path
     lm = load_base(cfg, name, train_all=not cfg.use_peft)
     model = lm.model
     if lora:
-        make_room(model, opened.tokenizer, lora, adapter)
+        make_room(model, tokenizer, lora, adapter)
     try:
-        rows = fit_embeddings(model, opened.tokenizer, opened.added)
+        rows = fit_embeddings(model, tokenizer, added)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     if lora:
@@ -210,7 +208,7 @@ def load_policy(cfg: Config, opened: Opened | None = None, as_base: bool = False
     configure(model, cfg)
     place(cfg, lm)
     use_tf32(cfg, lm)
-    return Policy(lm, opened.tokenizer, opened.template, lora)
+    return Policy(lm, tokenizer, template, lora)
 
 
 def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:

@@ -24,7 +24,7 @@ from nanoalign.packing import Example, in_rows, packed, to_device
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
-from nanoalign.run.policy import Opened, base_of, load_base, load_policy, place
+from nanoalign.run.policy import Reader, base_of, load_base, load_policy, place
 from nanoalign.train import Batches
 
 LogpsOf = Callable[[Batches], list[Tensor]]  # (C,) log-probs of the completions of each batch
@@ -86,9 +86,8 @@ def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
     for line in length_advice(cfg, base.name if adapter else name):
         print(one_line(f"advice: {line}"))
     if adapter:
-        opened = Opened(policy.tokenizer, policy.template, [], base.name, base.lora)
         with redirect_stdout(StringIO()):  # it says what trains, and here nothing does
-            lm = load_policy(cfg, opened).lm
+            lm = load_policy(cfg, base, Reader(policy.tokenizer, policy.template, [])).lm
         print(one_line(f"the reference is {base.name} with the adapter {name}"))
     else:
         lm = load_base(cfg, name)

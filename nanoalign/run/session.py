@@ -22,7 +22,7 @@ from nanoalign.run.device import settle_rows, settled, use_threads
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import printable
-from nanoalign.run.policy import Base, base_of, load_policy, tokenizer_of
+from nanoalign.run.policy import Base, Reader, base_of, load_policy, reader_of
 
 
 @dataclass
@@ -44,30 +44,28 @@ def start(cfg: Config, layouts: Layouts) -> Run:
         nanoalign.plain()
         print("computes with the lesson's definitions; no twin in fast/ is called")
 
-    base, at_home = base_of(cfg), world.at_home(cfg)
+    base = base_of(cfg)
     ranks.once(lambda: check_output_dir(cfg, base))
-    if at_home:
-        ranks.once(lambda: world.prepare(cfg.model_name_or_path))
-
-    opened = tokenizer_of(cfg, base)
-    examples, count, held_out = ranks.once(lambda: read_all(cfg, layouts, opened))
-    if not at_home:
+    ranks.once(lambda: world.prepare(cfg))
+    reader = reader_of(cfg, base)
+    examples, count, held_out = ranks.once(lambda: read_all(cfg, layouts, reader))
+    if not world.at_home(cfg):
         lost = count["completions cut"], count["no trained token left"]
         for line in (*length_advice(cfg, base.name), *advice(cfg, examples, *lost)):
             print(one_line(f"advice: {line}"))
 
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    threads = use_threads(cfg, at_home)
-    policy = load_policy(cfg, opened)  # after the data: what is wrong there shows at once
+    threads = use_threads(cfg)
+    policy = load_policy(cfg, base, reader)  # after the data: what is wrong there shows at once
 
     if policy.lm.device.type == "cpu":
         print(threads)
     settle_rows(cfg, policy.lm, examples)
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
-    measured = at_home and ranks.RANK == 0 and not cfg.sharded  # sharded, it can't generate
-    before = world.measure(policy) if measured else None
+    alone = ranks.RANK == 0 and not cfg.sharded  # sharded, it can't generate
+    before = world.measure(policy) if alone and world.at_home(cfg) else None
     return Run(policy, examples, held_out, before)
 
 
@@ -115,26 +113,34 @@ def holds(directory: Path, name: str) -> bool:
     return path.exists() and any(directory.samefile(p) for p in (path, *path.parents))
 
 
-def read_all(cfg: Config, layouts: Layouts, opened: tuple):
+def read_all(cfg: Config, layouts: Layouts, reader: Reader):
     """-> examples to train on, a count of what became of them, examples to evaluate on."""
-    examples, count = read(cfg, layouts, opened, cfg.dataset_name, cfg.dataset_train_split)
+    examples, count = read(cfg, layouts, reader, cfg.dataset_name, cfg.dataset_train_split)
     held_out = []
     if cfg.eval_dataset:
-        held_out, _ = read(cfg, layouts, opened, cfg.eval_dataset, cfg.dataset_test_split)
+        held_out, _ = read(cfg, layouts, reader, cfg.eval_dataset, cfg.dataset_test_split)
     elif cfg.eval_fraction:
         examples, held_out = hold_out(cfg, examples)
     return examples, count, held_out
 
 
-def read(cfg: Config, layouts: Layouts, opened: tuple, sources: list[str], split: str = "train"):
+def read(
+    cfg: Config, layouts: Layouts, reader: Reader | Policy, sources: list[str], split: str = "train"
+):
     """-> the examples in `sources`, and a count; what is to be said of the files is printed."""
-    tokenizer, template, *_ = opened
     limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
     names, notes = ("input_as_system", "skip_bad_rows", "train_on"), []
     how = {name: value for name, value in vars(cfg).items() if name in names}
     try:
         examples, count = read_examples(
-            sources, layouts, tokenizer, template, limits, split=split, notes=notes, **how
+            sources,
+            layouts,
+            reader.tokenizer,
+            reader.template,
+            limits,
+            split=split,
+            notes=notes,
+            **how,
         )
     finally:
         for note in notes:

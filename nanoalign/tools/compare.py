@@ -222,8 +222,7 @@ def compare(args) -> None:
         args.directory = directory
         unseen(directory, args.dataset_name)
         policy = open_policy(args)
-        opened = policy.tokenizer, policy.template, None
-        examples, _ = read(args, DPO, opened, args.dataset_name, args.dataset_test_split)
+        examples, _ = read(args, DPO, policy, args.dataset_name, args.dataset_test_split)
         if args.eval_fraction:
             examples = hold_out(args, examples)[1]
         scored.append(score(policy, examples))

@@ -105,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
     kwargs = args.chat_template_kwargs
-    opened = load_tokenizer(args.model_name_or_path, args.chat_template, False, kwargs)
+    reader = load_tokenizer(args.model_name_or_path, args.chat_template, False, kwargs)
     method = args.method or method_of(args.dataset[0])
     print(f"as {method.upper()} data")
-    examples, count = read(args, METHODS[method], opened, args.dataset)
+    examples, count = read(args, METHODS[method], reader, args.dataset)
     for line in advice_on_prompts(count["no trained token left"], args.max_length):
         print(f"advice: {line}")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         train = sum(sum(mask) for _, mask in example.texts)
         print(f"--- {example.where}{label}: {example.tokens} tokens, {train} train")
         for level, ids, mask in branches(example):
-            print(indent(render(opened[0], ids, mask, colour), "    " * level))
+            print(indent(render(reader.tokenizer, ids, mask, colour), "    " * level))
     print("--- tokens of an example")
     print(histogram([len(example) for example in examples]), end="")
     if method == "kto":
