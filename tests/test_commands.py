@@ -703,8 +703,8 @@ def test_a_merge_is_whole_or_not_there(adapter, tmp_path):
     (place / "tmp-final").mkdir()  # a merge that was killed
     assert command(tmp_path / "work", "-m nanoalign.merge", adapter, place)[0] == 0
     assert sorted(files(place)) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
+        "Modelfile", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 
