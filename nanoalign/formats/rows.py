@@ -53,19 +53,24 @@ def files_of(sources: list[str]) -> list[str]:
 def rows_of(source: str, split: str) -> Rows:
     """(where, row) of a file, of a folder that datasets saved, or of a data set of the hub; the
     InputError in place of a row that is refused."""
-    table = source.lower().endswith(".parquet") or has_splits(source)
-    return table_rows(source, split) if table else read_rows(source, passing=True)
+    kind = storage(source)
+    if kind == "file" and not source.lower().endswith(".parquet"):
+        return read_rows(source, passing=True)
+    return table_rows(source, split, hub=kind == "hub")
 
 
-def has_splits(source: str) -> bool:
-    """Is it a data set of the hub, or a folder that datasets saved?"""
-    saved = (os.path.join(source, name) for name in ("state.json", "dataset_dict.json"))
-    return any(map(os.path.exists, saved)) or on_hub(source)
+def storage(source: str) -> str:
+    """Where rows are: "hub" (name or owner/name, and no such path here), "saved" (a folder that the
+    datasets library saved) or "file"."""
+    if any(os.path.exists(f"{source}/{name}") for name in ("state.json", "dataset_dict.json")):
+        return "saved"
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    here = os.path.exists(source) or "/" in source and os.path.exists(os.path.dirname(source))
+    return "hub" if named and not here and not source.lower().endswith(SUFFIXES) else "file"
 
 
-def table_rows(source: str, split: str) -> Rows:
+def table_rows(source: str, split: str, hub: bool) -> Rows:
     """What the datasets library reads."""
-    hub = on_hub(source)
     try:
         import datasets
         from pyarrow.parquet import ParquetFile  # which datasets needs, but copies the file first
@@ -88,13 +93,6 @@ def table_rows(source: str, split: str) -> Rows:
         if isinstance(error, ImportError):
             why = f"{'no such file; ' * hub}to read it: pip install 'nanoalign[hub]'"
         raise InputError(f"{source}: {why}") from None
-
-
-def on_hub(source: str) -> bool:
-    """Is it a data set of the hub: name or owner/name, and no such path here?"""
-    path, named = Path(source), re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    here = os.path.exists(path) or "/" in source and os.path.exists(path.parent)
-    return bool(named) and not here and path.suffix.lower() not in SUFFIXES
 
 
 def read_rows(path: str | Path, passing: bool = False) -> Rows:
@@ -174,10 +172,13 @@ LENIENT = json.JSONDecoder()  # finds where an object ends that the other refuse
 SPACE, LONE = re.compile(r"[ \t\r\n]*"), re.compile("[\ud800-\udfff]")
 
 
-def decode(text: str, start: int):
-    """The JSON value at text[start], or the InputError that refuses it; and where the text goes on,
-    spaces passed. Raises InputError where no whole value is."""
-    limit = sys.getrecursionlimit()
+def decode(text: str, start: int, objects: bool = True) -> tuple[object, int | None]:
+    """The JSON value, or with `objects` the object, at text[start] or after spaces; and where the
+    text goes on, spaces passed. An InputError is in place of a value that is refused; where no
+    whole value is, nothing goes on: None."""
+    start, limit = SPACE.match(text, start).end(), sys.getrecursionlimit()
+    if objects and not text.startswith("{", start):
+        return InputError(f"expected a JSON object {{...}}, found {shown(text, start)}"), None
     sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
     try:
         try:
@@ -197,24 +198,13 @@ def decode(text: str, start: int):
         fault = f"a number of over {sys.get_int_max_str_digits()} digits; expected fewer"
     finally:
         sys.setrecursionlimit(limit)
-    raise InputError(fault)
-
-
-def parse_object(text: str, start: int) -> tuple[dict | InputError, int]:
-    """decode for an object, at text[start] or after spaces."""
-    start = SPACE.match(text, start).end()
-    if not text.startswith("{", start):
-        raise InputError(f"expected a JSON object {{...}}, found {shown(text, start)}")
-    return decode(text, start)
+    return InputError(fault), None
 
 
 def parsed(text: str, where: str):
     """A text that is JSON: a column's, a call's arguments."""
-    try:
-        value, end = decode(text, SPACE.match(text).end())
-    except InputError as error:
-        value, end = error, len(text)
-    if end < len(text):
+    value, end = decode(text, 0, objects=False)
+    if end not in (None, len(text)):
         value = InputError(f"expected one JSON value, then {shown(text, end)}")
     if isinstance(value, InputError):
         raise InputError(f"{where}: {value}")
@@ -226,11 +216,8 @@ def jsonl_rows(file: TextIO, name: str) -> Rows:
     for i, line in enumerate(file, start=1):
         line = line.removesuffix("\n")
         if line.strip(" \t\r"):
-            try:
-                row, end = parse_object(line, 0)
-            except InputError as error:
-                row, end = error, len(line)
-            if end < len(line):
+            row, end = decode(line, 0)
+            if end not in (None, len(line)):
                 row = InputError(f"expected one object per line, then {shown(line, end)}")
             yield f"{name}, line {i}", row
 
@@ -248,10 +235,9 @@ def json_rows(file: TextIO, name: str) -> Rows:
     while text[at] != "]":  # but the bracket that opens the list, or a comma
         number += 1
         where = f"{name}, row {number}"
-        try:
-            row, at = parse_object(text, at + 1)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        row, at = decode(text, at + 1)
+        if at is None:
+            raise InputError(f"{where}: {row}")
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
         yield where, row

@@ -26,7 +26,7 @@ import yaml  # it comes with transformers
 from transformers import HfArgumentParser
 
 from nanoalign import InputError
-from nanoalign.formats.rows import has_splits
+from nanoalign.formats.rows import storage
 from nanoalign.formats.templates import TEMPLATES
 from nanoalign.formats.weights import FORMATS
 from nanoalign.losses import DPO_LOSSES, INPUTS, KTO_LOSSES, compares, needs
@@ -199,9 +199,11 @@ class Config:
     # data
     dataset_name: list[str] = flag([], "files (JSON, JSONL, CSV, Parquet) or a data set of the hub")
     dataset_train_split: str = flag(
-        "train", "split of a hub data set", idle=lambda c: not any(map(has_splits, c.dataset_name)))
+        "train", "split of a hub data set",
+        idle=lambda c: {*map(storage, c.dataset_name)} <= {"file"})
     dataset_test_split: str = flag(
-        "test", "its split to evaluate on", idle=lambda c: not any(map(has_splits, c.eval_dataset)))
+        "test", "its split to evaluate on",
+        idle=lambda c: {*map(storage, c.eval_dataset)} <= {"file"})
     eval_dataset: list[str] = flag([], "files to evaluate on")
     eval_fraction: float = flag(0.0, "share of the rows held out for evaluation", SHARE)
     shuffle_dataset: bool = flag(True, "a new order in each epoch")

@@ -12,7 +12,7 @@ from pathlib import Path
 import nanoalign
 from nanoalign import InputError, world
 from nanoalign.formats.peft import LoRAConfig
-from nanoalign.formats.rows import on_hub
+from nanoalign.formats.rows import storage
 from nanoalign.formats.templates import KWARGS
 from nanoalign.run import ranks
 from nanoalign.run.files import write_file, write_text
@@ -131,9 +131,9 @@ def write_card(
         trained = f"LoRA, r={lora.r}, alpha={lora.lora_alpha:g}"
     method = "supervised fine-tuning" if cfg.method == "sft" else cfg.method.upper()
     base_model, shown_base = f"base_model: {base}\n", base
-    if not on_hub(base):  # a path of this machine says nothing there
+    if storage(base) != "hub":  # a path of this machine says nothing there
         base_model, shown_base = "", Path(base).name
-    named = [f"\n- {name}" for name in cfg.dataset_name if on_hub(name)]
+    named = [f"\n- {name}" for name in cfg.dataset_name if storage(name) == "hub"]
     datasets = "".join(["datasets:", *named, "\n"]) if named else ""
     curve = "\n![curves](curves.png)\n" if (directory / "curves.png").exists() else ""
     more = "".join(f"    {name}={value!r},\n" for name, value in (given or {}).items())
