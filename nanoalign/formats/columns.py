@@ -82,13 +82,17 @@ def tools_of(row: dict) -> list[dict]:
     return tools
 
 
-def history_of(row: dict) -> list[Message]:
-    """Alpaca's column `history`, [[question, answer], ...]."""
-    pairs = list_of(row, "history", "pairs")
+def beside(row: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
+    """The system turn, the tools and alpaca's earlier turns that stand beside the columns of a
+    layout."""
+    if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
+        raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
+    system, tools, pairs = text_of(row, "system"), tools_of(row), list_of(row, "history", "pairs")
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise InputError("history: expected a list of pairs, [[question, answer], ...]")
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
-    return [_message(dict(role=role, content=text), "history") for role, text in turns]
+    history = [_message({"role": role, "content": text}, "history") for role, text in turns]
+    return system, tools, history
 
 
 def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
@@ -133,7 +137,7 @@ def unread(row: dict, columns: set[str]) -> Iterator[str]:
                 if not message.keys() <= MESSAGE_KEYS:
                     yield from (f"key {key}" for key in filled(message) if key not in MESSAGE_KEYS)
                 if role not in KNOWN_ROLES:
-                    yield f"role {role} as {_role(role)}"
+                    yield f"role {role} as {OTHER_ROLES.get(role.lower(), role.lower())}"
 
 
 def filled(given: dict) -> dict:
@@ -158,7 +162,7 @@ def _message(message, where: str, mask=None) -> Message:
         found = f"keys {listed(message)}" if keyed else kind_of(message)
         raise InputError(f'{where}: {found}; expected {{"role": ..., "content": ...}}')
     said, content = message[role_key], message.get(text_key)
-    role = _role(said) if isinstance(said, str) else None
+    role = OTHER_ROLES.get(said.lower(), said.lower()) if isinstance(said, str) else None
     if role not in ROLES:
         expected = ", ".join(ROLES)
         raise InputError(f"{where}: {role_key} is {_shown(said)}; expected {expected}")
@@ -173,12 +177,15 @@ def _message(message, where: str, mask=None) -> Message:
     if role == "assistant" and (more or "<t" in turn["content"] or said.lower() in CALL_ROLES):
         turn |= _reply(given, turn["content"], said.lower() in CALL_ROLES, where)
     flags = {key: given[key] for key in TRAINS if key in given}
-    flags |= {} if mask is None else {"the column loss_mask": mask}
-    return turn if _trains(flags, role, where) else {**turn, "train": False}
+    if mask is not None:
+        flags["the column loss_mask"] = mask
+    if flags and not _trains(flags, role, where):
+        turn["train"] = False
+    return turn
 
 
 def _trains(flags: dict, role: str, where: str) -> bool:
-    """What the flags say of a turn; it trains where there are none."""
+    """What the flags say of a turn."""
     for key, flag in flags.items():
         if flag not in (0, 1) or flag and role != "assistant":
             expected = "0 or 1" if role == "assistant" else f"0 or none in the {role}'s turn"
@@ -275,14 +282,8 @@ def _joined(parts: list, where: str) -> str:
 
 def _key(message: dict, names: tuple) -> str | None:
     """Which of the names the message has: if two, one that is not null."""
-    for name in names:
-        if message.get(name) is not None:
-            return name
-    return next((name for name in names if name in message), None)
-
-
-def _role(said: str) -> str:
-    return said if said in ROLES else OTHER_ROLES.get(said.lower(), said.lower())
+    found = [name for name in names if name in message]
+    return next((name for name in found if message[name] is not None), found[0] if found else None)
 
 
 def kind_of(value) -> str:

@@ -24,7 +24,7 @@ from nanoalign.chatml import Message
 from nanoalign.data import Case, Examples, Limits, make_examples, texts_of
 from nanoalign.formats import feedback
 from nanoalign.formats.columns import (
-    history_of,
+    beside,
     kind_of,
     label_of,
     list_of,
@@ -44,12 +44,14 @@ BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in eve
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
-    """A column with the prompt, and one with each reply to it."""
-    return answers(row, turns_of(row, asked, "user"), *replies)
-
-
-def answers(row: dict, prompt: list[Message], *replies: str) -> Case:
-    """The replies to a prompt, which they may repeat, behind a system turn too."""
+    """A column with the prompt, and one with each reply, which may repeat the prompt, behind a
+    system turn too. Alpaca's instruction goes on in `input`, after a newline."""
+    prompt = turns_of(row, asked, "user")
+    if asked == "instruction" and (extra := text_of(row, "input")):
+        if (last := prompt.pop())["role"] != "user":
+            raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
+        content = f"{last['content']}\n{extra}" if last["content"] else extra
+        prompt.append({"role": "user", "content": content})
     completions = [turns_of(row, reply, "assistant") for reply in replies]
     led = completions[0][:1] + prompt
     if led[0]["role"] == "system" and all(c[: len(led)] == led for c in completions):
@@ -108,18 +110,6 @@ def arena(row: dict, a: str, b: str, winner: str) -> Case:
     return case
 
 
-def alpaca(row: dict, asked: str, *replies: str) -> Case:
-    """Alpaca's instruction; its input, where there is one, follows after a newline."""
-    prompt = turns_of(row, asked, "user")
-    if extra := text_of(row, "input"):
-        *before, last = prompt
-        if last["role"] != "user":
-            raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
-        content = f"{last['content']}\n{extra}" if last["content"] else extra
-        prompt = [*before, {"role": "user", "content": content}]
-    return answers(row, prompt, *replies)
-
-
 def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
     """A list of replies: the best first, or with a score each, of which the higher is the better
     (`sign` -1: the lower) and equal ones are a tie."""
@@ -132,8 +122,7 @@ def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1)
     if len(points) != len(given) or len(numbers) != len(given):
         raise InputError(f"{scores}: expected {len(given)} numbers, one a reply")
     columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(given, 1)}
-    read = alpaca if asked == "instruction" else answered
-    case = read({**row, **columns}, asked, *columns)
+    case = answered({**row, **columns}, asked, *columns)
     best = sorted(range(len(given)), key=lambda i: -sign * points[i])
     ranks = [float(-sign * points[i]) for i in best]
     return Case(case.prompt, [case.completions[i] for i in best], ranks=ranks)
@@ -164,7 +153,7 @@ STRINGS = {"text", "prompt", "question", "completion", "chosen", "rejected", "la
 SFT = {
     ("messages",): every_reply,
     ("prompt", "completion"): answered,
-    ("instruction", "output"): alpaca,
+    ("instruction", "output"): answered,
     ("question", "chosen"): answered,
     ("conversations",): every_reply,
     ("text",): strings,
@@ -172,7 +161,7 @@ SFT = {
 DPO = {
     ("prompt", "chosen", "rejected"): answered,
     ("question", "chosen", "rejected"): answered,
-    ("instruction", "chosen", "rejected"): alpaca,
+    ("instruction", "chosen", "rejected"): answered,
     ("instruction", "output"): ranked,
     ("conversations", "chosen", "rejected"): answered,
     ("chosen", "rejected"): last_reply,
@@ -188,7 +177,7 @@ DPO = {
 }
 KTO = {
     ("prompt", "completion", "label"): answered,  # which is given all columns but `label`
-    ("instruction", "output", "label"): alpaca,
+    ("instruction", "output", "label"): answered,
     ("messages", "label"): last_reply,
     ("conversations", "label"): last_reply,
     ("conversation", "index", "flag"): feedback.gradio,
@@ -259,12 +248,11 @@ def read_cases(
     labelled = any("label" in columns for columns in layouts)
     for source in files_of(sources):
         csv = source.lower().endswith((".csv", ".csv.gz"))
-        columns, left, judged = None, Counter(), defaultdict(list)
+        columns, left, judged = (), Counter(), defaultdict(list)
         for where, row in rows_of(source, split):
             count["rows"] += 1
             try:
-                row = renamed(row)
-                columns = columns or layout_of(row, layouts)
+                columns = layout_of(row, layouts, columns)
                 cases = read_row(row, columns, layouts, input_as_system, csv)
                 for case in cases:
                     if labelled and (n := len(case.completions)) > 2:
@@ -309,37 +297,35 @@ def only_last(completion: list[Message]) -> list[Message]:
     return [m if m["role"] != "assistant" else {**m, "train": False} for m in before] + [last]
 
 
-def renamed(row: dict | InputError) -> dict:
-    """A row whose label is called so; InputError, if it is one."""
+def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
+    """The columns of the first layout that finds all of them in the row, or the `known` ones of the
+    file's first row. A label gets this name."""
     if isinstance(row, InputError):
         raise row
     if "kto_tag" in row and "label" not in row:
-        return {"label" if name == "kto_tag" else name: value for name, value in row.items()}
-    return row
-
-
-def layout_of(row: dict, layouts: Layouts) -> tuple[str, ...]:
-    """The columns of the first layout that finds all of them in the row."""
+        row["label"] = row.pop("kto_tag")
+    for column in known:
+        if column not in row:
+            raise InputError(f"no column {column}; expected one, as in the file's first row")
+    if known:
+        return known
     for columns in layouts:
         if set(columns) <= row.keys():
             return columns
-    known = "; ".join(", ".join(columns) for columns in layouts)
+    expected = "; ".join(", ".join(columns) for columns in layouts)
     if "text" in row and ("text",) not in layouts:
-        known += "; or text, with --chat_template none"
-    raise InputError(f"columns {listed(row)} make no known layout; expected one of: {known}")
+        expected += "; or text, with --chat_template none"
+    raise InputError(f"columns {listed(row)} make no known layout; expected one of: {expected}")
 
 
 def read_row(
     row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False, csv: bool = False
 ) -> list[Case]:
     """A row as checked prompts and their completions, each of which begins with a reply."""
-    for column in columns:
-        if column not in row:
-            raise InputError(f"no column {column}; expected one, as in the file's first row")
     refuse_unsupported(row)
-    if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
-        raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
-    system, tools, history = text_of(row, "system"), tools_of(row), history_of(row)
+    system, tools, history = "", [], []
+    if not BESIDE.isdisjoint(row):
+        system, tools, history = beside(row, columns)
     if input_as_system and (extra := text_of(row, "input")):
         if system:
             raise InputError("system and input are both there; expected one (--input_as_system)")

@@ -17,7 +17,7 @@ from itertools import accumulate, groupby, islice, pairwise
 from textwrap import indent
 
 from nanoalign import InputError
-from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_row, renamed
+from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_row
 from nanoalign.formats.rows import files_of, rows_of
 from nanoalign.packing import Example, Ids
 from nanoalign.run.advice import ONE_LABEL, advice_on_prompts, suggested_weights
@@ -82,7 +82,9 @@ def method_of(source: str) -> str:
     """The method that the first row is made for: the one whose layout needs the most of its
     columns; where two need as many, the one that can read it, and thumbs are KTO's."""
     rows = [row for _, row in islice(rows_of(files_of([source])[0], "train"), 100)]
-    row = renamed(next((row for row in rows if isinstance(row, dict)), rows[0]))
+    row = next((row for row in rows if isinstance(row, dict)), rows[0])
+    if isinstance(row, InputError):
+        raise row
 
     def fit(method: str) -> tuple[int, bool, bool]:
         columns = cases = ()
