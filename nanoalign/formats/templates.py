@@ -10,10 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
-from functools import lru_cache
 from itertools import pairwise
-
-from transformers import AddedToken
 
 from nanoalign import InputError
 from nanoalign.chatml import ChatML, Message, Piece, encode
@@ -32,11 +29,15 @@ STRFTIME_NOW = (  # transformers hands no function to a template; this is one wi
 
 
 class Marked:
-    """Text in which the names of added tokens stand for these tokens, its markers."""
+    """Text in which the names of added tokens stand for these tokens, its markers. White space
+    alone is none; with `signs` a word is none either: it is a word, whoever writes it."""
 
-    def __init__(self, tokenizer, tokens: list[AddedToken]):
-        self.ids, space = tokenizer.get_added_vocab(), r"\s*"
-        tokens = sorted(tokens, key=lambda t: len(t.content), reverse=True)
+    def __init__(self, tokenizer, signs: bool = False):
+        self.ids, space, sign = tokenizer.get_added_vocab(), r"\s*", r'[^\w\s"\\]'
+        name = re.compile(rf"\s*{sign}(.*{sign})?\s*" if signs else ".*", re.DOTALL)
+        tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
+        tokens = [t for t in tokens if name.fullmatch(t.content)]
+        tokens.sort(key=lambda t: len(t.content), reverse=True)
         # some tokens take the white space beside them
         names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
         self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
@@ -72,12 +73,7 @@ class Marked:
         if isinstance(value, dict):
             keys = [key.translate(self.stand_ins) if schema else self.hide(key) for key in value]
             return dict(zip(keys, (self.hide(v, schema) for v in value.values())))
-        return [self.hide(v, schema) for v in value] if isinstance(value, list) else value
-
-
-def added_tokens(tokenizer) -> list[AddedToken]:
-    """Those that are more than white space."""
-    return [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
+        return [self.hide(v, schema) for v in value] if isinstance(value, list | tuple) else value
 
 
 class NoTemplate:
@@ -87,7 +83,7 @@ class NoTemplate:
     markers, jinja = (), None
 
     def __init__(self, tokenizer):
-        self.marked = Marked(tokenizer, added_tokens(tokenizer))
+        self.marked = Marked(tokenizer)
         self.stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
@@ -148,22 +144,33 @@ class NativeTemplate:
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; use --chat_template chatml")
-        sign = r'[^\w\s"\\]'  # a word among the added tokens is a word, whoever writes it
-        name = re.compile(rf"\s*{sign}(.*{sign})?\s*", re.DOTALL)
-        tokens = [t for t in added_tokens(tokenizer) if name.fullmatch(t.content)]
-        self.tokenizer, self.marked = tokenizer, Marked(tokenizer, tokens)
-        self.rendered = lru_cache(maxsize=64)(self._rendered)  # a prompt is asked for repeatedly
-        self.complete = lru_cache(maxsize=1024)(self._complete)
+        self.tokenizer, self.marked = tokenizer, Marked(tokenizer, signs=True)
+        self.rendered, self.checked = {}, set()  # a prompt is asked for repeatedly
         self.given = tokenizer.init_kwargs.get(KWARGS, {})
         day = date.fromisoformat(tokenizer.init_kwargs.get(DATE) or str(date.today()))
         self.date = {name: day.strftime(name) for name in DIRECTIVES}
 
-        answer = self._tried()
+        answer = ANSWER
+        try:
+            self._check([ASK, answer, ASK, answer], ())
+        except InputError as fault:
+            answer = {**ANSWER, "reasoning_content": "A thought."}  # some show no other reply
+            try:
+                self._check([ASK, answer, ASK, answer], ())
+            except InputError:
+                raise fault from None
         talk = [ASK, answer, ASK, answer]
         start, _, _ = self._written(talk, ()).rpartition(answer["content"])
         self.opening = start if answer is ANSWER else ""  # what it writes itself before a reply
-        self.stop = self._closing(answer)
-        text = self._prompt(talk[:-1], ()) + self._reply(talk, ())
+
+        # The marker that closes a reply, None where the template writes none. Phi-3's writes one
+        # more at the end of a conversation, gpt-oss's another one there.
+        tails = map(self.marked.marker.findall, self._tails(answer, answer["content"], ASK))
+        end, longer = ([self.marked.id_of(marker) for marker in tail] for tail in tails)
+        always = [marker for marker, other in zip(end, longer) if marker == other]
+        self.stop = (always or end[:1] or [None])[-1]
+
+        text = self._render(talk[:-1], (), prompt=True) + self._reply(talk, ())
         [(ids, _)] = encode(tokenizer, [[(piece, False) for piece in self.marked.split(text)]])
         if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise refusal("cannot be tokenized piece by piece")
@@ -173,26 +180,14 @@ class NativeTemplate:
             with suppress(InputError):  # it may write no calls
                 ends.append(list(self.pieces([ASK, CALL], tools))[-1][0])
         self.stop_ids = list(dict.fromkeys(ends))
-        self._name_the_end()
 
-    def _tried(self) -> Message:
-        """A reply that it can write: one without a thought, or else one with."""
-        faults = []
-        for answer in ANSWER, {**ANSWER, "reasoning_content": "A thought."}:
-            try:
-                self._check([ASK, answer, ASK, answer], ())
-                return answer
-            except InputError as fault:
-                faults.append(fault)
-        raise faults[0]
-
-    def _name_the_end(self) -> None:
-        """Tell other tools what ends a reply, unless the template prints eos_token elsewhere."""
-        asked = json.dumps([[ASK, ANSWER], [], {}])
-        shown, old = self._rendered(asked), self.tokenizer.eos_token
-        self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
-        if self._rendered(asked) != shown:
-            self.tokenizer.eos_token = old
+        # Tell other tools what ends a reply, unless the template prints eos_token elsewhere.
+        shown, old = self._render([ASK, ANSWER], ()), tokenizer.eos_token
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
+        self.rendered.clear()
+        if self._render([ASK, ANSWER], ()) != shown:
+            tokenizer.eos_token = old
+            self.rendered.clear()
 
     def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
         """As ChatML.pieces."""
@@ -207,9 +202,9 @@ class NativeTemplate:
 
     def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
         """As ChatML.prompt. What precedes an earlier reply is split from it as it was then."""
-        text = self._prompt(messages, tools)
+        text = self._render(messages, tools, prompt=True)
         earlier = [
-            self._prompt(messages[:i], tools)
+            self._render(messages[:i], tools, prompt=True)
             for i, message in enumerate(messages)
             if message["role"] == "assistant" and i
         ]
@@ -234,7 +229,8 @@ class NativeTemplate:
 
     def _written(self, messages: list[Message], tools: Sequence[dict]) -> str:
         """What the template writes of the last turn, behind the prompt."""
-        prompt, text = self._prompt(messages[:-1], tools), self._render(messages, tools)
+        prompt = self._render(messages[:-1], tools, prompt=True)
+        text = self._render(messages, tools)
         if not text.startswith(prompt):
             thinks, cure = "reasoning_content" in messages[-1], "--chat_template chatml"
             if "enable_thinking" in str(self.tokenizer.chat_template):
@@ -256,14 +252,6 @@ class NativeTemplate:
         end, longer = (self._render(talk, ()) for talk in ([ASK, reply], [ASK, reply, turn]))
         return end.rpartition(last)[2], longer.rpartition(last)[2]
 
-    def _closing(self, answer: Message) -> int | None:
-        """The marker that closes a reply, None where the template writes none. Phi-3's writes one
-        more at the end of a conversation, gpt-oss's another one there."""
-        tails = map(self.marked.marker.findall, self._tails(answer, answer["content"], ASK))
-        end, longer = ([self.marked.id_of(marker) for marker in tail] for tail in tails)
-        always = [marker for marker, other in zip(end, longer) if marker == other]
-        return (always or end[:1] or [None])[-1]
-
     def _next_turn(self, calls: bool) -> str:
         """The marker that begins the turn after a reply, which closes one that no other does."""
         call, answer = (CALL, "Paris.", RESULT), (ANSWER, ANSWER["content"], ASK)
@@ -275,15 +263,15 @@ class NativeTemplate:
         return start[: marker.end()]
 
     def _check(self, messages: list[Message], tools: Sequence[dict]) -> None:
-        """Does the template show all that a conversation of this kind says?"""
+        """Refuse a template that drops a part of what a conversation of this kind says. Earlier
+        thoughts, and words beside earlier calls, are the template's to forget."""
         talk = [like(message, i) for i, message in enumerate(messages)]
-        self.complete(json.dumps([talk, TOOLS if tools else []]))
-
-    def _complete(self, conversation: str) -> None:
-        """Refuse a template that drops a part of it. Earlier thoughts, and words beside earlier
-        calls, are the template's to forget."""
-        talk, tools = json.loads(conversation)
-        prompt, reply = self._prompt(talk[:-1], tools), self._written(talk, tools)
+        tools = TOOLS if tools else []
+        if (kind := json.dumps([talk, tools])) in self.checked:
+            return
+        if len(self.checked) == 1024:
+            self.checked.clear()
+        prompt, reply = self._render(talk[:-1], tools, prompt=True), self._written(talk, tools)
         if tools and FIND["name"] not in prompt:
             raise refusal("does not show the tools")
         for i, message in enumerate(talk, 1):
@@ -299,29 +287,29 @@ class NativeTemplate:
             for what, words in said.items():
                 if any(word not in (reply if last else prompt) for word in words):
                     raise refusal(f"does not show {what}")
+        self.checked.add(kind)
 
-    def _prompt(self, messages: list[Message], tools: Sequence[dict]) -> str:
-        """The prompt that generation gets."""
-        if not messages:
+    def _render(self, messages: list[Message], tools: Sequence[dict], prompt=False) -> str:
+        """A conversation; with `prompt` and the header of a reply: what generation gets."""
+        if prompt and not messages:
             raise refusal("has no prompt for a conversation that begins with the assistant")
-        return self._render(messages, tools, add_generation_prompt=True)
-
-    def _render(self, messages: list[Message], tools: Sequence[dict], **how) -> str:
-        return self.rendered(json.dumps([messages, list(tools), how]))
-
-    def _rendered(self, asked: str) -> str:
-        messages, tools, how = json.loads(asked)
-        messages = list(map(self._hidden, messages))
-        tools = self.marked.hide(tools, schema=True) or None
+        asked = json.dumps([messages, tools, prompt])
+        if asked in self.rendered:
+            return self.rendered[asked]
+        if len(self.rendered) == 64:
+            self.rendered.clear()
+        how = {"add_generation_prompt": prompt, **self.given, "tokenize": False}
+        hidden = list(map(self._hidden, messages))
+        tools = self.marked.hide(list(tools), schema=True) or None
         try:
-            template = self.tokenizer.get_chat_template(tools=tools)
+            how["chat_template"] = template = self.tokenizer.get_chat_template(tools=tools)
             if "strftime_now" in template:
-                template, how["nanoalign_date"] = STRFTIME_NOW + template, self.date
-            how |= {**self.given, "chat_template": template, "tokenize": False}
-            return self.tokenizer.apply_chat_template(messages, tools, **how)
+                how |= {"chat_template": STRFTIME_NOW + template, "nanoalign_date": self.date}
+            self.rendered[asked] = self.tokenizer.apply_chat_template(hidden, tools, **how)
         except Exception as error:  # a template is a program, and says no in its own words
             why = " ".join(str(error).split())[:200]
             raise refusal(f"says: {why!r}") from None
+        return self.rendered[asked]
 
     def _hidden(self, message: Message) -> dict:
         """A message as the template gets it."""
