@@ -124,7 +124,7 @@ def prepare(cfg) -> None:
     if model == str(BASE):
         build()
     elif model == str(LEARNED) and not (LEARNED / "config.json").exists():
-        raise InputError("the built-in model has to learn to answer first: run train_sft.py")
+        raise InputError("the built-in model is not trained yet: run train_sft.py first")
 
 
 def build(seed: int = 0) -> None:

@@ -1151,7 +1151,7 @@ def test_a_run_keeps_its_number_of_threads(model_dir, script, tmp_path, five_thr
 def test_another_model_on_the_built_in_data(model_dir, script, adapter):
     """It need not have learned from train_sft.py; the built-in one does."""
     data = "runs/world/kto.jsonl"
-    words = ["the built-in model has to learn to answer first: run train_sft.py"]
+    words = ["the built-in model is not trained yet: run train_sft.py first"]
     refused(script, "kto", model_name_or_path=None, dataset_name=None, expected=words)
     refused(
         script, "kto", model_name_or_path="org/model", dataset_name=data, expected=["org/model: "]

@@ -127,7 +127,7 @@ def test_a_thumb_is_a_row_and_a_second_one_replaces_it(tmp_path):
     first, second = [said("system", "Be kind."), said("user", "Hi")], said("user", "So?")
     hello = said("assistant", "Hello", reasoning_content="Hm.")
     chat.thumb(True)
-    chat.thumb(False, place=1)
+    chat.thumb(False, turn=1)
     rows = [
         dict(model="model", prompt=[*first, hello, second],
              completion=[said("assistant", "So.")], label=True),
@@ -178,7 +178,7 @@ def test_a_conversation_that_begins_anew(tmp_path):
     assert chat.prompt() == [*first, said("user", "So?")]
     chat.answer("So.")
     chat.thumb(True)
-    chat.thumb(False, place=1)
+    chat.thumb(False, turn=1)
     prompts = [row["prompt"] for row in thumbs.read_rows(chat.file)]
     assert prompts == [[*first, said("user", text)] for text in ("So?", "Hi")]
     assert chat.undo() == "So?" and chat.prompt() == first  # it is still a new one
@@ -193,7 +193,7 @@ def test_training_reads_the_rows(tmp_path):
         "Hi", "Hm.</think>Hello", "So?", "So.", file=tmp_path / "t.jsonl", system="Be kind."
     )
     chat.thumb(True)
-    chat.thumb(False, place=1)
+    chat.thumb(False, turn=1)
     chat.ask("And?")
     chat.offered(["One.", "Two."], ["new", "base"])
     chat.choose(1)

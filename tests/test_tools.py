@@ -229,7 +229,7 @@ def test_choices_at_the_terminal(terminal, model_dir, adapter, tmp_path):
     rows = read_rows(tmp_path / "t.pairs.jsonl")
     assert len(rows) == 8 and len({row["model"] for row in rows}) == 2
     said = terminal(model_dir, "/choose Hi", "/a")  # greedy, so both are the same
-    assert "they are equal: no pair" in said and len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
+    assert "both replies are equal: nothing to choose" in said and len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
     assert terminal(adapter, "/choose Hi", "/a", "/tie").startswith("0 thumbs: 0 up, 0 down; 8 ch")
     assert len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
 
@@ -241,7 +241,7 @@ def test_judging_needs_a_file_of_lines(model_dir, monkeypatch, capsys):
     typed = iter(["/good", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     chat.talk(None, Namespace(system="", directory="there", feedback=None))
-    assert capsys.readouterr().out == "start with --feedback FILE.jsonl, where it is to be kept\n"
+    assert capsys.readouterr().out == "to keep judgements, start with --feedback FILE.jsonl\n"
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

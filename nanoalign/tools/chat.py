@@ -1,19 +1,24 @@
 """Talk to what you trained: python -m nanoalign.chat DIR [--feedback thumbs.jsonl]
 
-DIR is a model or an adapter. Commands while talking: /reset starts over, /undo takes the last turn
-back, /system TEXT sets the system turn, /compare shows beside each reply the one of the base model
-without the adapter, an empty line or Ctrl-D ends. Ctrl-C stops a reply, not the program.
+DIR is a model or an adapter. Commands in the conversation:
 
-With --feedback you judge: /good and /bad the last reply, a row for train_kto.py; /choose TEXT asks
-for two replies, of which /a or /b is the better one, a row for train_dpo.py in thumbs.pairs.jsonl,
-or /tie. They are the base model's and the adapter's, or two samples of one model, in an order of
-chance; what is chosen, else the first, goes on. To judge again is to change your mind.
+    /reset         start over
+    /undo          take back the last question and its reply
+    /system TEXT   set the system turn
+    /compare       show the reply of the base model before each reply, or stop doing so
 
-For scripts: --prompt TEXT, or text piped in, gives one reply on standard output.
+An empty line or Ctrl-D ends the program. Ctrl-C stops a reply.
 
-A reply is printed as it is made, by transformers' own generate and its KV cache; a thought is dim.
-Control characters in it are shown escaped: a model's words must not move the cursor or set the
-terminal's title.
+With --feedback you can judge replies. /good and /bad judge the last reply, for train_kto.py.
+/choose TEXT shows two replies in random order, and /a, /b or /tie judges them, for train_dpo.py (in
+thumbs.pairs.jsonl). They come from the base model and the adapter, or both from one model. The
+conversation goes on with the chosen reply, or with the first one. If you judge again, the new
+judgement replaces the old one.
+
+With --prompt TEXT, or with text in a pipe, one reply is written to standard output.
+
+A reply is printed while transformers' `generate` makes it, with its KV cache. A thought is
+dim. Control characters are escaped, or a reply could move the cursor or set the terminal's title.
 """
 
 import math
@@ -41,11 +46,11 @@ from nanoalign.run.policy import load_policy
 from nanoalign.tools.page import serve
 from nanoalign.tools.thumbs import Conversation, tally
 
-BUILT_IN = world.HOME.parent / "sft"  # what train_sft.py leaves
+BUILT_IN = world.HOME.parent / "sft"  # the result of train_sft.py
 DIM, PLAIN = "\033[2m", "\033[0m"
 JUDGE = "/good", "/bad", "/choose", "/a", "/b", "/tie"
 FLAGS = "device", "chat_template", "chat_template_kwargs", "load_in_4bit", "trust_remote_code"
-BOUNDS = {  # what a number must do, and whether it does
+BOUNDS = {  # {flag: (what its value must do, a test of it)}
     "temperature": ("be at least 0 and finite", lambda x: 0 <= x < math.inf),
     "top_p": ("be above 0 and at most 1", lambda x: 0 < x <= 1),
     "max_new_tokens": POSITIVE,
@@ -54,11 +59,11 @@ BOUNDS = {  # what a number must do, and whether it does
 
 
 class Printer(TextStreamer):
-    """Prints a reply piece by piece and keeps it; a thought is dim where there is colour."""
+    """Prints a reply piece by piece and keeps it. In a terminal with colours a thought is dim."""
 
     def __init__(self, tokenizer, thinks: bool = False):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.reply, self.thinks = "", thinks  # is a thought open?
+        self.reply, self.thinks = "", thinks  # thinks: the next piece belongs to a thought
         self.dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -72,20 +77,20 @@ class Printer(TextStreamer):
 
 
 def say(policy: Policy, messages: list[dict], args) -> str:
-    """Print the reply to a conversation as it is made, and return it; Ctrl-C cuts it short."""
-    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    """Print the reply to a conversation while it is generated, and return it. Ctrl-C stops it."""
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
     *_, (last, _) = policy.template.prompt(messages)
     printer = Printer(policy.tokenizer, str(last).strip().endswith("<think>"))
     try:
-        generate(policy, [messages], streamer=printer, **how)
+        generate(policy, [messages], streamer=printer, **options)
     except KeyboardInterrupt:
         print(" [stopped]")
     return printer.reply
 
 
 def utf8(name: str, words: str | bytes) -> str:
-    """What was typed or piped in, as UTF-8 whatever the locale. What the locale could not read,
-    Python has left as surrogates, which no tokenizer takes."""
+    """Typed or piped text, read as UTF-8 for each locale. Python puts surrogates for bytes that the
+    locale can't read, and a tokenizer would fail on them. InputError: it is not UTF-8."""
     try:
         raw = words if isinstance(words, bytes) else words.encode(errors="surrogateescape")
         return raw.decode()
@@ -94,7 +99,7 @@ def utf8(name: str, words: str | bytes) -> str:
 
 
 def talk(policy: Policy, args) -> None:
-    """The conversation at the terminal."""
+    """The conversation in the terminal."""
     chat, compare = Conversation(args.directory, args.feedback, args.system), False
     while True:
         try:
@@ -132,15 +137,15 @@ def talk(policy: Policy, args) -> None:
                         say(policy, chat.prompt(), args)
                     print("[trained] ", end="")
                 chat.answer(say(policy, chat.prompt(), args))
-            except InputError as error:  # it has become too long, say: /undo and /reset help
+            except InputError as error:  # too long for the model, for example
                 print(error)
                 chat.turns.pop()
 
 
 def judge(policy: Policy, chat: Conversation, command: str, rest: str, args) -> None:
-    """/good and /bad judge the last reply; /choose asks for two, and /a, /b, /tie choose."""
+    """Do one of the commands in JUDGE."""
     if not args.feedback:
-        print("start with --feedback FILE.jsonl, where it is to be kept")
+        print("to keep judgements, start with --feedback FILE.jsonl")
     elif command == "/choose" and not rest:
         print("/choose TEXT asks for two replies")
     elif command == "/choose":
@@ -161,8 +166,8 @@ def judge(policy: Policy, chat: Conversation, command: str, rest: str, args) -> 
 
 
 def two_replies(policy: Policy, chat: Conversation, args) -> None:
-    """Two replies to the last question: the base model's and the adapter's, in an order of chance,
-    or two samples of one model."""
+    """Print two replies to the last question in random order: of the base model and the adapter, or
+    two samples of one model."""
     writers = [(nullcontext(), args.directory)] * 2
     if policy.lora:
         writers[1] = policy.reference(), policy.lora.base_model_name_or_path
@@ -173,16 +178,16 @@ def two_replies(policy: Policy, chat: Conversation, args) -> None:
         with writer:
             texts.append(say(policy, chat.prompt(), args))
     chat.offered(texts, [name for _, name in writers])
-    print("/a, /b or /tie" if chat.offer.differ else "they are equal: no pair")
+    print("/a, /b or /tie" if chat.offer.differ else "both replies are equal: nothing to choose")
 
 
 def open_policy(args) -> Policy:
-    """A model or an adapter directory, loaded as the scripts load it, but that nothing new trains
-    and `reference` is the base model."""
+    """A model or an adapter, loaded as in the scripts, but without new trained weights. Its
+    `reference` is the base model."""
     adapter = Path(args.directory, "adapter_config.json").exists()
     directory = {"adapter_name_or_path" if adapter else "model_name_or_path": args.directory}
     cfg = Config(**directory, **{name: getattr(args, name) for name in FLAGS})
-    with redirect_stdout(sys.stderr):  # what loading says is no reply
+    with redirect_stdout(sys.stderr):  # standard output is for replies only
         policy = load_policy(cfg, as_base=True)
         if adapter:
             load_adapter(policy.model, policy.lora, args.directory)
@@ -190,11 +195,11 @@ def open_policy(args) -> Policy:
 
 
 def open_trained(args, run: str | None) -> Policy:
-    """The model, or what a run made of it, with the model itself as the reference."""
+    """The model, or the result of a run that began with it. The reference is the model."""
     if run and not Path(args.directory, "adapter_config.json").exists():
         return open_policy(Namespace(**vars(args) | {"directory": run}))
     policy = open_policy(args)
-    if run:  # the adapter went on: its new weights take the place of those that are the reference
+    if run:  # the run continued this adapter: keep the old weights as the reference
         policy.reference = Reference(policy.lm)
         load_adapter(policy.model, policy.lora, run)
     return policy
@@ -204,13 +209,13 @@ def open_trained(args, run: str | None) -> Policy:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.chat", allow_abbrev=False)
     parser.add_argument("directory", nargs="?", help="a model or an adapter")
-    parser.add_argument("--web", action="store_true", help="as a page, in your browser")
+    parser.add_argument("--web", action="store_true", help="open a page for your browser")
     parser.add_argument("--port", type=int, default=7860, help="of the page")
-    parser.add_argument("--feedback", type=Path, help="JSONL file for what you judge")
-    parser.add_argument("--prompt", help="one reply to this, then the end")
+    parser.add_argument("--feedback", type=Path, help="JSONL file for your judgements")
+    parser.add_argument("--prompt", help="print one reply to this text and end")
     parser.add_argument("--system", default="", help="the system turn")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
-    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus to sample from")
+    parser.add_argument("--top_p", type=float, default=0.95, help="probability to sample from")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--seed", type=int, default=None, help="of sampling")
     add_flags(parser, *FLAGS)
@@ -222,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     args.system = utf8("--system", args.system)
     if args.web:
         if not args.directory and not (BUILT_IN / "config.json").exists():
-            raise InputError("the built-in model has to learn to answer first: run train_sft.py")
+            raise InputError("the built-in model is not trained yet: run train_sft.py first")
         args.directory = args.directory or str(BUILT_IN)
         args.feedback = args.feedback or BUILT_IN.parent / "chat" / "thumbs.jsonl"
     elif not args.directory:

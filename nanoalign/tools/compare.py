@@ -1,22 +1,24 @@
-"""Is it better? python -m nanoalign.compare A B [C ...] --dataset_name PAIRS
+"""Is a model better than another? python -m nanoalign.compare A B [C ...] --dataset_name PAIRS
 
-A, B, ... are models or adapters; the pairs should be held out. For each model: the share of the
-pairs whose chosen reply has the higher log pi, summed over its tokens and per token. No reference
-is subtracted: this asks what the model prefers, not what training moved.
+A, B, ... are models or adapters. The pairs should not be in their training data. For each model
+this prints the share of pairs in which the chosen reply has the higher log pi, summed over its
+tokens and per token. No reference is subtracted: the question is what the model prefers.
 
-Longer replies have lower sums, so a model may win by length alone. Beside the shares stand those
-that "the longer wins" and "the shorter wins" would get, and shares controlled for length: the mean
-of the share where the chosen reply is the longer one, and where it is the shorter one.
+Longer replies have lower sums, so a model could be right by preferring short replies. Therefore the
+table also has the shares of the rules "the longer wins" and "the shorter wins", and shares that are
+controlled for length: the mean of two shares, of pairs whose chosen reply is longer and of pairs
+whose chosen reply is shorter.
 
-Two models judge the same pairs, so their difference is taken pair by pair: its mean, its standard
-error, and McNemar's exact test on the pairs that only one of them gets right.
+All models judge the same pairs, so two models are compared pair by pair: the mean difference, its
+standard error, and McNemar's exact test on the pairs that only one of them gets right.
 
---generate N writes replies of all models to the first N prompts into OUT/replies.jsonl; then
+--generate N writes the replies of all models to the first N prompts into OUT/replies.jsonl. Then
 
     python -m nanoalign.compare vote OUT
 
-shows you two at a time, without names. There are as many votes as pairs of replies that differ, and
-the count is told after the last one: who stops when it looks good finds what is not there.
+shows you two replies at a time, without names. There is a vote for each two replies that differ.
+The result is shown after the last vote only: if you could stop when it looks good, it would often
+look good by chance.
 """
 
 import gc
@@ -50,17 +52,17 @@ MEASURES = "summed", "per token"
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of McNemar (1947): if the models were equally good, each of the pairs
-    that only one gets right would be a coin's throw."""
+    """The exact two-sided p of McNemar (1947). It assumes that the models are equally good: then
+    for each pair that only one of them gets right, it is a coin toss which one."""
     n, throws, tail = only_a + only_b, 1, 0
     for k in range(min(only_a, only_b) + 1):
-        tail += throws  # the ways in which n coins show k heads: math.comb(n, k), from the last one
+        tail += throws  # math.comb(n, k), computed from the last one
         throws = throws * (n - k) // (k + 1)
     return min(1.0, 2 * tail / 2**n)
 
 
 def difference(a: list[bool], b: list[bool]) -> dict:
-    """How much larger b's share is than a's, on the same pairs."""
+    """By how much b's share is larger than a's, on the same pairs."""
     steps = [y - x for x, y in zip(a, b)]
     only_a, only_b = steps.count(-1), steps.count(1)
     return {
@@ -73,8 +75,8 @@ def difference(a: list[bool], b: list[bool]) -> dict:
 
 
 def share(right: list[bool], longer: list[int]) -> dict:
-    """The share that is right, and controlled for length: `longer` is 1 where the chosen reply is
-    the longer one, -1 where it is the shorter one, 0 where neither is."""
+    """The share of pairs that are right, also controlled for length. `longer` is 1 if the chosen
+    reply is the longer one, -1 if it is the shorter one, and 0 if both are equally long."""
     sides = [[r for r, side in zip(right, longer) if side == s] for s in (1, -1)]
     low, high = wilson(sum(right), len(right))
     return {
@@ -89,17 +91,17 @@ def share(right: list[bool], longer: list[int]) -> dict:
 
 @torch.no_grad()
 def score(policy: Policy, examples) -> dict[tuple[str, int], tuple]:
-    """Of each pair, by its place in the data (a line, and which of that line's pairs it is): (log
-    pi, tokens) of chosen, and of rejected."""
+    """{(line of the data, which pair of this line): ((log pi, tokens) of the chosen reply, the same
+    of the rejected one)}"""
     scored, seen = {}, Counter()
     policy.lm.eval()
     for batch in in_rows(examples, 2 * policy.lm.row_tokens):
         scores = policy(batch)
         replies = iter(zip(scores.logps.tolist(), scores.tokens))
         for example in batch:
-            own = [next(replies) for _ in range(example.count)]
+            values = [next(replies) for _ in range(example.count)]
             for better, worse in example.pairs:
-                scored[example.where, seen[example.where]] = own[better], own[worse]
+                scored[example.where, seen[example.where]] = values[better], values[worse]
                 seen[example.where] += 1
     return scored
 
@@ -107,12 +109,12 @@ def score(policy: Policy, examples) -> dict[tuple[str, int], tuple]:
 def reply(policy: Policy, prompts: list[list[dict]], max_new_tokens: int, temperature: float):
     """A reply to each prompt."""
     parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    return [text for part in parts for text in generate(policy, part, **how)]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    return [text for part in parts for text in generate(policy, part, **options)]
 
 
 def judge(scored: list[dict]) -> dict:
-    """All that is measured, of the pairs that every model could read."""
+    """All results, on the pairs that fit the limits for every model."""
     pairs = [p for p in scored[0] if all(p in other for other in scored)]
     if not pairs:
         raise InputError("no pair is left that all models can read")
@@ -127,8 +129,8 @@ def judge(scored: list[dict]) -> dict:
             return logp / tokens if measure == "per token" else logp
 
         right = [[value(*one[p][0]) > value(*one[p][1]) for p in pairs] for one in scored]
-        for model, own in zip(found["models"], right):
-            model[measure] = share(own, longer)
+        for model, correct in zip(found["models"], right):
+            model[measure] = share(correct, longer)
         for i, k in combinations(range(len(scored)), 2):
             found["differences"] += [dict(first=i, second=k, measure=measure,
                                           **difference(right[i], right[k]))]  # fmt: skip
@@ -136,7 +138,7 @@ def judge(scored: list[dict]) -> dict:
 
 
 def table(found: dict) -> str:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
 
     def percent(x):
         return "-" if x is None else f"{x:.1%}"
@@ -148,10 +150,10 @@ def table(found: dict) -> str:
     lines += [" " * width + "  " + head]
     for model in found["models"]:
         line = f"{model['name']:<{width}}"
-        for own in map(model.get, MEASURES):
-            interval = f"({own['from']:.0%} to {own['to']:.0%})"
-            line += f"  {percent(own['share']):>6} {interval:<12}"
-            line += f"  {percent(own['controlled for length']):>10}"
+        for result in map(model.get, MEASURES):
+            interval = f"({result['from']:.0%} to {result['to']:.0%})"
+            line += f"  {percent(result['share']):>6} {interval:<12}"
+            line += f"  {percent(result['controlled for length']):>10}"
         lines.append(line)
     for rule in ("the longer wins", "the shorter wins"):
         lines.append(f"{rule:<{width}}  {percent(found[rule]['share']):>6}")
@@ -172,19 +174,19 @@ def differences(found: dict) -> list[str]:
 
 
 def draw(found: dict, out: Path) -> None:
-    """The same as one page of PNG."""
+    """The results as a picture, in PNG."""
     from matplotlib.figure import Figure
 
     height = 2.2 + 0.5 * len(found["models"]) + 0.15 * len(found["differences"])
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    names, places = [m["name"] for m in found["models"]], range(len(found["models"]))
+    names, y = [m["name"] for m in found["models"]], range(len(found["models"]))
     for axis, measure in zip(axes, MEASURES):
-        own = [model[measure] for model in found["models"]]
-        shares = [100 * m["share"] for m in own]
-        ends = [[100 * abs(m["share"] - m[end]) for m in own] for end in ("from", "to")]
-        axis.barh(places, shares, xerr=ends, color="#4c78a8", height=0.5, ecolor="#333", capsize=3)
-        controlled = [(100 * m["controlled for length"], i) for i, m in enumerate(own)
+        results = [model[measure] for model in found["models"]]
+        shares = [100 * m["share"] for m in results]
+        ends = [[100 * abs(m["share"] - m[end]) for m in results] for end in ("from", "to")]
+        axis.barh(y, shares, xerr=ends, color="#4c78a8", height=0.5, ecolor="#333", capsize=3)
+        controlled = [(100 * m["controlled for length"], i) for i, m in enumerate(results)
                       if m["controlled for length"] is not None]  # fmt: skip
         axis.plot(*zip(*controlled) if controlled else ([], []), "D", color="#f58518",
                   label="controlled for length")  # fmt: skip
@@ -194,7 +196,7 @@ def draw(found: dict, out: Path) -> None:
         axis.set_xlim(0, 100)
         axis.set_title(f"chosen is the likelier reply, {measure}", fontsize=10)
         axis.set_xlabel(f"% of {found['pairs']} pairs (bars: 95 %)", fontsize=9)
-    axes[0].set_yticks(places, names, fontsize=9)
+    axes[0].set_yticks(y, names, fontsize=9)
     axes[0].invert_yaxis()
     figure.supxlabel("\n".join(differences(found)), fontsize=8, ha="left", x=0.02)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
@@ -203,18 +205,18 @@ def draw(found: dict, out: Path) -> None:
 
 
 def unseen(directory: str, sources: list[str]) -> None:
-    """Say it where a model was trained on the file that it is measured on."""
+    """Print a warning if a model was trained on the file that it is compared on."""
     try:
         flags = json.loads(Path(directory, "run.json").read_text(encoding="utf-8"))["flags"]
         seen = {Path(name).resolve() for name in flags["dataset_name"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return  # not a run of ours
+        return  # made by another tool
     if not flags.get("eval_fraction") and seen & {Path(name).resolve() for name in sources}:
         print(f"{directory} was trained on this file: its share says little")
 
 
 def compare(args) -> None:
-    """Each model by itself, so that one is in memory at a time; then what they say together."""
+    """Measure one model after another, so that only one is in memory. Then compare the results."""
     out, scored, prompts, replies = Path(args.out), [], [], []
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -247,23 +249,23 @@ def compare(args) -> None:
         rows = [dict(prompt=p, models=args.models, replies=r) for p, *r in zip(prompts, *replies)]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(out / "replies.jsonl", "".join(lines))
-        (out / "votes.jsonl").unlink(missing_ok=True)  # they were on other replies
+        (out / "votes.jsonl").unlink(missing_ok=True)  # votes on other replies
         print(f"{len(ballots(rows))} votes: python -m nanoalign.compare vote {out}")
     print(f"saved in {out}")
 
 
-def first_prompts(args, places: set[str]) -> list[list[dict]]:
-    """The first prompts of these places in the data, each once; generation has no tools."""
-    how = dict(split=args.dataset_test_split, input_as_system=args.input_as_system)
-    cases = read_cases(args.dataset_name, DPO, Counter(), [], **how)
-    read = [case.prompt for case in cases if case.where in places and not case.tools]
+def first_prompts(args, lines: set[str]) -> list[list[dict]]:
+    """The first prompts in these lines of the data, each once. Generation can't call tools."""
+    options = dict(split=args.dataset_test_split, input_as_system=args.input_as_system)
+    cases = read_cases(args.dataset_name, DPO, Counter(), [], **options)
+    read = [case.prompt for case in cases if case.where in lines and not case.tools]
     once = {json.dumps(prompt): prompt for prompt in read}
     return list(once.values())[: args.generate]
 
 
 def ballots(rows: list[dict]) -> list[tuple[dict, int, int]]:
-    """(row, A, B): which two models' replies to which prompt are to be judged, in an order and on
-    sides that chance has chosen. Equal replies are no question."""
+    """The votes to ask for, in random order: (row, A, B), where A and B are the indices of two
+    models whose replies in the row differ. Which of the two is A is random."""
     pairs = [
         (row, *pair)
         for row in rows
@@ -276,7 +278,7 @@ def ballots(rows: list[dict]) -> list[tuple[dict, int, int]]:
 
 
 def outcome(asked: list[tuple[dict, int, int]], votes: list[dict]) -> list[str]:
-    """What the votes say of each two models; votes for neither don't count."""
+    """The result of the votes for each two models. Votes for neither are not counted."""
     wins, names = Counter(), asked[0][0]["models"]
     for (_, a, b), vote in zip(asked, votes):
         wins[(min(a, b), max(a, b), {"a": a, "b": b}.get(vote["choice"]))] += 1
@@ -289,7 +291,7 @@ def outcome(asked: list[tuple[dict, int, int]], votes: list[dict]) -> list[str]:
 
 
 def vote(out: Path) -> None:
-    """Ask for the votes that are left; tell the count after the last one."""
+    """Ask for the votes that are missing. After the last one print the result."""
     path = out / "votes.jsonl"
     try:
         asked = ballots(thumbs.read_rows(out / "replies.jsonl"))
@@ -322,8 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.compare", allow_abbrev=False)
     parser.add_argument("models", nargs="+", help="models or adapters; or: vote OUT")
     parser.add_argument("--dataset_name", nargs="+", help="pairs, as train_dpo.py reads them")
-    parser.add_argument("--out", default="compare", help="where the numbers and the picture go")
-    parser.add_argument("--generate", type=int, default=0, help="prompts to reply to")
+    parser.add_argument("--out", default="compare", help="directory for numbers and picture")
+    parser.add_argument("--generate", type=int, default=0, help="how many prompts to reply to")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="of one reply")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     add_flags(parser, "eval_fraction", "seed", *DATA, *FLAGS)

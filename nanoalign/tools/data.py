@@ -1,10 +1,11 @@
-"""See what a model will be trained on: the mask in colour, lengths, what was cut or skipped.
+"""Show what a model will be trained on: the mask in colour, lengths, what was cut or skipped.
 
     python -m nanoalign.data DATASET --model_name_or_path M --show 3
 
-Trained tokens are green, markers blue, context grey; without colour (a pipe, NO_COLOR) trained text
-stands between [[ and ]], and what only spells a marker has a backslash before it. What several
-texts of an example begin with is shown once, and under it, indented, how each goes on.
+Trained tokens are green, markers are blue, and the rest is grey. Without colours (in a pipe, or if
+NO_COLOR is set) trained text is between [[ and ]], and a backslash is put before text that looks
+like a marker. Tokens that several texts of an example begin with are shown once. The continuations
+are indented below them.
 """
 
 import os
@@ -36,9 +37,8 @@ GREEN, BLUE, GREY, PLAIN = "\033[32m", "\033[34m", "\033[90m", "\033[0m"
 
 
 def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
-    """Text of ids, with the trained stretches marked. Markers are the tokenizer's added tokens,
-    whether it calls them special or not, but for the runs of white space that some add. Where there
-    is no colour, the name of one that is only spelled has a backslash before it."""
+    """The text of ids, with trained parts marked. Markers are the tokenizer's added tokens, special
+    or not, unless they are white space."""
     markers = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
     names, text = re.compile("|".join(map(re.escape, markers.values())) or "(?!)"), ""
     for trained, stretch in groupby(zip(mask, ids), key=lambda pair: pair[0]):
@@ -54,9 +54,9 @@ def render(tokenizer, ids: list[int], mask: list[bool], colour: bool) -> str:
 
 
 def branches(example: Example) -> Iterator[tuple[int, Ids, list[bool]]]:
-    """An example as its row has it, from branching to branching: on how many branches it stands,
-    the ids, and which of them train."""
-    texts, path = example.paths(), set()  # path: where the text so far branches
+    """The parts of an example's tree, from one branching to the next, in the order of the row:
+    (depth in the tree, ids, which of them train)."""
+    texts, path = example.paths(), set()  # path: the lengths at which the text so far branches
     shared = [common for common, *_ in texts]
     for i, (common, ids, (_, mask), _) in enumerate(texts):
         later = {n for n in accumulate(shared[i + 1 :], min) if n > common}
@@ -68,7 +68,7 @@ def branches(example: Example) -> Iterator[tuple[int, Ids, list[bool]]]:
 
 
 def histogram(lengths: list[int]) -> str:
-    """Examples by length in tokens, in at most eight bins of equal width."""
+    """How many examples have which length in tokens: a bar for each of at most eight ranges."""
     size = max(lengths) // 8 + 1
     bins = Counter(length // size for length in lengths)
     text = ""
@@ -79,8 +79,8 @@ def histogram(lengths: list[int]) -> str:
 
 
 def method_of(source: str) -> str:
-    """The method that the first row is made for: the one whose layout needs the most of its
-    columns; where two need as many, the one that can read it, and thumbs are KTO's."""
+    """The method for which the first line is meant: its layout reads the most columns. If two read
+    as many, it is the one that can read the line, and KTO if the line has a thumb."""
     rows = [row for _, row in islice(rows_of(files_of([source])[0], "train"), 100)]
     row = next((row for row in rows if isinstance(row, dict)), rows[0])
     if isinstance(row, InputError):
@@ -100,9 +100,9 @@ def method_of(source: str) -> str:
 @command("data")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m nanoalign.data", allow_abbrev=False)
-    parser.add_argument("dataset", nargs="+", help="files, as --dataset_name")
+    parser.add_argument("dataset", nargs="+", help="files, as for --dataset_name")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer to use")
-    parser.add_argument("--method", choices=list(METHODS), help="else by the first row")
+    parser.add_argument("--method", choices=list(METHODS), help="default: by the first line")
     parser.add_argument("--show", type=int, default=3, help="examples to print")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)

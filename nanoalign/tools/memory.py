@@ -1,10 +1,10 @@
-"""What fits where: python -m nanoalign.memory [sft | dpo | kto] --model_name_or_path M [FLAGS]
+"""How much memory a run needs: python -m nanoalign.memory [sft | dpo | kto] --model_name_or_path M
 
-The bytes that a run would hold, by kind, and which cards have them. FLAGS are those of the script
-(train_sft.py, if none is named) with which it is to run. Of the model its config is enough: in a
-directory, on the hub, or a config.json by itself. No weight is read.
+This prints the bytes by kind, and which GPUs have enough. Give the same flags as for the training
+script (train_sft.py, if no method is named). M may be a directory, a name on the hub or a
+config.json by itself, since only the config is read.
 
-    python -m nanoalign.memory table M [M ...]       the peaks of several models, side by side
+    python -m nanoalign.memory table M [M ...]       the peaks of several models in a table
 """
 
 import copy
@@ -32,18 +32,18 @@ from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfi
 from nanoalign.run.policy import adapter_of, base_of
 
 CARDS = 8, 16, 24, 48, 80, 141  # GB
-CONTEXT = 600 * 2**20  # CUDA's own and its libraries': an estimate
+CONTEXT = 600 * 2**20  # CUDA and its libraries: an estimate
 GIB = 2**30
 
-OWN = [  # flags, beside those of the scripts; of their data this tool needs none
+MORE = [  # flags in addition to those of the scripts; the scripts require data, this tool does not
     ("dataset_name", list[str], flag(["any"], "is not read")),
-    ("ranks", int, flag(1, "processes of torchrun, between which --fsdp cuts the model", POSITIVE)),
+    ("ranks", int, flag(1, "processes of torchrun; --fsdp divides the model", POSITIVE)),
 ]
 METHODS = {
-    kind.__name__.removesuffix("Config").lower(): make_dataclass(kind.__name__, OWN, bases=(kind,))
+    kind.__name__.removesuffix("Config").lower(): make_dataclass(kind.__name__, MORE, bases=(kind,))
     for kind in (SFTConfig, DPOConfig, KTOConfig)
 }
-WAYS = {  # flags that make a run smaller, and what their values cost: time, exactness, freedom
+WAYS = {  # {flag that makes a run smaller: {value: how much it costs in time or exactness}}
     "use_bnb_nested_quant": {True: 1},
     "max_row_tokens": {2048: 1, 1024: 3, 512: 6},
     "lora_dropout": {0.0: 2},
@@ -53,7 +53,7 @@ WAYS = {  # flags that make a run smaller, and what their values cost: time, exa
     "use_peft": {True: 32},
 }
 TABLE = "--max_row_tokens 4096 --torch_compile false"
-SETUPS = {  # its columns
+SETUPS = {  # {column of the table: flags}
     "4 bits, checkpointed": "--gradient_checkpointing true --load_in_4bit --use_bnb_nested_quant",
     "4 bits": "--gradient_checkpointing false --load_in_4bit",
     "LoRA, checkpointed": "--gradient_checkpointing true",
@@ -67,33 +67,34 @@ SETUPS = {  # its columns
 
 @dataclass
 class Shapes:
-    """What there is to know of a model that the flags describe, without its weights."""
+    """The sizes of the model that the flags describe."""
 
     name: str
     weights: int
     trained: int
     sizes: Sizes
     standing: dict[str, int]  # bytes by kind
-    compiled: bool  # its layers
-    dtype: torch.dtype  # to compute in
-    dropout: float  # before each A
+    compiled: bool  # are its layers compiled?
+    dtype: torch.dtype  # of the computation
+    dropout: float  # of LoRA
 
 
 def shapes_of(cfg: Config) -> Shapes:
-    """The model and all that trains on it, built on the meta device; and the reference's model."""
+    """The sizes of a run's model, which is built on the meta device, so it takes no memory. A
+    separate reference model is included."""
     name, _, lora = base_of(cfg)
     config = from_pretrained(AutoConfig, name, trust_remote_code=cfg.trust_remote_code)
     dtype = getattr(torch, cfg.computing_dtype, None) or getattr(config, "dtype", None)
     four_bit, dtype = cfg.load_in_4bit or is_nf4(config), dtype or torch.float32
     if is_nf4(config):
-        del config.quantization_config  # it would call for bitsandbytes' own layers
-    own = dtype if cfg.use_peft else torch.float32
-    model, dropout = skeleton(config, own, cfg.trust_remote_code), 0.0
+        del config.quantization_config  # with it transformers would make bitsandbytes' layers
+    weights = dtype if cfg.use_peft else torch.float32
+    model, dropout = skeleton(config, weights, cfg.trust_remote_code), 0.0
     model.requires_grad_(not cfg.use_peft)
     with torch.device("meta"):
         if four_bit:
-            how = {"double_quant": True} if cfg.use_bnb_nested_quant else {}
-            freeze_linears(model, "meta", freezer(FORMATS[cfg.bnb_4bit_quant_type], **how))
+            settings = {"double_quant": True} if cfg.use_bnb_nested_quant else {}
+            freeze_linears(model, "meta", freezer(FORMATS[cfg.bnb_4bit_quant_type], **settings))
         if cfg.use_peft:
             lora = lora or adapter_of(cfg, name, {})
             add_adapter(model, lora)
@@ -102,24 +103,24 @@ def shapes_of(cfg: Config) -> Shapes:
     standing = standing_bytes(model) if cfg.ranks == 1 else sharded_bytes(model, cfg.ranks)
     if other := vars(cfg).get("ref_model_name_or_path"):
         kind = "adapter" if Path(other, "adapter_config.json").exists() else "model"
-        how = dict.fromkeys(("model_name_or_path", "adapter_name_or_path"))
-        how |= {"ref_model_name_or_path": None, "use_peft": True, f"{kind}_name_or_path": other}
-        frozen = shapes_of(replace(cfg, **how)).standing
+        flags = dict.fromkeys(("model_name_or_path", "adapter_name_or_path"))
+        flags |= {"ref_model_name_or_path": None, "use_peft": True, f"{kind}_name_or_path": other}
+        frozen = shapes_of(replace(cfg, **flags)).standing
         kinds = "weights in few bits", "other frozen weights"
         standing["the reference's weights"] = sum(frozen[kind] for kind in kinds)
-    one_graph = cfg.device != "cpu" and cfg.ranks == 1  # on NVIDIA's cards from 2020 on
+    one_graph = cfg.device != "cpu" and cfg.ranks == 1  # true for NVIDIA's cards since 2020
     compiled = compiles(cfg, model, one_graph)
     return Shapes(
         name, all_weights(model), trained, sizes_of(model), standing, compiled, dtype, dropout
     )
 
 
-def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
-    """As kind.from_linear, for weights without memory; each shape is packed once."""
+def freezer(kind: type, **settings) -> Callable[[nn.Linear, str], nn.Module]:
+    """kind.from_linear for weights on the meta device. Each shape is packed only once."""
 
     @cache
     def packed(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Module:
-        layer = kind(in_features, out_features, dtype, **how)
+        layer = kind(in_features, out_features, dtype, **settings)
         layer.pack(torch.empty(out_features, in_features, dtype=dtype, device="meta"))
         return layer
 
@@ -133,7 +134,7 @@ def freezer(kind: type, **how) -> Callable[[nn.Linear, str], nn.Module]:
 
 @dataclass
 class Footprint:
-    """What a run holds on a card."""
+    """The memory of a run on a card."""
 
     kinds: dict[str, int]  # bytes by kind
     how: How
@@ -146,13 +147,13 @@ class Footprint:
 
 
 def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
-    """Of a run on a card of so many GB; a small one gets smaller chunks of logits. What the flags
-    leave open, rows and checkpointing, is settled as the run would settle it."""
+    """The memory of a run on a card with `card` GB. If the flags do not say the length of rows or
+    gradient checkpointing, they are chosen as the run would choose them."""
     cuda, sizes, standing = cfg.device != "cpu", shapes.sizes, dict(shapes.standing)
     if cuda:
         standing["CUDA's context"] = CONTEXT
         if cfg.optim == "paged_adamw_32bit" and cfg.ranks == 1:
-            standing["AdamW's states"] = 0  # a part of them comes when the row is gone
+            standing["AdamW's states"] = 0  # they are copied to the card when the row is freed
     how = How(
         tokens=0,
         size=shapes.dtype.itemsize,
@@ -164,14 +165,14 @@ def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
         cuda=cuda,
         example=cfg.max_length,
     )
-    example = cfg.max_length * (2 if cfg.method == "dpo" else 1)  # at most: it may be two replies
+    example = cfg.max_length * (2 if cfg.method == "dpo" else 1)  # at most; DPO has two replies
     batch = cfg.per_device_train_batch_size * example
     loaded = sum(size for kind, size in standing.items() if kind not in COMING)
     left = room(card * GIB - loaded, standing)
-    given = cfg.max_row_tokens, cfg.gradient_checkpointing
-    if not cuda:  # there it is all open to the user
-        given = cfg.max_row_tokens or ROW_TOKENS["cpu"], bool(cfg.gradient_checkpointing)
-    tokens, checkpointing = settle(left, sizes, how, example, batch, *given)
+    flags = cfg.max_row_tokens, cfg.gradient_checkpointing
+    if not cuda:  # a run on a CPU does not choose by memory
+        flags = cfg.max_row_tokens or ROW_TOKENS["cpu"], bool(cfg.gradient_checkpointing)
+    tokens, checkpointing = settle(left, sizes, how, example, batch, *flags)
     tokens = min(max(tokens, example), batch)
     how = replace(how, tokens=tokens, checkpointing=checkpointing)
     row = row_bytes(sizes, how)
@@ -179,14 +180,15 @@ def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
 
 
 def rows_of_logits(vocabulary: int, cuda: bool, card: float) -> int:
+    """How many positions a chunk of logits has; fewer on small cards."""
     if cuda:
         return gpu_rows(vocabulary, card * GIB)
     return chunk_rows(vocabulary, torch.device("cpu"))
 
 
 def smaller(cfg: Config) -> Iterator[dict]:
-    """Flags that may make the run smaller, alone and together: {name: value}. Those come first that
-    cost least; the very first are none."""
+    """Combinations of flags that may make the run smaller: {name: value}. The cheapest ones come
+    first, and the very first one is empty."""
     offers = [{None: 0} | offer for offer in WAYS.values()]
 
     def cost(chosen):
@@ -203,8 +205,8 @@ def smaller(cfg: Config) -> Iterator[dict]:
 
 
 def report(cfg: Config) -> Iterator[str]:
-    """A table of what there is on the smallest card that fits, and a line for each card."""
-    known = {}  # models by the flags that make them
+    """The memory by kind on the smallest card that is large enough, and a line for each card."""
+    known = {}  # {flags that change the model: its sizes}
 
     def run(cfg, card):
         double_quant = cfg.use_bnb_nested_quant and cfg.load_in_4bit
@@ -215,7 +217,7 @@ def report(cfg: Config) -> Iterator[str]:
 
     runs = {card: run(cfg, card) for card in CARDS}
     fitting = next((card for card in CARDS if runs[card].fits), CARDS[-1])
-    (shapes,) = known.values()  # of the flags as they are
+    (shapes,) = known.values()  # so far the user's flags only
     train, frozen = shapes.trained / 1e6, (shapes.weights - shapes.trained) / 1e6
     dtype = str(shapes.dtype).removeprefix("torch.")
     yield f"{shapes.name}: {train:,.1f} million weights train, {frozen:,.1f} are frozen; {dtype}"
@@ -238,20 +240,20 @@ def report(cfg: Config) -> Iterator[str]:
 
 
 def words(new: dict) -> str:
-    """{"load_in_4bit": True, "max_row_tokens": 512} as it is typed."""
+    """{"load_in_4bit": True, "max_row_tokens": 512} as it is typed on a command line."""
     return " ".join(f"--{name} {value}".lower() for name, value in new.items())
 
 
 def table(models: list[str]) -> Iterator[str]:
-    """Markdown: a line for each model, a column for each setup, and in it the peak in GiB and the
-    smallest card that has so much."""
+    """A table in Markdown with a line for each model and a column for each setup. A cell has the
+    peak in GiB and the smallest card with so much memory."""
     yield "| | " + " | ".join(SETUPS) + " |"
     yield "|---" * (1 + len(SETUPS)) + "|"
     for name in models:
         cells = []
         for flags in SETUPS.values():
-            given = ["--model_name_or_path", name, *TABLE.split(), *flags.split()]
-            cfg = parse(METHODS["sft"], given, {})
+            argv = ["--model_name_or_path", name, *TABLE.split(), *flags.split()]
+            cfg = parse(METHODS["sft"], argv, {})
             shapes = shapes_of(cfg)
             runs = {card: footprint(cfg, shapes, card) for card in CARDS}
             card = next((card for card in CARDS if runs[card].fits), None)

@@ -1,27 +1,26 @@
-"""An adapter and its base -> one ordinary model that anything can open.
+"""Make one ordinary model of an adapter and its base.
 
     python -m nanoalign.merge runs/dpo merged --dtype float32
 
-W + scaling * B A becomes the weight, in fp32 and rounded once; token rows, modules that trained
-whole and trained biases take their places. Then the adapter costs nothing at inference.
+Each weight becomes W + scaling * B A. The sum is computed in fp32 and rounded once. Trained token
+vectors, biases and other modules replace the old ones. So the adapter costs nothing at inference.
 
-**A base in 4 bits.** An adapter that was trained on a 4-bit base has learned a change of the
-ROUNDED weights, and part of what it learned is to make up for the rounding. So the merge is with
-those: dequantize, add, save dense. It is exact, whereas the original bf16 weights plus the adapter
-are a model that nobody trained or measured. Rounding the sum to 4 bits again would undo the changes
-that are smaller than half a step, all that a gentle adapter has learned (experiments/merge_4bit.py
-measures it), so it is never done here.
+A base in 4 bits: the adapter was trained on the rounded weights, and a part of what it has learned
+makes up for the rounding. So the merge adds the change to the rounded weights, and saves the sum
+without quantization. This is exactly the model that was trained. With the original weights it would
+be another. The sum is not rounded to 4 bits again. That would undo all changes smaller than half a
+step, and often everything learned is that small (experiments/merge_4bit.py measures it).
 
-Training notes beside the adapter that its base was in 4 bits, and how. Adapters of other tools
-don't say: --load_in_4bit does.
+Our training writes a note beside the adapter if its base was in 4 bits. Other tools do not, so
+--load_in_4bit says it.
 
-**A model in 4 bits.** Without an adapter, --load_in_4bit writes a model as transformers with
-bitsandbytes writes it, in NF4: bytes that both read as they are.
+A model in 4 bits: if MODEL is not an adapter, --load_in_4bit saves it in NF4 as transformers with
+bitsandbytes does.
 
     python -m nanoalign.merge MODEL four --load_in_4bit
 
-**Ollama** doesn't read the chat template of a directory. A `Modelfile` beside the merged model says
-in its language what prompts look like and what ends a reply.
+Ollama does not read the chat template of a model directory. For it a `Modelfile` beside the merged
+model has the template and the ends of a reply.
 """
 
 from argparse import BooleanOptionalAction
@@ -47,57 +46,56 @@ from nanoalign.run.policy import TRAINED_WITH, base_of, make_room, stop_at
 SAMPLE = "The quick brown fox jumps over the lazy dog. Why is the sky blue? 2 + 2 = 4, 7 * 8 = 56."
 MODELFILE = """\
 # ollama create NAME -f Modelfile
-# For an architecture that Ollama imports; otherwise FROM a .gguf of llama.cpp's converter.
+# If Ollama can't import this model, convert it with llama.cpp and name the .gguf here.
 FROM .
 """
 GO = '''\
-# ChatML as training wrote it, in Go's template language, without tools and thoughts.
+# The ChatML of the training, in Go's template language, without tools and thoughts.
 TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
 '''
 NO_GO = """\
-# Trained with a template that is not written here in Go's language: without a TEMPLATE line Ollama
-# may write other prompts. Take the line from the page of the base model there.
+# The template of the training is not available in Go's template language. Copy the TEMPLATE line
+# from the base model's page at Ollama, or the prompts may differ from those of the training.
 """
 FLAGS = ("dtype", "bnb_4bit_quant_type", "use_bnb_nested_quant", "device", "trust_remote_code")
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Merge what add_adapter added, in place; the model is dense afterwards, in `dtype`."""
+    """Merge everything that add_adapter added, in place. All weights are in `dtype` afterwards."""
     names = [name for name, module in model.named_modules() if hasattr(module, "merge")]
     for name in names:
-        if not any(name.startswith(f"{outer}.") for outer in names):  # one may wrap another
+        if not any(name.startswith(f"{outer}.") for outer in names):  # `plain` merges inner ones
             model.set_submodule(name, to_dtype(plain(model.get_submodule(name)), dtype))
     to_dtype(model, dtype)
-    model.config.tie_word_embeddings = tied(model)  # a head that trained on its own is not
+    model.config.tie_word_embeddings = tied(model)  # not any more, if only the head was trained
 
 
 def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters only: a computed buffer (rotary frequencies) keeps its fp32."""
+    """Convert parameters. Buffers stay as they are: rotary frequencies need fp32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
 
 
 def modelfile(template: str | None, stops: list[str]) -> str:
-    """What Ollama is told of a model that was trained with this template, and whose replies end
-    with one of these tokens."""
+    """The Modelfile of a model that was trained with this template. `stops` end a reply."""
     lines = [f'PARAMETER stop "{token}"\n' for token in stops]
     return "".join([MODELFILE, GO if template == "chatml" else NO_GO, *lines])
 
 
 @command("nanoalign.merge")
 def main(argv: list[str] | None = None) -> None:
-    """Write base + adapter to a directory, dense, in --dtype (auto: that of the base)."""
+    """Merge an adapter into its base, or write a model in 4 bits."""
     parser = Parser(prog="nanoalign.merge", allow_abbrev=False, description=__doc__)
     parser.add_argument(
-        "adapter_name_or_path", metavar="adapter", help="directory of an adapter; a model"
+        "adapter_name_or_path", metavar="adapter", help="directory of an adapter, or a model"
     )
-    parser.add_argument("directory", type=Path, help="where the merged model goes")
-    parser.add_argument("--model_name_or_path", help="another base than it names")
+    parser.add_argument("directory", type=Path, help="a new directory for the merged model")
+    parser.add_argument("--model_name_or_path", help="a base instead of the one that it names")
     parser.add_argument("--load_in_4bit", action=BooleanOptionalAction, help="base was in 4 bits")
     add_flags(parser, *FLAGS)
     args = parser.parse_args(argv)
@@ -112,18 +110,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_4bit(args, name: str, directory: Path) -> None:
-    """The model `name` in NF4, to a directory that bitsandbytes reads."""
+    """Write the model `name` in NF4 to a directory that bitsandbytes reads."""
     if args.model_name_or_path or args.bnb_4bit_quant_type != "nf4":
         fault = "--model_name_or_path" if args.model_name_or_path else "--bnb_4bit_quant_type"
         raise InputError(f"{fault}: {name} is no adapter, and is written in NF4 as it is")
     trust = {"trust_remote_code": args.trust_remote_code}
-    how = {"dtype": args.dtype, "device": args.device, "double_quant": args.use_bnb_nested_quant}
-    model = load_lm(name, load_in_4bit=True, **how, **trust).model
+    options = dict(dtype=args.dtype, device=args.device, double_quant=args.use_bnb_nested_quant)
+    model = load_lm(name, load_in_4bit=True, **options, **trust).model
     tokenizer = from_pretrained(AutoTokenizer, name, **trust)
 
-    def write(place):
-        save_4bit(model, place)
-        tokenizer.save_pretrained(place)
+    def write(path):
+        save_4bit(model, path)
+        tokenizer.save_pretrained(path)
 
     write_whole(directory, write, into=True)
     print(f"saved in {directory}, in NF4")
@@ -136,7 +134,7 @@ def merge(args, adapter: str, directory: Path) -> None:
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizer = from_pretrained(AutoTokenizer, with_tokenizer, **trust)
 
-    if args.load_in_4bit:  # in the dtype that the weights were rounded from, whatever is written
+    if args.load_in_4bit:  # not in args.dtype: the weights were rounded from the base's dtype
         kind, double_quant = args.bnb_4bit_quant_type, args.use_bnb_nested_quant
         base_format = {"load_in_4bit": True, "quant_type": kind, "double_quant": double_quant}
     elif note and args.load_in_4bit is None:
@@ -147,21 +145,21 @@ def merge(args, adapter: str, directory: Path) -> None:
     dtype = model.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     make_room(model, tokenizer, lora, adapter)
     if dtype == torch.float32:
-        to_dtype(model, dtype)  # computes in it; 4-bit weights remain what they were
+        to_dtype(model, dtype)  # to compute in it; 4-bit weights do not change
     add_adapter(model, lora)
     load_adapter(model, lora, adapter)
     model.eval()
     template = tokenizer.init_kwargs.get(TRAINED_WITH)
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if template in [*TEMPLATES]:  # otherwise another tool trained the adapter
+    if template in [*TEMPLATES]:  # it is not, if another tool trained the adapter
         stops = TEMPLATES[template](tokenizer).stop_ids
     stop_at(model, stops)
     for_ollama = modelfile(template, tokenizer.convert_ids_to_tokens(stops))
 
-    def write(place, weights=None):
-        model.save_pretrained(place, state_dict=weights)
-        tokenizer.save_pretrained(place)
-        (place / "Modelfile").write_text(for_ollama, encoding="utf-8")
+    def write(path, weights=None):
+        model.save_pretrained(path, state_dict=weights)
+        tokenizer.save_pretrained(path)
+        (path / "Modelfile").write_text(for_ollama, encoding="utf-8")
 
     rehearse(directory, partial(write, weights={}))
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]], device=model.device)

@@ -1,15 +1,15 @@
 """The chat as a page: python -m nanoalign.chat DIR --web
 
-Talk, press thumbs, train on them, and see what changed. The server is the standard library's, the
-page one file of HTML; nothing else is fetched, and nothing leaves this machine.
+Talk, press thumbs, train on them, and see what changed. The server is the standard library's and
+the page is one file of HTML. Nothing else is downloaded, and nothing leaves this machine.
 
-The server holds each conversation and writes rows from its own, never from what a browser says; the
-page shows what it is told, as text. Training is the ordinary script, as a process of the server: a
-closed tab changes nothing, and the server's end stops it with a checkpoint. Meanwhile the page's
-own model is freed.
+The server keeps the conversations and writes judgements from them. It does not take their text
+from the browser, and the page shows replies as plain text. Training is one of the scripts in
+another process. It goes on if the tab is closed, and it stops with a checkpoint if the server ends.
+The server frees its model while training.
 
-Some judgements are held out. How a model ranks them (a thumb up above a thumb down, by log pi) is
-measured before training and after: that is the learner's taste in the weights.
+Some judgements are not trained on. For these, the server measures before and after training whether
+the model gives liked replies a higher log pi than disliked ones.
 """
 
 import gc
@@ -41,7 +41,7 @@ from nanoalign.run.files import write_text
 from nanoalign.tools.thumbs import Conversation, read_rows, verdict
 
 PAGE = Path(__file__).with_name("page.html")
-SAFE = {  # headers: the page runs its own script, asks this server, and stands in no frame
+SAFE = {  # headers: run only the page's script, connect only to this server, allow no frame
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -49,16 +49,16 @@ SAFE = {  # headers: the page runs its own script, asks this server, and stands 
 }
 LONGEST = 2**16  # bytes of a request
 CONVERSATIONS = 1000
-NEEDED = {"kto": 24, "dpo": 16}  # judgements to train on, with those that are held out
-VOTES = 20  # set before the first one: who stops when it looks good finds what is not there
+NEEDED = {"kto": 24, "dpo": 16}  # judgements before training, with those that are held out
+VOTES = 20  # fixed: whoever stops when the result looks good finds differences that are chance
 
 
 class Refused(Exception):
-    """A request that is not done, and why: (status, text)."""
+    """A request is refused: (HTTP status, why)."""
 
 
 class Stopped(Exception):
-    """The reply ends here."""
+    """Raised to end a reply: the user pressed Stop or closed the tab."""
 
 
 class Talk(Conversation):
@@ -68,7 +68,7 @@ class Talk(Conversation):
 
 
 class Sender(TextStreamer):
-    """Sends a reply piece by piece and keeps it; Stop ends it, and so does a closed tab."""
+    """Sends a reply piece by piece and keeps it. Stop or a closed tab ends it."""
 
     def __init__(self, tokenizer, talk: Talk, send: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -85,7 +85,7 @@ class Sender(TextStreamer):
 
 
 class Training:
-    """A run of a script on what was judged. Its files are numbered, and none is written over."""
+    """A run of a script on the judgements. Each run has a number, so no file is overwritten."""
 
     def __init__(self, args: Namespace, method: str, rows: list[dict], rate: float, epochs: float):
         home, numbers = args.feedback.parent, [0]
@@ -98,7 +98,7 @@ class Training:
         self.failure, self.runs = "", True
 
         kept = held_out(method, rows)
-        asked = [row["prompt"] for row in kept]  # what was asked twice is not trained on either
+        asked = [row["prompt"] for row in kept]  # other judgements of these are left out, too
         rest = [row for row in rows if row["prompt"] not in asked]
         train = home / f"{self.name}.train.jsonl"
         for file, part in ((train, rest), (self.test, kept)):
@@ -114,15 +114,15 @@ class Training:
             "chat_template_kwargs": json.dumps(args.chat_template_kwargs),
             "trust_remote_code": args.trust_remote_code, "threads": 1 if built_in(args) else None,
         }  # fmt: skip
-        if method == "kto":  # both sides weigh the same, however many there are of each
+        if method == "kto":  # give thumbs up and thumbs down the same total weight
             up, down = (sum(row["label"] is label for row in rest) for label in (True, False))
             flags["desirable_weight"] = max(1, down / max(1, up))
             flags["undesirable_weight"] = max(1, up / max(1, down))
         self.words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
     def run(self) -> None:
-        """In a session of its own: a terminal's Ctrl-C is for the server, which stops it once; its
-        words go to a file, which can't break like a pipe."""
+        """Run the script and wait. It has a session of its own, or a terminal's Ctrl-C would reach
+        it, too, and stop it twice. Its output goes to a file, since a pipe can break."""
         home = str(Path(nanoalign.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
         words = [sys.executable, "-m", f"train_{self.method}", *self.words]
@@ -141,11 +141,11 @@ class Training:
             self.process.wait()
 
     def state(self) -> dict:
-        """What the page shows of it."""
+        """What the page shows of the run."""
         points = []
         if (metrics := self.directory / "metrics.jsonl").exists():
             lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-            points = [json.loads(line) for line in lines if line]  # whole lines
+            points = [json.loads(line) for line in lines if line]  # complete lines only
         names = {"step": "step", "loss": "loss", "margin": "rewards/margins"}
         points = [{n: p.get(name) for n, name in names.items()} for p in points if "loss" in p]
         shown = "name", "method", "steps", "runs", "failure", "before", "after"
@@ -153,8 +153,8 @@ class Training:
 
 
 class Server(ThreadingHTTPServer):
-    """All that the browsers share. `open_policy` loads the model, or a run's adapter on it, with
-    the model itself as its reference."""
+    """What all browsers share. `open_policy` loads the model, or with a run's directory the result
+    of this run, whose reference is the model."""
 
     daemon_threads, ending = True, False
 
@@ -167,9 +167,9 @@ class Server(ThreadingHTTPServer):
         self.judging, self.computing = threading.RLock(), threading.Lock()
         self.talks: dict[str, Talk] = {}
         self.training: Training | None = None
-        self.policy: Policy | None = None  # None while it trains
-        self.trained: str | None = None  # the newest run
-        self.votes: list = []  # offers between it and the model, once they are judged
+        self.policy: Policy | None = None  # None during training
+        self.trained: str | None = None  # directory of the newest run
+        self.votes: list = []  # judged offers with one reply of this run and one of the model
         self.questions = []
         if built_in(args):
             lines = (world.HOME / "validation.jsonl").read_text(encoding="utf-8").splitlines()
@@ -184,13 +184,14 @@ class Server(ThreadingHTTPServer):
             return self.talks[name]
 
     def writers(self) -> list[tuple[Callable, str]]:
-        """Who may reply: the newest run and the model, an adapter and its base, or one model."""
-        own, lora = (nullcontext, self.trained or self.args.directory), self.policy.lora
+        """The two that write replies, each as (context, name): the newest run and the model, an
+        adapter and its base, or twice the same model."""
+        newest, lora = (nullcontext, self.trained or self.args.directory), self.policy.lora
         base = self.args.directory if self.trained else lora and lora.base_model_name_or_path
-        return [own, (self.policy.reference, base)] if lora else [own, own]
+        return [newest, (self.policy.reference, base)] if lora else [newest, newest]
 
     def learn(self, training: Training) -> None:
-        """Measure, free the model, train, load what was trained, measure."""
+        """Measure, free the model, train, load the result, measure again."""
         try:
             with self.computing:
                 with self.policy.reference() if self.trained else nullcontext():
@@ -207,7 +208,7 @@ class Server(ThreadingHTTPServer):
                 self.policy = self.open_policy(self.trained)
                 if not training.failure:
                     training.after = ranking(self.policy, training)
-        except Exception as error:  # memory that ran out, say: the page tells it
+        except Exception as error:  # out of memory, for example; the page shows it
             training.failure = str(error)
         finally:
             training.runs = False
@@ -217,14 +218,14 @@ class Server(ThreadingHTTPServer):
         return self.training is not None and self.training.runs
 
     def state(self, talk: Talk) -> dict:
-        """All that the page shows."""
+        """Everything that the page shows."""
         labels = [row.get("label") for row in read_rows(talk.file)]
         turns = [
-            shown(turn) | {"label": None, "anew": place in talk.starts}
-            for place, turn in enumerate(talk.turns)
+            shown(turn) | {"label": None, "anew": i in talk.starts}
+            for i, turn in enumerate(talk.turns)
         ]
-        for place, row in talk.rows.items():
-            turns[place]["label"] = row["label"]
+        for i, row in talk.rows.items():
+            turns[i]["label"] = row["label"]
         offer = None
         if talk.offer and talk.offer.differ:
             offer = {"judged": talk.offer.judged, "better": talk.offer.better}
@@ -247,7 +248,7 @@ class Server(ThreadingHTTPServer):
         }
 
     def count(self) -> str:
-        """What the votes on the newest run say, once there are as many as were asked for."""
+        """The result of the votes on the newest run, after the last vote only."""
         won = [offer.row and offer.row["model"] for offer in self.votes[:VOTES]]
         if len(won) < VOTES:
             return f"{len(won)} of {VOTES} votes; the count comes after the last"
@@ -257,19 +258,19 @@ class Server(ThreadingHTTPServer):
 
 
 def built_in(args: Namespace) -> bool:
-    """Is it the built-in world's model?"""
+    """Is this the model of the built-in world?"""
     return Path(args.directory) == world.HOME.parent / "sft" and world.HOME.exists()
 
 
 def shown(message: dict) -> dict:
-    """A turn as text: its thought, and its words and calls."""
+    """A turn as the page shows it: role, thought, and content with calls as text."""
     calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
     text = "\n".join(filter(None, [message["content"], *calls]))
     return {"role": message["role"], "text": text, "thought": message.get("reasoning_content")}
 
 
 def held_out(method: str, rows: list[dict]) -> list[dict]:
-    """Eight judgements, or as many as there are enough for; of thumbs as many up as down."""
+    """Eight judgements, or fewer if there are few. Thumbs: as many up as down."""
     rng = random.Random(len(rows))
     if method == "dpo":
         return rng.sample(rows, min(8, len(rows) // 4))
@@ -279,8 +280,8 @@ def held_out(method: str, rows: list[dict]) -> list[dict]:
 
 @torch.no_grad()
 def ranking(policy: Policy, training: Training) -> dict[str, int]:
-    """Of two held-out replies, one liked and one not, in how many cases is log pi higher for the
-    one that is liked? Thumbs: each that is up against each that is down."""
+    """In how many held-out pairs does the liked reply have the higher log pi? With thumbs, each
+    liked reply is paired with each disliked one."""
     layouts = KTO if training.method == "kto" else DPO
     opened = policy.tokenizer, policy.template, Limits()
     examples, _ = read_examples([str(training.test)], layouts, *opened, notes=[])
@@ -298,15 +299,15 @@ def refuse_if(wrong: bool, why: str, status: int = 409) -> None:
         raise Refused(status, why)
 
 
-# What a browser can ask for: of its talk, by a body of JSON; `send` sends a part of the answer.
+# Requests of a browser. `body` is the request's JSON; `send` sends a part of the answer.
 
 
 def on_state(server: Server, talk: Talk, body: dict, send) -> None:
-    """The state alone, which follows each answer."""
+    """Nothing: the state is sent after each answer anyway."""
 
 
 def on_ask(server: Server, talk: Talk, body: dict, send) -> None:
-    """A question, and the reply to it; or `two`, in an order of chance, to choose from."""
+    """A question: send a reply, or with `two` two replies in random order."""
     text, texts = body.get("text"), []
     refuse_if(not isinstance(text, str) or not text.strip(), "text: expected some words", 400)
     refuse_if(any("\ud800" <= c <= "\udfff" for c in text), "text: half a character", 400)
@@ -327,7 +328,7 @@ def on_ask(server: Server, talk: Talk, body: dict, send) -> None:
                     with writer():
                         texts.append(reply(server, talk, lambda p: send({"side": side, "text": p})))
             except Exception:
-                talk.turns.pop()  # a question without a reply
+                talk.turns.pop()  # otherwise the question would stay without a reply
                 raise
         if len(texts) == 2:
             talk.offered(texts, [name for _, name in writers])
@@ -340,17 +341,17 @@ def on_ask(server: Server, talk: Talk, body: dict, send) -> None:
 
 
 def reply(server: Server, talk: Talk, send: Callable[[str], None]) -> str:
-    """The text of a reply, sent as it is made."""
+    """Generate a reply, and send it piece by piece. -> its text"""
     names = "max_new_tokens", "temperature", "top_p"
-    how = {name: getattr(server.args, name) for name in names}
+    options = {name: getattr(server.args, name) for name in names}
     sender = Sender(server.policy.tokenizer, talk, send)
     with suppress(Stopped):
-        generate(server.policy, [talk.prompt()], streamer=sender, **how)
+        generate(server.policy, [talk.prompt()], streamer=sender, **options)
     return sender.reply
 
 
 def on_choose(server: Server, talk: Talk, body: dict, send) -> None:
-    """The better one of two: 0, 1, or None for neither."""
+    """A choice between two replies: 0, 1, or None for neither."""
     better, offer = body.get("better"), talk.offer
     refuse_if(talk.busy or not offer or not offer.differ, "there is nothing to choose")
     refuse_if(better not in (0, 1, None) or type(better) is bool, "better: 0, 1 or null", 400)
@@ -360,26 +361,26 @@ def on_choose(server: Server, talk: Talk, body: dict, send) -> None:
 
 
 def on_thumb(server: Server, talk: Talk, body: dict, send) -> None:
-    """A thumb for the reply at a place; None takes it back."""
-    place, label = body.get("place"), body.get("label")
+    """A thumb for the reply in turn number `place`; None takes it back."""
+    turn, label = body.get("place"), body.get("label")
     refuse_if(talk.busy, "a reply is being written")
     refuse_if(not (label is None or type(label) is bool), "label: true, false or null", 400)
-    places = [i for i, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
-    refuse_if(type(place) is not int or place not in places, "place: no reply is there", 400)
+    replies = [i for i, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
+    refuse_if(type(turn) is not int or turn not in replies, "place: no reply is there", 400)
     if label is None:
-        talk.forget(place)
+        talk.forget(turn)
     else:
-        talk.thumb(label, place)
+        talk.thumb(label, turn)
 
 
 def on_undo(server: Server, talk: Talk, body: dict, send) -> None:
-    """The last question and what was said of its reply are taken back."""
+    """Take back the last question, its reply and the judgement."""
     refuse_if(talk.busy, "a reply is being written")
     send({"text": talk.undo()})
 
 
 def on_reset(server: Server, talk: Talk, body: dict, send) -> None:
-    """A new conversation, below the old one."""
+    """Start a new conversation. The page shows it below the old one."""
     refuse_if(talk.busy, "a reply is being written")
     talk.begin()
 
@@ -389,7 +390,7 @@ def on_stop(server: Server, talk: Talk, body: dict, send) -> None:
 
 
 def on_train(server: Server, talk: Talk, body: dict, send) -> None:
-    """KTO on the thumbs, or DPO on the choices."""
+    """Train with KTO on the thumbs, or with DPO on the choices."""
     method = body.get("method")
     refuse_if(method not in NEEDED, "method: kto or dpo", 400)
     for name, most in (("rate", 1), ("epochs", 1000)):
@@ -410,8 +411,8 @@ ACTIONS = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Only our own page may ask: no other site's, be it under its own name, turned to
-    this address, or under ours: what it sends without our leave is not JSON."""
+    """One request. Pages of other sites are refused: by the Host header, if their name leads to
+    this address, and by the content type, since a browser sends no JSON without our permission."""
 
     timeout, begun = 600, False
 
@@ -471,13 +472,13 @@ class Handler(BaseHTTPRequestHandler):
             self.begin(200, "application/json")
         self.wfile.write(json.dumps(part).encode() + b"\n")
 
-    def log_message(self, *given) -> None:
-        """The terminal is not for requests."""
+    def log_message(self, *args) -> None:
+        """Print nothing: the base class would print each request in the terminal."""
 
 
 def serve(args: Namespace, open_policy: Callable[[str | None], Policy]) -> None:
-    """Until Ctrl-C or SIGTERM."""
-    server = Server(args, open_policy)  # before the model is read: is the port free?
+    """Run the server until Ctrl-C or SIGTERM."""
+    server = Server(args, open_policy)  # before loading the model: the port may not be free
     if built_in(args):
         torch.set_num_threads(1)
     server.policy = open_policy(None)
@@ -499,7 +500,7 @@ def serve(args: Namespace, open_policy: Callable[[str | None], Policy]) -> None:
             talk.stop = True
         if server.training:
             server.training.stop()
-        with server.computing:  # what still computes has come to its end
+        with server.computing:  # wait for the reply that is being generated
             server.server_close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""Pictures of runs: python -m nanoalign.plot RUN [RUN ...] [--out curves.png]
+"""Draw the curves of runs: python -m nanoalign.plot RUN [RUN ...] [--out curves.png]
 
-Reads each run's metrics.jsonl and draws what is there (run/report.py).
+It reads metrics.jsonl in each run's directory and draws what it finds (run/report.py).
 """
 
 from pathlib import Path

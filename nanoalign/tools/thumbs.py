@@ -1,13 +1,11 @@
-"""A conversation whose replies are judged, and the rows of what people said of them.
+"""A conversation whose replies a person judges, and the files of these judgements.
 
-A thumb under one reply is a row for train_kto.py; of two replies the better one makes a row for
-train_dpo.py. Terminal and page (chat.py, page.py) hold the same conversation and write the same
-rows.
+A thumb for a reply is a line for train_kto.py. A choice between two replies is a line for
+train_dpo.py. The terminal (chat.py) and the page (page.py) use the same conversation and files.
 
-A judgement costs a person more than a step costs a machine. So a row is on the disk before the next
-word is said: appended, flushed and synced. What a crash left of a half-written one is moved to
-FILE.torn, and said, before anything is appended behind it; and a second judgement of the same reply
-takes the place of the first.
+Judgements are a person's work, so none may be lost. Each line is appended, flushed and synced at
+once. If a crash has left an incomplete line, it is moved to FILE.torn with a message, or the next
+line would be appended to it. A second judgement of a reply replaces the first one.
 """
 
 import json
@@ -25,8 +23,8 @@ from nanoalign.run.files import saving
 
 
 def message_of(text: str) -> Message:
-    """What a model wrote, as the same words would be read from a file: its thought, its calls and
-    the rest. Some templates open the thought in the prompt; then the text holds its end only."""
+    """A model's text as a message, with its thought and its calls, as if it were read from a file.
+    Some templates write <think> into the prompt: then the text has only the end of the thought."""
     if "<think>" not in text.partition("</think>")[0] and "</think>" in text:
         text = "<think>\n" + text
     return turns_of({"reply": text}, "reply", "assistant")[0]
@@ -34,13 +32,13 @@ def message_of(text: str) -> Message:
 
 @dataclass(eq=False)
 class Offer:
-    """Two replies to one question, and the row that says which is the better one."""
+    """Two replies to one question, and the line that says which one is better."""
 
     replies: list[Message]  # in the order in which they are shown
     models: list[str]  # that wrote them
     judged: bool = False
-    better: int | None = None  # once it is judged; None: neither
-    row: dict | None = None
+    better: int | None = None  # the better reply, 0 or 1; None: neither
+    row: dict | None = None  # the line in the file
 
     @property
     def differ(self) -> bool:
@@ -49,33 +47,33 @@ class Offer:
 
 @dataclass
 class Conversation:
-    """The turns so far, and what was said of the replies among them.
+    """The turns so far, and the judgements of their replies.
 
-    `file` is for thumbs; choices go to FILE.pairs.jsonl beside it. Without one nothing is judged.
+    Thumbs are written to `file`, and choices to FILE.pairs.jsonl beside it. None: no judgements.
     """
 
     model: str
     file: Path | None = None
     system: str = ""
     turns: list[Message] = field(default_factory=list)
-    starts: list[int] = field(default_factory=lambda: [0])  # the turns that begin anew
-    models: dict[int, str] = field(default_factory=dict)  # that wrote a reply, by its place
-    rows: dict[int, dict] = field(default_factory=dict)  # the thumbs, by the place of the reply
-    offer: Offer | None = None  # at the end of the turns, of which the reply that goes on is one
+    starts: list[int] = field(default_factory=lambda: [0])  # turns where a conversation begins
+    models: dict[int, str] = field(default_factory=dict)  # {turn: the model that wrote it}
+    rows: dict[int, dict] = field(default_factory=dict)  # {turn: its thumb's line in the file}
+    offer: Offer | None = None  # two replies for the last turn; turns[-1] is one of them
 
     @property
     def pairs(self) -> Path:
         return self.file.with_suffix(".pairs.jsonl")
 
     def prompt(self, until: int | None = None) -> list[Message]:
-        """The messages that precede a turn, or all, from where it last began anew."""
+        """The messages before a turn (None: all), from the last start of a conversation on."""
         until = len(self.turns) if until is None else until
-        start = max(place for place in self.starts if place <= until)
+        start = max(turn for turn in self.starts if turn <= until)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.turns[start:until]
 
     def begin(self) -> None:
-        """What was said until now is not read any more."""
+        """Start a new conversation: the model does not see the turns so far any more."""
         self.starts.append(len(self.turns))
         self.offer = None
 
@@ -87,20 +85,21 @@ class Conversation:
         self.models[len(self.turns)] = model or self.model
         self.turns.append(message_of(text))
 
-    def thumb(self, label: bool, place: int = -1) -> None:
-        """Thumbs up or down for a reply, the last one unless told otherwise."""
-        place %= len(self.turns)
-        row = {"model": self.models[place], "prompt": self.prompt(place)}
-        row |= {"completion": [self.turns[place]], "label": label}
-        self.rows[place] = self._keep(self.file, row, self.rows.get(place))
+    def thumb(self, label: bool, turn: int = -1) -> None:
+        """Thumbs up or down for a reply, by default for the last one."""
+        turn %= len(self.turns)
+        row = {"model": self.models[turn], "prompt": self.prompt(turn)}
+        row |= {"completion": [self.turns[turn]], "label": label}
+        self.rows[turn] = self._keep(self.file, row, self.rows.get(turn))
 
     def offered(self, texts: list[str], models: list[str]) -> None:
-        """Two replies to the last question; until one is chosen the first goes on."""
+        """Add two replies to the last question. Until one is chosen, the first one is the turn."""
         self.answer(texts[0], models[0])
         self.offer = Offer([message_of(text) for text in texts], models)
 
     def choose(self, better: int | None) -> None:
-        """The first (0) or second (1) of the two is better and goes on; None: neither is."""
+        """Judge the offer: the first (0) or the second reply (1) is better and becomes the turn.
+        None: neither is better."""
         offer = self.offer
         offer.judged, offer.better = True, better
         if better is None:
@@ -122,26 +121,26 @@ class Conversation:
             self.turns[-1], self.models[len(self.turns) - 1] = chosen, names[0]
 
     def undo(self) -> str:
-        """Take the last question and its reply back, and what was said of it. -> the question"""
+        """Take back the last question, its reply and the judgement. -> the question"""
         if self.offer:
             self.choose(None)
             self.offer = None
-        asked = [place for place, turn in enumerate(self.turns) if turn["role"] == "user"]
+        asked = [i for i, turn in enumerate(self.turns) if turn["role"] == "user"]
         if not asked:
             return ""
         self.forget(asked[-1] + 1)
         question = self.turns[asked[-1]]["content"]
         del self.turns[asked[-1] :]
-        self.starts = [place for place in self.starts if place <= asked[-1]]
+        self.starts = [turn for turn in self.starts if turn <= asked[-1]]
         return question
 
-    def forget(self, place: int) -> None:
-        """Take a thumb back."""
-        if row := self.rows.pop(place, None):
+    def forget(self, turn: int) -> None:
+        """Take back a thumb."""
+        if row := self.rows.pop(turn, None):
             replace(self.file, row, None)
 
     def _keep(self, path: Path, row: dict, old: dict | None) -> dict:
-        """Write a row, in the place of the old one if there is one."""
+        """Write a line, or replace the old one if there is one."""
         row = {**row, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if old is None:
             append(path, row)
@@ -151,22 +150,22 @@ class Conversation:
 
 
 def tally(chat: Conversation) -> str:
-    """37 thumbs: 21 up, 16 down; 4 choices. What a crash has torn is set aside here."""
+    """Such as "37 thumbs: 21 up, 16 down; 4 choices"."""
     labels, choices = [row.get("label") for row in read_rows(chat.file)], read_rows(chat.pairs)
     up = labels.count(True)
     return f"{len(labels)} thumbs: {up} up, {len(labels) - up} down; {len(choices)} choices"
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file; none if it is not there. A last line that a crash has torn is moved
-    to FILE.torn, and said."""
+    """The lines of a JSONL file, or [] if there is no file. If a crash has left the last line
+    incomplete, it is moved to FILE.torn, and a message is printed."""
     with saving(path):
         raw = path.read_bytes() if path.exists() else b""
     *lines, last = raw.split(b"\n")
     if last:
         try:
             json.loads(last)
-            _append(path, b"\n")  # only its end was missing
+            _append(path, b"\n")  # only the newline was missing
             lines.append(last)
         except ValueError:
             torn = path.with_name(path.name + ".torn")
@@ -184,12 +183,12 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a row; when this returns, the disk has it."""
+    """Add a line. It is on the disk when this returns."""
     _append(path, _line(row))
 
 
 def replace(path: Path, old: dict, new: dict | None) -> None:
-    """Put `new` in the place of the last row that is `old`; None takes it out."""
+    """Replace the last line that equals `old` with `new`. None: remove it."""
     with saving(path):
         lines = path.read_bytes().splitlines(keepends=True)
         at = len(lines) - 1 - lines[::-1].index(_line(old))
@@ -211,12 +210,12 @@ def _append(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-# What votes say.
-Z = NormalDist().inv_cdf(0.975)  # 1.96: of an interval that holds 95 %
+# Statistics of votes
+Z = NormalDist().inv_cdf(0.975)  # 1.96, for an interval of 95 %
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): all p from which `wins` of n is no surprise,
+    """The 95 % interval of a share (Wilson 1927): all probabilities p for which holds
 
     |wins / n - p| <= 1.96 sqrt(p (1 - p) / n)
     """
@@ -227,7 +226,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
 
 
 def verdict(wins: int, n: int) -> str:
-    """What so many wins of n votes say."""
+    """Whether so many wins of n votes are more than chance, in words."""
     if n == 0:
         return "no votes"
     low, high = wilson(wins, n)
@@ -235,7 +234,7 @@ def verdict(wins: int, n: int) -> str:
     if low > 0.5 or high < 0.5:
         return f"{said}: {'more' if low > 0.5 else 'less'} than chance"
     if 2 * wins == n:
-        return f"{said}: can't be told from a coin; at this rate no number would"
-    needed = (Z / 2 / (wins / n - 0.5)) ** 2  # where the interval ends at a half
-    needed = max(n + 1, round(needed, 1 - int(math.log10(needed))))  # two digits
-    return f"{said}: can't be told from a coin; about {needed:,.0f} in all at this rate would"
+        return f"{said}: it may be chance; at this rate more votes would not tell"
+    needed = (Z / 2 / (wins / n - 0.5)) ** 2  # with so many votes the interval would end at 0.5
+    needed = max(n + 1, round(needed, 1 - int(math.log10(needed))))  # round to two digits
+    return f"{said}: it may be chance; at this rate about {needed:,.0f} votes would tell"
