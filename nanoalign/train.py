@@ -96,26 +96,26 @@ def fitting(examples: Examples, size: int, tokens: int) -> Batches:
 
 
 def alone(sums: Sums, parameters=()) -> Sums:
-    """The total over processes where there is only one. Several add gradients up here, too."""
+    """The total over all processes, where there is one. Several also add up gradients here."""
     return sums
 
 
 @dataclass
 class Machine:
-    """What a step needs on the machine that computes it. The defaults are for one process."""
+    """What a step needs to know of the machine. The defaults are for a single process."""
 
     rows: Callable = fitting  # examples -> the batches that this process computes
     total: Callable = alone  # adds up what all processes have summed (run/ranks.py)
-    scale: float = 1.0  # of the loss: without one, small gradients vanish in float16
+    scale: float = 1.0  # of the loss: float16 needs more, or small gradients become 0
 
 
 @dataclass
 class Step:
-    """An optimizer step that was done."""
+    """What came of an optimizer step."""
 
     number: int  # counted from 1
     examples: list[Example]  # that it trained on
-    sums: Sums | None  # None: loss or gradient were not finite, and nothing has changed
+    sums: Sums | None  # None: loss or gradient were not finite, and no weight has changed
     learning_rate: float
     grad_norm: float  # before clipping
 
@@ -128,8 +128,8 @@ def train(
     cfg, policy: Policy, examples: Examples, method: Method, optimizer=None,
     first: int = 0, order: Callable = epoch_order, machine: Machine | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Train the policy in place, from step `first`, and yield each step when it is done. `order`
-    gives the examples of an epoch."""
+    """Train the policy in place, from step `first` on. Yields each step when it is done. `order`
+    sorts the examples of an epoch."""
     machine = machine or Machine()
     optimizer = optimizer or make_optimizer(cfg, policy.lm)
     per_epoch, steps = plan(cfg, len(examples))
@@ -153,9 +153,10 @@ def optimizer_step(
     optimizer, rate: float, batches: Iterable[Sums], max_grad_norm: float = 0.0,
     scale: float = 1.0, total: Callable = alone,
 ) -> tuple[Sums | None, float]:  # fmt: skip
-    """One step on the mean over all that the method's `batches` yield. -> sums of loss and metrics,
-    or None if loss or gradient are not finite (then nothing has changed); the gradient's norm.
-    `scale` keeps sums over a thousand tokens inside float16; it is taken out of the gradient."""
+    """An optimizer step on the mean over all that the method's `batches` count. Returns the sums of
+    loss and metrics, and the gradient's norm. The sums are None if loss or gradient are not finite;
+    then no weight has changed. The loss is multiplied by `scale` before backward, so that sums over
+    a thousand tokens fit into float16; afterwards the gradient is divided by it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: Sums = {}
     for batch in batches:
@@ -167,7 +168,7 @@ def optimizer_step(
     for gradient in (p.grad for p in parameters if p.grad is not None):
         gradient /= sums["loss"][1] * scale
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    # the program waits for the device once a step: here, before anything is changed
+    # tolist() waits for the device: once a step, and before a weight changes
     values = [torch.as_tensor(value, device=norm.device) for value, _ in sums.values()]
     norm, values = norm.item(), torch.stack(values).tolist()
     sums = {name: (value, count) for (name, (_, count)), value in zip(sums.items(), values)}
@@ -182,7 +183,7 @@ def optimizer_step(
 
 @torch.no_grad()
 def evaluate(lm, batches: Iterable[Sums], total: Callable = alone) -> dict[str, float]:
-    """Means over all held-out examples (SFT: tokens), whatever the batch size."""
+    """Means of loss and metrics over all that the `batches` count, of any size."""
     lm.eval()
     sums: Sums = {}
     for batch in batches:
