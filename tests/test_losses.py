@@ -9,6 +9,7 @@ import torch
 from nanoalign.losses import (
     DPO_LOSSES,
     KTO_LOSSES,
+    compares,
     dpo_loss,
     flags_of,
     kl_baseline,
@@ -16,7 +17,6 @@ from nanoalign.losses import (
     needs,
     sft_loss,
 )
-from nanoalign.run.flags import DPOConfig
 
 
 def close(got, expected):
@@ -178,24 +178,59 @@ def test_the_gradient_of_dpo():
     assert close(tensors["rejected_logps"].grad, slope)
 
 
+# The chosen reply is at -10,000 and the rejected one at 0, then the other way round; beta is 0.1,
+# and both have one token. -> losses, and their slopes by the chosen reply.
+FAR = {
+    # z = -1000 and 1000: -log sigmoid(z) is -z below zero and 0 above
+    "sigmoid": ([1000, 0], [-0.1, 0]),
+    "robust": ([1000, 0], [-0.1, 0]),
+    "sigmoid_norm": ([1000, 0], [-0.1, 0]),
+    "hinge": ([1001, 0], [-0.1, 0]),
+    # (m - 5)^2, which pulls back from both sides: slope 2 (m - 5)
+    "ipo": ([10_005.0**2, 9_995.0**2], [-20_010, 19_990]),
+    # 1 + 1/2 and 1/2 + 0; the slope of 1/2 is -0.1 / 4
+    "apo_zero": ([1.5, 0.5], [0, -0.025]),
+    # 0 + 1 and 1/2 + 0, which lowers the chosen reply
+    "apo_down": ([1.0, 0.5], [0, 0.025]),
+    # gamma is 0.5
+    "simpo": ([1000.5, 0], [-0.1, 0]),
+    # the log-odds of p = 1 - 1e-6, where it is held, are log(1e6) = 13.81551;
+    # 10,000 + 0.1 (10,000 + 13.81551), and the chosen reply's own loss
+    "orpo": ([11_001.381551, 0], [-1.1, -1]),
+}
+
+
 @pytest.mark.parametrize("loss_type", DPO_LOSSES)
-def test_dpo_far_away_is_finite_and_its_rewards_carry_no_gradient(loss_type):
+def test_dpo_far_away(loss_type):
+    """Finite, as on paper, and the rewards carry no gradient."""
     chosen = torch.tensor([-1e4, 0.0], requires_grad=True)
     rejected = torch.tensor([0.0, -1e4], requires_grad=True)
     zero = torch.zeros(2)
-    own = {n: v for n, v in flags_of(DPOConfig(), DPO_LOSSES[loss_type]).items() if n != "beta"}
+    own = {"simpo_gamma": 0.5} if loss_type == "simpo" else {}
     losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type, **own)
     losses.sum().backward()
-    assert (
-        losses.shape == (2,)
-        and losses.isfinite().all()
-        and losses[0] > losses[1] - 1e-6
-        or (
-            loss_type == "ipo"  # which pulls back from both sides
-        )
-    )
-    assert chosen.grad.isfinite().all()
+    expected, slopes = FAR[loss_type]  # a new loss needs its numbers here
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+    assert chosen.grad.tolist() == pytest.approx(slopes, rel=1e-6)
+    assert rejected.grad.isfinite().all()
+    assert [reward.tolist() for reward in rewards] == [[-1000, 0], [0, -1000]]
     assert not any(reward.requires_grad for reward in rewards)
+
+
+def test_rewards_are_per_token_only_where_there_is_no_reference_and_the_loss_is(monkeypatch):
+    """The log-ratios of PAIRS times beta; log pi times beta where there is nothing to compare."""
+    _, chosen, rejected = dpo(loss_type="ipo", **LENGTHS)
+    assert close(chosen, [1.0, 0.0]) and close(rejected, [-0.5, 1.5])
+    monkeypatch.setitem(DPO_LOSSES, "own", lambda policy, beta: -beta * policy.chosen)
+    losses, chosen, rejected = dpo_without_reference(loss_type="own")
+    assert close(losses, [5.0, 10.0])
+    assert close(chosen, [-5.0, -10.0]) and close(rejected, [-8.0, -10.5])
+
+
+def test_which_losses_compare_with_a_reference():
+    """For the others none is loaded."""
+    assert {name for name, loss in DPO_LOSSES.items() if not compares(loss)} == {"simpo", "orpo"}
+    assert all(map(compares, KTO_LOSSES.values()))
 
 
 # --------------------------------------------------------------------------------------- KTO
@@ -236,6 +271,14 @@ def test_apo_zero_unpaired():
         losses, _ = kto_loss(LOGPS, REF, mixed, torch.tensor(z0), 0.5, "apo_zero_unpaired")
         assert close(losses, [0.2689414, 0.3775407, 0.5])
     assert [name for name, loss in KTO_LOSSES.items() if "z0" in needs(loss)] == ["kto"]
+
+
+def test_kto_far_away():
+    """By default beta is 0.1 and both weights are 1: the loss is 0 or 1, the reward a tenth."""
+    for label, expected in ((True, [1.0, 0.0]), (False, [0.0, 1.0])):
+        far, labels = torch.tensor([-1e4, 1e4]), torch.tensor([label] * 2)
+        losses, rewards = kto_loss(far, torch.zeros(2), labels, torch.tensor(0.0))
+        assert losses.tolist() == expected and rewards.tolist() == [-1000, 1000]
 
 
 @pytest.mark.parametrize("loss_type", KTO_LOSSES)
