@@ -6,7 +6,15 @@ import pytest
 from conftest import TEXT, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -266,6 +274,29 @@ def test_only_the_name_is_taken_apart():
     assert len(spans(ids, mask)[0]) < 2 * len(plain) + 60 < 2 * len(long)
 
 
+def test_a_token_may_reach_from_the_template_into_a_content():
+    """Of a vocabulary that has "user\\nWhy?" in one piece. But a reply is apart from its header."""
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    markers = [AddedToken(name, special=True) for name in (IM_START, IM_END)]
+    bpe = make_bpe(["user\nWhy?", "assistant\nSo."] * 9, markers, pre=pre)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=IM_END)
+    ids, mask = ids_and_mask(tokenizer, ChatML(tokenizer), talk("Why?", "So."))
+    assert [tokenizer.decode(i) for i in ids[:3]] == [IM_START, "user\nWhy?", IM_END]
+    assert decoded(tokenizer, ids[: mask.index(True)]).endswith("assistant\n")
+
+
+def test_what_a_tokenizer_puts_before_every_text_is_in_no_piece():
+    """Llama's <s>, say: a conversation is many pieces, and has no <s> at all."""
+    usual, begins = make_tokenizer(), make_tokenizer()
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", usual.eos_token_id)]
+    )
+    assert begins("a")["input_ids"] == [usual.eos_token_id, *usual("a")["input_ids"]]
+    pieces = list(ChatML(usual).pieces(talk("Why is the sky blue?", "Light.")))
+    expected = definition(usual, pieces)
+    assert definition(begins, pieces) == encode(begins, [pieces])[0] == expected
+
+
 def test_unknown_characters_are_no_special_tokens():
     """<unk> in a word-level vocabulary must not send the whole text letter by letter."""
     words = {w: i for i, w in enumerate(["<unk>", IM_START, IM_END, "user", "assistant", "hello"])}
@@ -284,6 +315,17 @@ def test_a_character_that_is_a_special_token_is_refused():
     tokenizer.add_tokens([IM_START, IM_END], special_tokens=True)
     with pytest.raises(InputError, match="character '¤'"):
         ids_and_mask(tokenizer, ChatML(tokenizer), talk("5 ¤", "ok"))
+
+
+def test_runs_of_white_space_are_words():
+    """Phi's tokens for them are added tokens, and no names that could forge a marker."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(space, normalized=False) for space in ("  ", "\n\n", "\t")])
+    messages = talk("two  spaces\n\nand\ta tab", "  so\n\nit  is")
+    ids, _ = ids_and_mask(tokenizer, ChatML(tokenizer), messages)
+    text = "\n".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}" for m in messages)
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("  ") in ids
 
 
 def sentencepiece(scheme):
@@ -318,6 +360,18 @@ def test_tokenizers_that_put_a_space_before_a_text(scheme, messages):
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     replies = [m["content"] for m in messages if m["role"] == "assistant"]
     assert [decoded(tokenizer, run[:-1]) for run in spans(ids, mask)] == replies
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("reply", ["say <tool> now", "<tool>", "a<tool>b<tool>", "<tool> <tool>"])
+def test_a_name_that_is_taken_apart_brings_no_spaces(scheme, reply):
+    """Where a reply stands its halves stand inside of a text, each of them."""
+    tokenizer = sentencepiece(scheme)
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    ids, mask = ids_and_mask(tokenizer, ChatML(tokenizer), talk("Hello!", reply))
+    [run] = spans(ids, mask)
+    assert tokenizer.convert_tokens_to_ids("<tool>") not in ids
+    assert decoded(tokenizer, run[:-1]) == reply
 
 
 def test_chatml_opens_a_tokenizer_without_its_markers(tmp_path):
@@ -387,6 +441,26 @@ def test_a_thought_stays_in_its_round_and_is_forgotten_in_the_next(either):
         f"{begin}It is 42.{IM_END}\n{turn('user', 'Sure?')}{IM_START}assistant\n"
         f"[[{think}It is 42.{IM_END}]]"
     )
+
+
+def test_a_conversation_that_no_user_begins(either):
+    """Its thoughts stay, and the result of a call is shown wherever it stands."""
+    talk = [{"role": "tool", "content": "ok"}, THINKS] * 2
+    result = turn("user", "<tool_response>\nok\n</tool_response>")
+    reply = f"<think>\nLet me see.\n</think>\n\nIt is 42.{IM_END}"
+    header = f"{IM_START}assistant\n"
+    assert written(either, talk) == f"{result}{header}{reply}\n{result}{header}[[{reply}]]"
+    [(ids, _)] = encode(either, [list(ChatML(either).prompt(talk[:3]))])
+    assert decoded(either, ids) == f"{result}{header}{reply}\n{result}{header}"
+
+
+def test_calls_and_tools_in_any_language(either):
+    """As they are, and not in escapes."""
+    call = {"function": {"name": "schau", "arguments": {"wo": "Brücke 橋"}}}
+    tool = {"function": {"name": "schau", "description": "Schöne Brücken 橋"}}
+    asks = {"role": "user", "content": "?"}
+    text = written(either, [asks, {**CALLS, "tool_calls": [call]}], [tool])
+    assert '"wo": "Brücke 橋"' in text and '"description": "Schöne Brücken 橋"' in text
 
 
 def test_calls_and_results_and_the_tools_in_the_system_turn(either):

@@ -270,6 +270,28 @@ def test_the_definition_of_attention_by_hand():
     assert out.flatten().tolist() == [1.0, 5.5, 50.5]
 
 
+@pytest.mark.parametrize("way", [(128, 1024), (3, 1024), (3, 2)], ids=["whole", "blocks", "sdpa"])
+def test_dropout_of_the_weights(way, monkeypatch):
+    """All scores are alike and the values one-hot, so the output is the weights: 1 / (i + 1), of
+    which a share of 1/4 drops (to five sigma) and the others grow by 4/3."""
+    monkeypatch.setattr(fast, "BLOCK", way[0])
+    monkeypatch.setattr(fast, "SHORT", way[1])
+    geometry = pack([Example(list(range(60)), [([7], [True])])]).geometry
+    q, value = torch.zeros(1, 2, 60, 60), torch.eye(60).expand(1, 2, 60, 60)
+    how, even = dict(geometry=geometry, scaling=1.0), 1 / torch.arange(1, 61)[:, None]
+    torch.manual_seed(0)
+    for dropout in (0.0, 0.25):
+        out = packed_attention(None, q, q, value, None, dropout=dropout, **how)[0][0]  # (T, H, T)
+        for weights in out.unbind(1):
+            seen = torch.ones(60, 60).tril().bool()
+            assert not weights[~seen].any()
+            left = weights / even * (1 - dropout)
+            assert torch.allclose(left[left > 0], torch.ones(()), atol=1e-6)
+            dropped = (left[seen] == 0).float().mean()
+            assert abs(dropped - dropout) <= 5 * (dropout * (1 - dropout) / seen.sum()) ** 0.5
+    assert not torch.equal(*out.unbind(1))  # each head has its own
+
+
 def test_a_keyword_that_changes_attention_is_refused():
     geometry = pack(WORKED).geometry
     q = torch.randn(1, 2, 7, 8)

@@ -627,6 +627,23 @@ def test_a_marker_that_takes_the_space_behind_it():
         assert [decoded(tokenizer, run) for run in spans(ids, mask)] == [reply]
 
 
+def test_a_marker_that_takes_the_space_before_it():
+    """As Llama 2's </s> may, where "content </s>" is printed; and runs of space are no markers."""
+    tokens = [AddedToken("<s>"), AddedToken("</s>", lstrip=True), AddedToken("  ", special=False)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_bpe(TEXT, tokens), eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + ':  ' + m['content'] + ' </s>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant:  ' }}{% endif %}"
+    )
+    template, messages = NativeTemplate(tokenizer), talk("Hello!", "Bye  bye.", "Why?", "Fine.")
+    for text in texts(messages):
+        ids, mask = ids_and_mask(tokenizer, template, text)
+        assert ids == rendered(tokenizer, messages)[: len(ids)]
+        assert [decoded(tokenizer, run) for run in spans(ids, mask)] == [
+            f"{text[-1]['content']}</s>"
+        ]
+
+
 def test_the_default_system_turn_is_the_templates_own():
     """native shows it because the model was tuned with it; chatml never invents one."""
     tokenizer = native_tokenizer(DEFAULT_SYSTEM)
