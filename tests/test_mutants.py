@@ -1,0 +1,20 @@
+"""The list of mutants keeps up with the code; python tests/mutants.py plants them."""
+
+from mutants import HOME, listed
+
+
+def test_each_text_that_a_mutant_changes_is_in_its_file_once():
+    mutants = listed()
+    assert len({(m.file, m.name) for m in mutants}) == len(mutants) > 200
+    for mutant in mutants:
+        text = (HOME / "nanoalign" / mutant.file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.name}"
+        changed = text.replace(mutant.old, mutant.new)
+        assert changed != text
+        compile(changed, mutant.file, "exec")
+
+
+def test_the_tests_that_a_mutant_names_are_there():
+    for tests in {mutant.tests for mutant in listed()}:
+        path, _, name = tests.split()[0].partition("::")
+        assert f"def {name}" in (HOME / "tests" / path).read_text(encoding="utf-8"), tests
