@@ -1,9 +1,9 @@
-"""Direct preference optimization: of two replies, prefer the chosen one.
+"""Direct preference optimization (DPO): of two replies, prefer the chosen one.
 
-    python train_dpo.py                                   # goes on from train_sft.py's result
+    python train_dpo.py                                   # goes on with the result of train_sft.py
     python train_dpo.py --model_name_or_path M --dataset_name pairs.jsonl
 
-The policy is compared with a reference: itself, as it was at the start.
+The policy is compared with a reference. By default this is the policy before the first step.
 """
 
 from nanoalign import world
@@ -26,7 +26,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
     reference = reference_of(cfg, run.policy, cfg.loss, lambda: [*run.examples, *run.held_out])
 
     def dpo(batches):
-        """The loss is a mean over pairs: of K ranked replies to a prompt, over all of theirs."""
+        """One step of DPO. The loss is a mean over pairs; K ranked replies make several pairs."""
         for batch, ref_logps in zip(batches, reference(batches)):
             scores = run.policy(batch)
             start = Scores(ref_logps, scores.tokens)

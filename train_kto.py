@@ -1,10 +1,10 @@
-"""Kahneman-Tversky optimization: learn from single replies, thumbs up or thumbs down.
+"""Kahneman-Tversky optimization (KTO): learn from single replies with a thumb up or down.
 
-    python train_kto.py                                   # goes on from train_sft.py's result
+    python train_kto.py                                   # goes on with the result of train_sft.py
     python train_kto.py --model_name_or_path M --dataset_name thumbs.jsonl
 
-A reply's log-ratio to the reference is judged against z0: how far the policy has moved from the
-reference on average, estimated with completions y' that belong to other prompts.
+The reward of a reply is compared with z0, the mean distance of the policy from the reference. It is
+estimated with replies y' to other prompts.
 """
 
 import sys
@@ -63,7 +63,7 @@ def run_kto(cfg: KTOConfig) -> Run:
     lm = run.policy.lm
 
     def kto(batches):
-        """z0 is that of the whole step; the loss is a mean over examples."""
+        """One step of KTO. z0 is computed from the step; the loss is a mean over examples."""
         z0 = torch.zeros(())
         if with_z0:
             rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, lm)

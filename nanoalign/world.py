@@ -1,24 +1,25 @@
 """The built-in world: a model, data and a measurement that need no download.
 
-A tiny Llama (1.7 M weights) learns from scratch to answer five kinds of questions, each in one of
-two styles, tersely or in a full sentence, at random:
+A tiny Llama (1.7 M weights) learns to answer five kinds of questions. Each answer is terse or a
+full sentence, at random:
 
     Put p, c and k in order.                           c k p  |  In order they are c k p.
     Mia put the red lamp in the attic. Where is it?    attic  |  The red lamp is in the attic.
 
-The answers are right or wrong and the style is plain to see, so alignment can be MEASURED: after
-SFT about half of the sampled replies are full sentences; DPO and KTO, which prefer the sentence,
-make it nearly all of them and should leave the answers as right as they were.
+A program can see whether an answer is right, and whether it is a sentence. So the effect of
+training can be measured. After SFT about half of the sampled replies are full sentences. DPO and
+KTO prefer sentences: after them nearly all replies are, and the answers should be as right as
+before.
 
-`build` writes an ordinary model directory and ordinary data files. From there on nothing is special
-about this model: the scripts train it as they train any other, with the settings that each has as
-its BUILT_IN. Their learning rates were tried at half, once and twice the value on validation.jsonl
-(`measure(policy, "validation")`); test.jsonl is what the scripts report. SFT, mean of three seeds:
-98.5, 98.9 and 98.1 % right, and of what is sampled, 89, 95 and 94 %. DPO and KTO: at half, more
-than a tenth of the sampled replies stay terse; at twice, no clear gain.
+`build` writes an ordinary model directory and ordinary data files. The scripts train this model
+like any other, with the settings in their BUILT_IN. The learning rates were chosen with
+validation.jsonl (`measure(policy, "validation")`), and the scripts report test.jsonl. With half,
+once and twice the rate SFT (mean of three seeds) had 98.5, 98.9 and 98.1 % right answers, and of
+sampled replies 89, 95 and 94 %. In DPO and KTO more than a tenth of the sampled replies stayed
+terse with half the rate, and twice the rate was not clearly better.
 
-The pairs always prefer the sentence, so DPO has no optimum here, only a time to stop: its loss
-falls for as long as the two replies' log-ratio grows.
+The pairs always prefer the sentence. So DPO has no optimum here: its loss falls as long as you
+train.
 """
 
 import itertools
@@ -87,7 +88,7 @@ def questions(rng: random.Random) -> dict[str, list[list[tuple[str, str, str]]]]
         things = rng.sample(things, len(things))
         ends = HELD_OUT, 2 * HELD_OUT
         parts = [things[ends[1] :], things[: ends[0]], things[ends[0] : ends[1]]]
-        train = [parts[0][i % len(parts[0])] for i in range(EACH)]  # sets of letters come again
+        train = [parts[0][i % len(parts[0])] for i in range(EACH)]  # there are fewer sets
         out[ask.__name__] = [[ask(t) for t in part] for part in (train, *parts[1:])]
     return out
 
@@ -108,18 +109,17 @@ def train_tokenizer(texts: list[str], size: int = 600) -> PreTrainedTokenizerFas
 
 
 def at_home(cfg) -> bool:
-    """Does a run train on this world's data? Then what it learns can be measured."""
+    """Does a run train on this world's data? Then `measure` can measure it."""
     return Path(cfg.dataset_name[0]).parent == HOME
 
 
 def owns(cfg) -> bool:
-    """May a run write over what an earlier one left in its output directory? Here in runs/METHOD,
-    and nowhere else."""
+    """May a run overwrite an earlier result in its output directory? Only in runs/METHOD."""
     return at_home(cfg) and cfg.output_dir == str(HOME.parent / cfg.method)
 
 
 def prepare(cfg) -> None:
-    """Make the model that a run at home starts from, or InputError where it has to learn first."""
+    """Make the model that a built-in run starts from. InputError: train_sft.py must run first."""
     model = cfg.model_name_or_path if at_home(cfg) else None
     if model == str(BASE):
         build()
@@ -172,7 +172,7 @@ def build(seed: int = 0) -> None:
 
 
 def measure(policy: Policy, name: str = "test") -> dict:
-    """How the policy answers a held-out set: shares from 0 to 1, and replies that were sampled."""
+    """How the policy answers a held-out set: shares from 0 to 1, and the sampled replies."""
     lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line) for line in lines]
     prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
@@ -186,7 +186,7 @@ def measure(policy: Policy, name: str = "test") -> dict:
         hits = [reply in [row[key] for key in keys] for reply, row in zip(replies, asked)]
         return sum(hits) / len(hits)
 
-    def full(replies):  # whatever it says: a sentence has its full stop
+    def full(replies):  # a reply that ends with a full stop is a sentence, right or wrong
         return sum(reply.endswith(".") for reply in replies) / len(replies)
 
     return {
@@ -199,7 +199,7 @@ def measure(policy: Policy, name: str = "test") -> dict:
 
 
 def report(before: dict, after: dict) -> str:
-    """The two measurements side by side, and some replies sampled from each."""
+    """Both measurements side by side, and some sampled replies of each."""
     lines = ["", f"on {len(after['replies'])} held-out questions{'before':>23}{'after':>9}"]
     for name in [name for name in before if name != "replies"]:
         lines.append(f"  {name:<43}{before[name]:>7.1%}  {after[name]:>7.1%}")

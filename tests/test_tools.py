@@ -229,7 +229,8 @@ def test_choices_at_the_terminal(terminal, model_dir, adapter, tmp_path):
     rows = read_rows(tmp_path / "t.pairs.jsonl")
     assert len(rows) == 8 and len({row["model"] for row in rows}) == 2
     said = terminal(model_dir, "/choose Hi", "/a")  # greedy, so both are the same
-    assert "both replies are equal: nothing to choose" in said and len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
+    assert "both replies are equal: nothing to choose" in said
+    assert len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
     assert terminal(adapter, "/choose Hi", "/a", "/tie").startswith("0 thumbs: 0 up, 0 down; 8 ch")
     assert len(read_rows(tmp_path / "t.pairs.jsonl")) == 8
 
