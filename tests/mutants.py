@@ -36,15 +36,17 @@ class Mutant:
 
 
 def listed() -> list[Mutant]:
-    """What mutants.txt says: "%" a file, "@" the tests of what follows, "#" a mutant's name, then
-    the text that it changes, "-", and what it becomes, "+"; or "=", why it computes the same."""
-    mutants, now = [], {"%": "", "@": ""}
+    """What mutants.txt says: "%" a file and its tests, "#" a mutant's name, "-" the text that it
+    changes and "+" what it becomes; "@" other tests, or "=" why it computes the same."""
+    mutants, file, tests = [], "", ""
     for line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines():
         kind, words = line[:1], line[2:]
-        if kind == "#":
-            mutants.append(Mutant(now["%"], now["@"], words))
-        elif kind in now:
-            now[kind] = words
+        if kind == "%":
+            file, _, tests = words.partition(" ")
+        elif kind == "#":
+            mutants.append(Mutant(file, tests, words))
+        elif kind == "@":
+            mutants[-1].tests = words
         elif kind:
             mutants[-1].lines[kind].append(words)
     return mutants

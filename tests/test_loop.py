@@ -9,7 +9,7 @@ from torch import nn
 
 from nanoalign.packing import Example
 from nanoalign.run.flags import SFTConfig
-from nanoalign.train import evaluate, make_optimizer, means, optimizer_step, train
+from nanoalign.train import Machine, evaluate, make_optimizer, means, optimizer_step, train
 
 EXAMPLES = [Example([1], [([2], [True])], number=i) for i in range(11)]  # of two tokens each
 
@@ -21,7 +21,7 @@ class Toy(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
         self.frozen = nn.Parameter(torch.tensor(3.0), requires_grad=False)
-        self.device, self.longest_row, self.modes = torch.device("cpu"), None, []
+        self.row_tokens, self.modes = 99, []
 
     def method(self, batches):
         for batch in batches:
@@ -86,6 +86,15 @@ def test_a_run_goes_on_where_it_was():
     assert found == [(t, numbers) for t, numbers, *_ in by_hand(2.0, 9, cfg)][4:]
 
 
+def test_a_batch_is_cut_into_rows_and_the_step_is_the_same():
+    lm, cfg = Toy(), config(max_row_tokens=4, per_device_train_batch_size=4, max_steps=1)
+    [step] = train(cfg, SimpleNamespace(lm=lm), EXAMPLES, lm.method, order=in_pairs)
+    assert len(lm.modes) == 4 and len(step.examples) == 8  # examples of two tokens each
+    assert step.metrics["loss"] == pytest.approx(
+        sum((2 - e.number) ** 2 / 2 for e in step.examples) / 8
+    )
+
+
 def test_only_what_trains_is_given_to_the_optimizer():
     lm = Toy()
     [group] = make_optimizer(config(), lm).param_groups
@@ -99,7 +108,7 @@ def test_a_loss_scale_is_divided_by_the_tokens_of_the_step():
         lm, seen = Toy(), []
         lm.w.register_hook(seen.append)
         given = config(max_steps=1), SimpleNamespace(lm=lm), EXAMPLES, lm.method
-        [step] = train(*given, order=in_pairs, scale=lambda scale=scale: scale)
+        [step] = train(*given, order=in_pairs, machine=Machine(scale=scale))
         results.append((step.metrics["loss"], step.grad_norm, lm.w.item()))
         # (2 - 5) + (2 - 6) = -7 and (2 - 7) + (2 - 8) = -11; 4 examples of 2 tokens
         assert [g.item() for g in seen] == pytest.approx([-7 * scale / 8, -11 * scale / 8])

@@ -6,9 +6,11 @@ from mutants import HOME, listed
 def test_each_text_that_a_mutant_changes_is_in_its_file_once():
     mutants = listed()
     assert len({(m.file, m.name) for m in mutants}) == len(mutants) > 200
+    texts = {m.file: (HOME / "nanoalign" / m.file).read_text(encoding="utf-8") for m in mutants}
+    lost = [f"{m.file}: {m.name}" for m in mutants if texts[m.file].count(m.old) != 1]
+    assert not lost, f"tests/mutants.txt has other texts than the code: {lost}"
     for mutant in mutants:
-        text = (HOME / "nanoalign" / mutant.file).read_text(encoding="utf-8")
-        assert text.count(mutant.old) == 1, f"{mutant.file}: {mutant.name}"
+        text = texts[mutant.file]
         changed = text.replace(mutant.old, mutant.new)
         assert changed != text
         compile(changed, mutant.file, "exec")
