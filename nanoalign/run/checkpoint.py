@@ -36,7 +36,7 @@ from nanoalign import InputError, one_line
 from nanoalign.data import Examples
 from nanoalign.fast import paged
 from nanoalign.formats.weights import NOTE
-from nanoalign.run import ranks, shards
+from nanoalign.run import ranks
 from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config
 from nanoalign.train import learning_rate, plan
@@ -86,7 +86,7 @@ def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
     """What makes a run this run: its flags, data (data_fingerprint) and weights, before step 1."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        line = f"{name} {tuple(tensor.shape)} {shards.over_parts(sum_of_bits, tensor)}\n"
+        line = f"{name} {tuple(tensor.shape)} {ranks.over_parts(sum_of_bits, tensor)}\n"
         weights[tensor.requires_grad].update(line.encode())
     return {
         "flags": flags,
@@ -157,7 +157,7 @@ def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    gathered = {name: shards.to_rank_0(t) for name, t in tensors.items()}
+    gathered = {name: ranks.to_rank_0(t) for name, t in tensors.items()}
     return {name: t.contiguous() for name, t in gathered.items() if t is not None}
 
 
@@ -187,7 +187,7 @@ def load_state(
     saved = load_file(directory / "state.safetensors")
     generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
     for name, parameter in named.items():
-        parameter.detach().copy_(shards.part_of(saved.pop(f"weight.{name}"), parameter))
+        parameter.detach().copy_(ranks.part_of(saved.pop(f"weight.{name}"), parameter))
     optimizer.state.clear()
     for name, tensor in saved.items():
         key, _, owner = name.partition(".")
@@ -195,7 +195,7 @@ def load_state(
             raise ValueError(f"{name} belongs to nothing that trains")
         hosted = isinstance(optimizer, paged.AdamW)  # its states stay in the host's memory
         state_of = optimizer.state[named[owner]]
-        state_of[key] = tensor if hosted else shards.part_of(tensor, named[owner])
+        state_of[key] = tensor if hosted else ranks.part_of(tensor, named[owner])
     for device, module in _generators().items():
         name = _of_rank(f"rng.{device}")
         if name == "rng.cpu" or name in generators:  # there may be more ranks than there were
@@ -210,7 +210,7 @@ def load_weights(directory: Path, named: dict[str, nn.Parameter]) -> None:
         with safe_open(path, "pt") as file:
             for name, parameter in named.items():
                 saved = file.get_tensor(f"weight.{name}")
-                parameter.detach().copy_(shards.part_of(saved, parameter))
+                parameter.detach().copy_(ranks.part_of(saved, parameter))
     except UNREADABLE as error:
         raise InputError(f"{path}: damaged: {error}") from None
 

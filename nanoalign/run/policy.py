@@ -32,7 +32,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
-from nanoalign.run import shards
+from nanoalign.run import ranks
 from nanoalign.run.checkpoint import kept_in
 from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
@@ -165,7 +165,7 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
 def place(cfg: Config, lm: PackedLM) -> None:
     """Cut a loaded model between the ranks, or compile its layers."""
     if cfg.sharded:
-        shards.shard(lm, weights.pick_device(cfg.device))
+        ranks.shard(lm, weights.pick_device(cfg.device))
     compile_layers(cfg, lm)
 
 
@@ -295,7 +295,7 @@ def stop_at(model: nn.Module, ids: list[int]) -> None:
 
 def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None) -> None:
     """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them. The
-    model has the weights `whole`, if it does not hold them itself (shards.whole_weights); if that
+    model has the weights `whole`, if it does not hold them itself (ranks.whole_weights); if that
     is {}, a model is saved without its weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -318,4 +318,4 @@ def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False)
     saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
     for name, parameter in policy.model.named_parameters():
         whole = saved.get_parameter(name).detach()
-        parameter.detach().copy_(shards.part_of(whole, parameter))
+        parameter.detach().copy_(ranks.part_of(whole, parameter))

@@ -20,7 +20,7 @@ import torch
 from nanoalign import InputError, Stopped
 from nanoalign.data import epoch_order
 from nanoalign.formats.mixture import balanced
-from nanoalign.run import ranks, shards
+from nanoalign.run import ranks
 from nanoalign.run.checkpoint import (
     clean_up,
     data_fingerprint,
@@ -131,7 +131,7 @@ class Record:
         self.eval_every = self.per_epoch if cfg.eval_strategy == "epoch" else evals
         saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
         self.save_every = saves[cfg.save_strategy]
-        shards.settle(run.policy.lm)
+        ranks.settle(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
@@ -329,7 +329,7 @@ class Record:
 
     def save(self) -> None:
         """The end, where the run's directory is."""
-        whole, self.saved, self.done = shards.whole_weights(self.run.policy.lm), self.step, True
+        whole, self.saved, self.done = ranks.whole_weights(self.run.policy.lm), self.step, True
         if ranks.RANK == 0:
             write_whole(self.directory, partial(self.write, whole=whole), into=True, rescue=True)
             clean_up(self.directory)
@@ -338,7 +338,7 @@ class Record:
     def save_checkpoint(self) -> None:
         self.state["time"], self.saved = self.seconds(), self.step
         tensors = state_tensors(self.named, self.optimizer)  # of all ranks
-        whole = shards.whole_weights(self.run.policy.lm)
+        whole = ranks.whole_weights(self.run.policy.lm)
 
         def write(beside):
             save_policy(self.run.policy, beside, whole)
