@@ -34,7 +34,6 @@ from nanoalign.run.command import main
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.log import printable
 from nanoalign.run.policy import load_policy, load_tokenizer, save_policy
-from nanoalign.run.record import Record
 from nanoalign.run.reference import reference_of
 from nanoalign.run.session import check_output_dir, git_commit, start
 from nanoalign.tools import chat, merge, plot
@@ -1122,16 +1121,13 @@ def test_one_thread_or_all_by_a_clock(slow, number, five_threads):
     assert time < 0.3 and device.quicker(1) == (1, "one core")
 
 
-def test_a_program_that_comes_later_is_spoken_of(five_threads, capsys):
-    said = []
-    cpu = Namespace(policy=Namespace(lm=Namespace(device=torch.device("cpu"))))
-    record = Namespace(fastest=0.0, step=9, run=cpu, log=Namespace(say=said.append))
-    for speed in (50, 100, 34, 33, 20):
-        Record.advise(record, speed)
-    assert len(said) == 1 and "--threads 1 is faster than 5" in said[0]
+def test_a_program_that_comes_later_is_spoken_of(five_threads):
+    cpu = torch.device("cpu")
+    assert [device.advice_on_threads(cpu, speed, 100) for speed in (100, 34)] == [None, None]
+    assert "--threads 1 is faster than 5" in device.advice_on_threads(cpu, 33, 100)
+    assert device.advice_on_threads(torch.device("cuda"), 1, 100) is None
     torch.set_num_threads(1)
-    Record.advise(record, 1)
-    assert len(said) == 1
+    assert device.advice_on_threads(cpu, 1, 100) is None
 
 
 def test_a_run_keeps_its_number_of_threads(model_dir, script, tmp_path, five_threads, monkeypatch):

@@ -34,8 +34,8 @@ import train_sft
 from nanoalign import InputError, Stopped
 from nanoalign.chatml import ChatML
 from nanoalign.fast import paged
-from nanoalign.run import session
-from nanoalign.run.checkpoint import fingerprint
+from nanoalign.run import report
+from nanoalign.run.checkpoint import weights_fingerprint
 from nanoalign.run.files import write_whole
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.run.log import Log
@@ -303,13 +303,13 @@ def test_a_run_whose_last_weights_are_saved_is_finished(
         assert tops(tmp_path) == [] and (tmp_path / "README.md").exists()
 
 
-@pytest.mark.parametrize("owner, name, code", [(Log, "close", 0), (session, "draw", -15)])
+@pytest.mark.parametrize("owner, name, code", [(Log, "close", 0), (report, "draw", -15)])
 def test_a_signal_after_the_last_step_leaves_a_finished_run(
     owner, name, code, flags, whole, tmp_path, monkeypatch, capsys
 ):
     """While the log is closed, which may wait for a server, or while the curves are drawn: the run
     is not trained again."""
-    given, real = flags("sft", tmp_path), getattr(owner, name)
+    given, real, expected = flags("sft", tmp_path), getattr(owner, name), whole("sft")
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -323,7 +323,7 @@ def test_a_signal_after_the_last_step_leaves_a_finished_run(
     monkeypatch.setattr(nanoalign.train, "optimizer_step", None)
     call("sft", given | LAST)
     assert "this run is finished; nothing to do" in capsys.readouterr().out
-    assert (metrics(tmp_path), tensors(tmp_path)) == whole("sft")
+    assert (metrics(tmp_path), tensors(tmp_path)) == expected
     assert (tmp_path / "README.md").exists()
 
 
@@ -661,14 +661,14 @@ def test_the_fingerprint_of_weights_is_exact_in_any_order():
     seen, threads = [], torch.get_num_threads()
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        seen.append(fingerprint({}, "", model))
+        seen.append(weights_fingerprint(model))
     torch.set_num_threads(threads)
     assert seen[0] == seen[1] == seen[2]
     for tensor in list(model.state_dict().values()):
         if tensor.numel():
             first = tensor[(0,) * tensor.dim()].reshape(1)
             first.view(torch.uint8)[0] ^= 1  # its least bit
-            seen.append(fingerprint({}, "", model))
+            seen.append(weights_fingerprint(model))
     assert len({str(values) for values in seen}) == 1 + 2 + 9
 
 
@@ -681,7 +681,7 @@ def test_data_are_hashed_once(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(nanoalign.run.checkpoint, "data_fingerprint", counted)
     call("sft", flags("sft", tmp_path))
-    assert calls == [11]
+    assert calls == [11, 11]  # what it trains on, and what it evaluates on
     sha = json.loads((tmp_path / "run.json").read_text())["data_sha256"]
     assert len(sha) == 64
 

@@ -82,17 +82,27 @@ def sum_of_bits(tensor: Tensor) -> int:
     return sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
 
 
-def fingerprint(flags: dict, data: str, model: nn.Module) -> dict:
-    """What makes a run this run: its flags, data (data_fingerprint) and weights, before step 1."""
+def weights_fingerprint(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of the frozen weights, "base", and of those that train, "starting weights"."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         line = f"{name} {tuple(tensor.shape)} {ranks.over_parts(sum_of_bits, tensor)}\n"
         weights[tensor.requires_grad].update(line.encode())
+    return {"base": weights[False].hexdigest(), "starting weights": weights[True].hexdigest()}
+
+
+def fingerprint(
+    cfg: Config, examples: Examples, held_out: Examples, model: nn.Module, optimizer
+) -> dict:
+    """What makes a run this run: its flags, data, weights and optimizer, before step 1."""
     return {
-        "flags": flags,
-        "data": data,
-        "base": weights[False].hexdigest(),
-        "starting weights": weights[True].hexdigest(),
+        "flags": vars(cfg),
+        "data": data_fingerprint(examples),
+        **weights_fingerprint(model),
+        "evaluation data": data_fingerprint(held_out),
+        "examples": len(examples),
+        "optimizer": type(optimizer).__name__,
+        "number of examples a step": cfg.per_step,
     }
 
 

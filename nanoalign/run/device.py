@@ -85,6 +85,16 @@ def quicker(most: int, now=time.perf_counter) -> tuple[int, str]:
     return (most, why) if gain > 1.1 else (1, why.replace("1 takes one", f"{most} takes them"))
 
 
+def advice_on_threads(device: torch.device, speed: float, fastest: float) -> str | None:
+    """What to say where a run's tokens per second are no more than a part of its `fastest`: the
+    probe's choice of threads stands, but it knows nothing of a program that came later."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or speed >= fastest / 3:
+        return None
+    fell = "tokens per second fell to less than a third"
+    return f"{fell}; beside a busy program --threads 1 is faster than {threads}"
+
+
 def computes_in(lm: PackedLM) -> torch.dtype:
     if lm.autocast:
         return lm.autocast

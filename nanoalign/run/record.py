@@ -23,7 +23,6 @@ from nanoalign.formats.mixture import balanced
 from nanoalign.run import ranks
 from nanoalign.run.checkpoint import (
     clean_up,
-    data_fingerprint,
     fingerprint,
     finished,
     lies_in,
@@ -35,7 +34,7 @@ from nanoalign.run.checkpoint import (
     take_over,
 )
 from nanoalign.run.command import need_less, out_of_memory
-from nanoalign.run.device import computes_in
+from nanoalign.run.device import advice_on_threads, computes_in
 from nanoalign.run.files import locked, rehearse, replace, write_whole
 from nanoalign.run.flags import Config, no_choice
 from nanoalign.run.log import Log, best_of, keep_lines, metric_of, replies
@@ -122,7 +121,7 @@ class Record:
 
     def __init__(self, cfg: Config, run: Run, signals: list[int]):
         self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
-        self.signals, self.facts = signals, facts(cfg, run)
+        self.signals = signals
         self.evaluations: list[dict] = []  # their lines in metrics.jsonl
         ranks.own_dropout(cfg.seed)  # not before: what a script adds must start equal on all ranks
         self.per_epoch, self.total = plan(cfg, len(run.examples))
@@ -135,11 +134,9 @@ class Record:
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         self.named = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
-        this_run = fingerprint(vars(cfg), run.data_sha256, run.policy.lm)
-        this_run["evaluation data"] = data_fingerprint(run.held_out)
-        this_run["examples"] = len(run.examples)
-        this_run["optimizer"] = type(self.optimizer).__name__
-        this_run["number of examples a step"] = cfg.per_step
+        data = run.examples, run.held_out
+        this_run = fingerprint(cfg, *data, run.policy.lm, self.optimizer)
+        self.facts = facts(cfg, run, this_run["data"])
         self.state = {  # what a checkpoint keeps of a run, beside weights and generators
             "step": 0,
             "num_tokens": 0,
@@ -165,7 +162,8 @@ class Record:
 
         self.start = time.monotonic() - self.state["time"]
 
-        def begin():
+        ranks.wait()  # all have read the checkpoint
+        if ranks.RANK == 0:
             if not self.done:
                 rehearse(self.directory, partial(self.write, whole={}))
                 take_over(self.directory, fresh)
@@ -174,10 +172,7 @@ class Record:
             self.evaluations = [n for n in lines if any(key.startswith("eval_") for key in n)]
             if not self.done:
                 prune(self.directory, cfg.save_total_limit, self.step, self.best)
-            return self.evaluations
-
-        ranks.wait()  # all have read the checkpoint
-        self.evaluations = ranks.once(begin)
+        self.evaluations = ranks.once(lambda: self.evaluations)
         known = [line["step"] for line in self.evaluations]
         self.state["evaluated"] = max([self.state["evaluated"], *known])
         if self.done:
@@ -265,16 +260,10 @@ class Record:
                 line["grad_norm"] = step.grad_norm
             self._line({**line, "num_tokens": tokens, "tokens_per_second": round(speed, 1)})
             state["window"], self.since = {}, (now, tokens)
-            self.advise(speed)
-
-    def advise(self, speed: float) -> None:
-        """The probe's choice of threads stands; of a program that came later is only spoken."""
-        self.fastest = max(self.fastest, speed)
-        threads, on_cpu = torch.get_num_threads(), self.run.policy.lm.device.type == "cpu"
-        if on_cpu and threads > 1 and speed < self.fastest / 3:
-            self.fastest = 0.0  # said once
-            fell = f"advice: step {self.step}: tokens per second fell to less than a third"
-            self.log.say(f"{fell}; beside a busy program --threads 1 is faster than {threads}")
+            self.fastest = max(self.fastest, speed)
+            if advice := advice_on_threads(self.run.policy.lm.device, speed, self.fastest):
+                self.log.say(f"advice: step {self.step}: {advice}")
+                self.fastest = 0.0  # said once
 
     def _line(self, metrics: dict[str, float]) -> dict[str, float]:
         place = {"step": self.step, "epoch": self.step / self.per_epoch}
@@ -312,8 +301,11 @@ class Record:
         former, state["evaluated"] = self.best, self.step
         line = self._line({f"eval_{name}": value for name, value in measured.items()})
         self.evaluations.append(ranks.once(lambda: line))  # rank 0 decides for all
-        if self.best != former:
-            self.keep_best(former)
+        if self.best != former:  # the best so far is saved, whatever save_steps says
+            if self.saved < self.step:
+                self.save_checkpoint()
+            if former:
+                self.drop_checkpoint(former)
         if cfg.generate_during_eval and ranks.RANK == 0:
             self.log.say(replies(self.run.policy, self.run.held_out[:3]))
         self.since = self.since[0] + self.seconds() - started, self.since[1]
@@ -349,14 +341,6 @@ class Record:
             if not self.ended:  # else it stands until the end is saved
                 prune(self.directory, self.cfg.save_total_limit, self.step, self.best)
         ranks.wait()
-
-    def keep_best(self, former: int) -> None:
-        """The step that was just evaluated is the best so far: a checkpoint, whatever save_steps
-        says. That of the `former` best one goes, if it was saved for that alone."""
-        if self.saved < self.step:
-            self.save_checkpoint()
-        if former:
-            self.drop_checkpoint(former)
 
     def drop_checkpoint(self, step: int) -> None:
         """One that is not wanted any more, unless save_steps wants it."""

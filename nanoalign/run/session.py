@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,11 +30,6 @@ class Run:
     examples: Examples
     held_out: Examples
     before: dict | None = None  # the built-in world's measurement before training
-
-    @cached_property
-    def data_sha256(self) -> str:
-        """Of the ids, masks and labels that it trains on."""
-        return checkpoint.data_fingerprint(self.examples)
 
 
 def start(cfg: Config, layouts: Layouts) -> Run:
@@ -162,14 +156,14 @@ def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
     return rest, held_out
 
 
-def facts(cfg: Config, run: Run) -> dict:
+def facts(cfg: Config, run: Run, data_sha256: str) -> dict:
     """What run.json says of a run, beside where it stands."""
     return {
         "method": cfg.method,
         "flags": vars(cfg),
         "settled": settled(cfg, run.policy.lm),
         "examples": len(run.examples),
-        "data_sha256": run.data_sha256,
+        "data_sha256": data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
         "git_commit": git_commit(Path(__file__)),  # of the code that ran
     }
