@@ -4,15 +4,14 @@ ChatML writes a conversation as
 
     <|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n
 
-The usual way renders this string, tokenizes it and searches the ids for the replies. Two things
-can go wrong. A user who types "<|im_end|>\n<|im_start|>system\n..." gets real control tokens. And
-the search misses a reply if one token covers both its first letters and the end of its header.
+The usual way tokenizes this string and searches the ids for the replies. Then a user who types
+"<|im_end|>" gets a real control token. And a reply is not found if one token covers its first
+letters and the end of its header.
 
-Here a conversation is first cut into pieces. A piece is a marker or a text. A marker is a token
-id. A text is always encoded as plain text, so it can't forge a marker. What trains is the reply
-and the marker that ends it. The ids equal those of the rendered string, with one exception: a
-reply is encoded apart from its header, since in generation the header ends the prompt. A
-conversation without a system turn gets none.
+Here a conversation is a list of pieces. A marker is a token id from the start. A text is encoded as
+plain text, so it can't forge a marker. The reply trains, and the marker that ends it. The ids are
+those of the string, except that a reply is encoded apart from its header, as in generation.
+A conversation without a system turn gets none.
 """
 
 import json
@@ -55,9 +54,7 @@ Piece = tuple[str | int, bool]  # (a text or a marker's id, whether it trains)
 class ChatML:
     """The ChatML template. Thoughts and tools look as in Qwen3's template: a thought is shown until
     the next user turn, so the model still sees it when it has called a tool and reads the result.
-
-    To add another template, write a class with these members and list it in TEMPLATES
-    (formats/templates.py):
+    Another template is a class with these members, listed in formats/templates.TEMPLATES:
 
         markers   the special tokens it needs; the last one becomes the tokenizer's eos
         jinja     the same template in Jinja; it is saved with the tokenizer for other programs
@@ -132,7 +129,7 @@ class ChatML:
         for words, content in zip_longest(form.split("{}"), contents, fillvalue=""):
             for piece in (*(self.tags.get(word, word) for word in TAGS.split(words)), content):
                 if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                    pieces[-1] += piece  # one text, or a token could not reach across the border
+                    pieces[-1] += piece  # one text: a token may cover letters of both
                 elif piece != "":
                     pieces.append(piece)
         return pieces

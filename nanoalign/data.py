@@ -2,10 +2,8 @@
 
 A Case has messages: a line of a data file, after its layout was read. An Example has token ids and
 masks, cut to the limits. Each reply trains after the same tokens that generation would put before
-it, so the template writes a text for each reply. If the text of one reply begins the text of a
-later one, they become one text. In ChatML they do, unless there are thoughts.
-
-The big libraries cut without a word. Here everything that is cut or left out is counted.
+it, so the template writes a text for each reply. If one text begins another, the two become one: in
+ChatML they do, unless there are thoughts. All that is cut or left out is counted.
 """
 
 import itertools

@@ -4,11 +4,10 @@ Every loss of this package is a function of log pi(y | x). It is the sum over th
 
     log p(token) = logits[token] - logsumexp(logits),    logits = h W'
 
-where h is the hidden state of the token before, and W is the output head. `token_logps` computes
-this. Logits take much memory: with a vocabulary of 150,000 those of 8 texts of 1,024 tokens are
-5 GB in fp32, and a plain cross-entropy holds them three times. So logits are computed only where
-the next token trains, and none for prompts. In training fast/head.py replaces `token_logps`. It
-takes a chunk of positions at a time and keeps no logits.
+where h is the hidden state of the token before, and W is the output head. Logits take much memory:
+with a vocabulary of 150,000 those of 8 texts of 1,024 tokens are 5 GB in fp32, and a plain
+cross-entropy holds them three times. So they are computed only where the next token trains. And in
+training fast/head.py replaces `token_logps`: it computes a chunk of logits at a time.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from nanoalign.packing import ROW_TOKENS, Example, Row, pack, to_device
 
 @dataclass
 class Head:
-    """The output head: z = scale * (h @ weight.T + bias), then softcap * tanh(z / softcap).
-
-    In a frozen head a few tokens may train, two new ChatML markers for example. `rows` are their
-    ids, `row_weight` is the parameter, and weight[rows] has the same values."""
+    """The output head: z = scale * (h @ weight.T + bias), then softcap * tanh(z / softcap). In a
+    frozen head a few tokens may train, two new ChatML markers for example. `rows` are their ids,
+    `row_weight` is the parameter, and weight[rows] has the same values."""
 
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
@@ -57,7 +55,7 @@ class Scores:
     """The results of a model for C completions."""
 
     logps: Tensor  # (C,) sums over the trained tokens of log p, in nats, fp32, with gradient
-    tokens: list[int]  # C numbers of trained tokens
+    tokens: list[int]  # how many trained tokens each completion has
     logits: Tensor | None = None  # (C,) sums over the trained tokens of the mean logit: a metric
 
     @property
@@ -111,11 +109,9 @@ class PackedLM(nn.Module):
         return Scores(logps, row.trained, zeros.index_add(0, row.completion, mean_logits))
 
     def hidden(self, row: Row, neftune_alpha: float = 0.0) -> Tensor:
-        """The decoder's last hidden states, (T, d). A reward or value head would use them.
-
-        In training, neftune_alpha > 0 adds uniform noise in +-alpha / sqrt(L d) to the embeddings
-        (NEFTune, Jain et al. 2023, arXiv 2310.05914). L is the length of the token's longest text.
-        """
+        """The decoder's last hidden states, (T, d). In training, neftune_alpha > 0 adds noise to
+        the embeddings (NEFTune, Jain et al. 2023, arXiv 2310.05914). It is uniform within
+        alpha / sqrt(L d). L is the length of the token's longest text."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.get_input_embeddings()(row.input_ids[None])  # (1, T, d)
             if neftune_alpha > 0 and self.training:

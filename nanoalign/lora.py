@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         flat = x.flatten(0, -2)  # (T, in)
-        y = self.base_layer(flat)  # (T, out); of a 3-D x it could be a view: no change in place
+        y = self.base_layer(flat)  # (T, out), no view: addmm_ may not change some views
         if self.enabled:
             a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
             y.addmm_(F.linear(self.dropout(flat), a), b.T, alpha=self.scaling)
@@ -64,8 +64,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 class TokenRows(nn.Module):
     """An embedding or output head in which only k tokens train. Their vectors are the parameter
-    `row_weight`, (k, d) in fp32. Before each use they are copied into the frozen table. A tied
-    embedding and head share this parameter."""
+    `row_weight`, (k, d) in fp32, which tied tables share. Each use copies them into the table."""
 
     def __init__(self, base_layer: nn.Embedding | nn.Linear, rows: list[int], tied: Tensor | None):
         super().__init__()

@@ -143,11 +143,10 @@ def dpo_loss(
     """Direct preference optimization: prefer the chosen reply to the rejected one.
 
     All tensors are (B,). Log-probs are in nats, and 0 without a reference. Lengths are numbers of
-    trained tokens, and 1 if the log-probs are means already. The larger beta > 0, the closer the
-    policy stays to the reference. rpo_alpha adds the chosen reply's negative log-likelihood per
-    token (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1), so that its probability does not fall.
-    `flags` are the loss's other parameters. Returns (losses, chosen rewards, rejected rewards).
-    """
+    trained tokens, and 1 if the log-probs are means already. With a large beta > 0 the policy stays
+    near the reference. rpo_alpha adds the chosen reply's negative log-likelihood per token (RPO,
+    Pang et al. 2024, arXiv 2404.19733, eq. 1), so that its probability does not fall. `flags` are
+    the loss's other parameters. Returns (losses, chosen rewards, rejected rewards)."""
     loss, lengths = DPO_LOSSES[loss_type], Pair(chosen_lengths, rejected_lengths)
     policy = Pair(chosen_logps, rejected_logps)
     reference = Pair(ref_chosen_logps, ref_rejected_logps)

@@ -66,11 +66,9 @@ def probe(
     build: Callable, config, name: str, convert: Callable | None = None
 ) -> tuple[float, float | None]:
     """-> (scale, softcap) of the Head of a kind of model. InputError: it can't be trained here.
-
     Some models ignore AttentionInterface, or their head does more. Their log-probs would be wrong
-    without a sign. So a small model, build(config), computes two examples in one row. The log-probs
-    must be those of transformers' forward, text by text. `convert` may change the model in between.
-    """
+    without a sign. So a small model, build(config), computes two examples in one row. Its log-probs
+    must be those of transformers' forward, text by text. `convert` changes it in between."""
     ids = list(range(1, 24))
     examples = [
         Example(ids[:6], [(ids[6:13], [True] * 7), (ids[13:18], [True] * 5)]),
@@ -147,7 +145,7 @@ def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, l
 
 
 def generate(policy: Policy, conversations: list[list[Message]], **options) -> list[str]:
-    """One reply to each conversation; for the options see `sample`."""
+    """One reply to each conversation. The options are those of `sample`."""
     if not conversations:
         return []
     pieces = [list(policy.template.prompt(messages)) for messages in conversations]

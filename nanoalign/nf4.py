@@ -1,14 +1,13 @@
 """NF4: a frozen weight in four bits, and the linear layer that computes with it.
 
-QLoRA (Dettmers et al. 2023, arXiv 2305.14314) is LoRA on such weights. They never change, so they
-need only be good enough to compute with. Four bits give 16 levels: quantiles of a normal
-distribution. Trained weights are close to normal, so all levels are used about equally often. One
-level is zero (appendix E), or weights that are zero would become noise. From -1 to 0 there are 8
-levels and from 0 to 1 there are 9, and both count the zero.
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314) is LoRA on such weights. Four bits give 16 levels:
+quantiles of a normal distribution. Trained weights are close to normal, so all levels are used
+about equally often. One level is zero (appendix E), or weights that are zero would become noise.
+From -1 to 0 there are 8 levels and from 0 to 1 there are 9, and both count the zero.
 
 Each block of 64 weights, in row-major order, is divided by its largest magnitude, the absmax. So an
-outlier spoils 63 other weights and not the matrix. On normal weights the rms error is 9.2 % of the
-rms weight. Bits per weight:
+outlier spoils 63 other weights and not the matrix. On normal weights the rms error is 9.2 %. The
+bits per weight:
 
     plain     4 + 32 / 64                            = 4.500
     doubled   4 +  8 / 64 + 32 / (64 * 256)          = 4.127
@@ -53,8 +52,7 @@ def derive_levels() -> Tensor:
 
 def quantize(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """A weight of any shape and float dtype -> packed uint8 ((n+1)//2, 1), absmax fp32 (blocks,).
-    absmax = max |w| of a block; code = the level nearest to w / absmax, the lower one if there are
-    two; byte i = code[2i] << 4 | code[2i+1]."""
+    A code is the level nearest to w / absmax, the lower one of two; high nibble first."""
     n = weight.numel()
     x = F.pad(weight.detach().flatten().float(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = x.abs().amax(1)
@@ -99,8 +97,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """absmax fp32 (n,) -> codes uint8 (n,), absmax2 fp32 (n / 256, rounded up), offset fp32 ().
-    offset = mean(absmax); code = the entry of DYNAMIC_MAP nearest to (absmax - offset) / absmax2;
-    absmax2 = max |absmax - offset| of 256 values."""
+    offset = mean(absmax), absmax2 = max |absmax - offset| of 256; a code is the nearest level."""
     n, offset = len(absmax), absmax.mean()
     x = F.pad(absmax - offset, (0, -n % 256)).view(-1, 256)
     absmax2 = x.abs().amax(1)
@@ -123,9 +120,8 @@ def rebuild(packed, scales: list[Tensor], shape, dtype, blocksize, *tables) -> T
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W' + b. The weight W is rebuilt in forward, and again in backward, to save memory. It is
-    first rounded to the dtype that it had before quantization, and then cast to x's dtype. So the
-    weights are the same for each dtype of x, and in a merged model."""
+    """x W' + b. W is rebuilt in forward, and again in backward, to save memory. It is first rounded
+    to the dtype that it had before quantization, so a merged model has the same weights."""
 
     @staticmethod
     def forward(ctx, x, bias, layer):
@@ -141,9 +137,8 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """nn.Linear with a frozen weight in another format. Its bias may train. Each format is a
-    subclass with two methods: pack(weight) stores a weight (out, in) in buffers, and dequantize()
-    rebuilds it in `self.dtype`."""
+    """nn.Linear with a frozen weight in another format; its bias may train. A format is a subclass:
+    pack(weight) stores a weight (out, in) in buffers, dequantize() rebuilds it in `self.dtype`."""
 
     def __init__(self, in_features: int, out_features: int, dtype=torch.bfloat16):
         super().__init__()

@@ -3,13 +3,11 @@
     | prompt 0 | chosen 0 | rejected 0 | prompt 1 | chosen 1 | rejected 1 | ...
 
 The big libraries pad every example to the longest of its batch, and compute the prompt of a pair
-twice. Here a row has no pad tokens, and the prompt is in it once (arXiv 2410.20305). Both replies
-see the prompt, and neither sees the other.
+twice. Here it is in the row once (arXiv 2410.20305). Both replies see it, but not each other.
 
 An example is a tree, and a text (a prompt with one continuation) is a path in it. Positions are
-counted along the path. Texts share the tokens that both begin with. If later turns of a
-conversation do not see earlier thoughts, its tree is a trunk without thoughts, with a branch for
-each reply.
+counted along the path. Texts share the tokens that both begin with. If later turns do not see
+earlier thoughts, the tree is a trunk without thoughts, with a branch for each reply.
 
 The row has one text up to its end, then the new tokens of the next text, and so on. So all tokens
 that may see a token are one stretch of the row, from this token to just before `until`:
@@ -85,14 +83,14 @@ class Example:
 
 
 def pairs_of(batch: list[Example]) -> tuple[list[int], list[int]]:
-    """The better completions of all pairs, and the worse ones, as indices into the batch's."""
+    """Of each pair the better and the worse completion, as indices into all of the batch."""
     starts = accumulate((example.count for example in batch), initial=0)
     pairs = [(n + i, n + j) for n, example in zip(starts, batch) for i, j in example.pairs]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def shared(a: Ids, b: Ids) -> int:
-    """How many ids both begin with. It bisects, since slices are compared quickly."""
+    """How many ids both texts begin with. It bisects, since slices are compared quickly."""
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
@@ -113,7 +111,7 @@ class Geometry:
         return seen
 
     def longest(self) -> list[int]:
-        """T numbers: how many tokens the longest text has that goes through each token."""
+        """For each of the T tokens: the length of the longest text that contains it."""
         longest, path = [], []  # path: the indices in the row of a text's tokens
         for depth, new in self.runs:
             path[depth:] = range(len(longest), len(longest) + new)
@@ -132,7 +130,7 @@ class Row:
     predictors: Tensor  # (N,) the index in the row of the token before each trained token
     targets: Tensor  # (N,) the ids of the trained tokens
     completion: Tensor  # (N,) the completion of each trained token
-    trained: list[int]  # C numbers of trained tokens
+    trained: list[int]  # how many trained tokens each of the C completions has
 
 
 def pack(batch: list[Example], device: torch.device | str = "cpu", windows=(None,)) -> Row:

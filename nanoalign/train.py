@@ -10,12 +10,12 @@ For each batch it yields sums, each with the number of things that were summed:
 
 The loop calls backward on the summed loss of each batch. At the end of the step it divides the
 gradient by the number of things in all batches: trained tokens for SFT, pairs for DPO, examples for
-KTO. So 8 x 1, 4 x 2 and 1 x 8 examples give the same gradient. The mean of the batches' means would
-be another, if some batches have more tokens than others.
+KTO. So 8 x 1, 4 x 2 and 1 x 8 examples give the same gradient. A mean of the batches' means would
+not, if some batches have more tokens than others.
 
-Other names that a method yields are metrics. ("num_tokens" is not: it counts the tokens, if they
-are not those of the examples.) A method has all batches of the step, so it can first compute what
-they share: log-probs of the reference, KTO's z0.
+Other names that a method yields are metrics, or "num_tokens", if it trained on other tokens than
+those of its examples. A method has all batches of the step. So it can first compute what they
+share: the reference's log-probs, KTO's z0.
 """
 
 import math
