@@ -239,7 +239,7 @@ def clocked_steps(device: str) -> Clock:
 def run_ours(args) -> None:
     """The scripts as they are, on examples that are encoded already."""
     import nanoalign.run.session
-    from nanoalign.data import Example
+    from nanoalign.packing import Example
     from nanoalign.run.command import quiet
     from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
     from train_dpo import run_dpo

@@ -57,13 +57,13 @@ from torch import nn  # noqa: E402
 from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
 import nanoalign.train  # noqa: E402
-from nanoalign.data import Example, with_mismatches  # noqa: E402
+from nanoalign.data import with_mismatches  # noqa: E402
 from nanoalign.fast import attention as fast_attention  # noqa: E402
 from nanoalign.formats.weights import skeleton  # noqa: E402
 from nanoalign.logps import PackedLM  # noqa: E402
 from nanoalign.lora import add_lora  # noqa: E402
 from nanoalign.nf4 import NF4Linear  # noqa: E402
-from nanoalign.packing import attention, pack  # noqa: E402
+from nanoalign.packing import Example, attention, pack  # noqa: E402
 from nanoalign.run import policy as run_policy  # noqa: E402
 from nanoalign.run import session  # noqa: E402
 from nanoalign.run.bytes import row_bytes, sizes_of, standing_bytes  # noqa: E402

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nanoalign import InputError
 from nanoalign.tools import compare, thumbs
-from nanoalign.tools.compare import ballots, difference, mcnemar, outcome, share, verdict, wilson
+from nanoalign.tools.compare import ballots, difference, mcnemar, outcome, share
+from nanoalign.tools.thumbs import verdict, wilson
 
 # ------------------------------------------------------------------------------------- statistics
 

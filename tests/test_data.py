@@ -19,13 +19,13 @@ from nanoalign import InputError
 from nanoalign.chatml import IM_END, ChatML
 from nanoalign.data import (
     Case,
-    Example,
     Limits,
     epoch_order,
     make_examples,
     with_mismatches,
 )
 from nanoalign.formats.layouts import DPO, KTO, SFT, answered, describe, read_examples
+from nanoalign.packing import Example
 from nanoalign.tools.data import method_of
 from nanoalign.train import fitting
 

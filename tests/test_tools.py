@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from scripts import write_rows
 
 from nanoalign import InputError
-from nanoalign.data import Example
 from nanoalign.formats.peft import LoRAConfig
 from nanoalign.model import generation
+from nanoalign.packing import Example
 from nanoalign.run.advice import advice, length_advice, suggested_weights
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig
 from nanoalign.run.log import printable

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign import InputError, one_line
+from nanoalign.fast.transfer import to_device
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
 from nanoalign.model import Policy, vocabulary
-from nanoalign.packing import Example, in_rows, packed, to_device
+from nanoalign.packing import Example, in_rows, packed
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
