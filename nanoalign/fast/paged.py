@@ -1,17 +1,15 @@
-"""AdamW whose states live in the host's memory: the twin of torch.optim.AdamW, with its numbers.
+"""The twin of torch.optim.AdamW in train.py. Its states are in the host's memory, not on the GPU.
 
-AdamW keeps two numbers of 32 bits for each weight that trains: the running means of its gradient
-and of the gradient's square. When all weights train that is half of what a GPU holds before a row
-is computed, and it is used once a step. Here both live in the host's memory, pinned, which a GPU
-can read by itself; a part of the parameters at a time, their states are copied to the device, torch
-makes AdamW's step on them, and they are copied back.
+AdamW keeps two fp32 numbers for each trained weight: the running means of its gradient and of the
+gradient's square. If all weights train, these are half of a GPU's memory before a row is computed,
+and they are used once a step. Here they are in pinned memory of the host. The states of a part of
+the parameters are copied to the GPU, torch computes AdamW's step, and they are copied back.
 
-So 16 bytes a weight travel a step, 8 in each direction: for 8 billion weights and a bus of 25 GB/s
-that is 5 seconds. It pays where a step has many rows, or where there is no other way to fit.
+Each step copies 16 bytes for a weight, 8 in each direction. For 8 billion weights and a bus of 25
+GB/s this takes 5 seconds. So it is for steps of many rows, or for models that fit in no other way.
 
-bitsandbytes' paged AdamW, whose name the flag has, takes memory that CUDA moves page by page when
-it is touched, and a kernel of its own. Plain copies need neither, the numbers are those of torch's
-AdamW to the last bit, and a run may go on from one with the other.
+The flag has the name of bitsandbytes' paged AdamW, which uses memory that CUDA moves page by page,
+and another kernel. Here all bits are those of torch's AdamW, and a run may be resumed with either.
 """
 
 from collections.abc import Iterator
@@ -19,11 +17,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-PART = 2**26  # weights at a time: 512 MB of states on the device
+PART = 2**26  # weights at a time: their states take 512 MB on the GPU
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, and under its name, by which a checkpoint knows it; but part by part."""
+    """torch's AdamW, part by part. It has the same name, since a checkpoint stores the name."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -42,7 +40,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def parts(parameters: list[nn.Parameter], weights: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters, in parts of at most so many weights; a larger one is a part of its own."""
+    """The parameters in parts of at most `weights` weights. A larger parameter is one part."""
     part, room = [], weights
     for p in parameters:
         if part and p.numel() > room:
@@ -55,13 +53,13 @@ def parts(parameters: list[nn.Parameter], weights: int) -> Iterator[list[nn.Para
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy; the device makes it meanwhile, where the tensor is pinned."""
+    """A copy on the device. If the tensor is pinned, the program does not wait for it."""
     return tensor.to(device, non_blocking=tensor.is_pinned(), copy=True)
 
 
 def to_host(tensor: Tensor, page: Tensor | None) -> Tensor:
-    """Write a tensor back to its page of the host's memory. At first there is none, and after a
-    checkpoint was read one that is not pinned."""
+    """Copy a tensor back to its page in the host's memory. At the first step there is no page, and
+    after a checkpoint was read it is not pinned: then a new one is made."""
     if page is None or page.is_pinned() != tensor.is_cuda:
         page = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return page.copy_(tensor)
