@@ -94,13 +94,13 @@ def probe(
             model.set_attn_implementation(packed())
             got = PackedLM(model, scale, softcap)(examples).logps
         if not torch.allclose(got, torch.stack(expected), rtol=1e-5, atol=1e-5):
-            raise InputError("its log-probs change where texts share a row")
+            raise InputError("its log-probs change if texts share a row")
     except Exception as error:
         why = str(error) or type(error).__name__
         if not isinstance(error, InputError):
             why = f"it does not run on a packed row ({why.splitlines()[0]})"
         fault = f"{name}: {config.model_type} can't be trained here: {why}"
-        raise InputError(f"{fault}; docs/families.md has what can") from None
+        raise InputError(f"{fault}; docs/families.md lists models that can") from None
     return scale, softcap
 
 

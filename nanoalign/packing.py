@@ -207,7 +207,7 @@ def packed_attention(
     if unknown:
         raise InputError(f"its attention takes {', '.join(unknown)}, which packing does not know")
     if geometry is None:  # StableLM, Nemotron
-        raise InputError("its layers do not hand the row's geometry down to their attention")
+        raise InputError("its layers do not pass the row's geometry on to their attention")
     more = {"dropout": dropout} if dropout else {}  # `attention` above has no dropout
     out = fast.attention(query, key, value, geometry, scaling, sliding_window, softcap, **more)
     return out.transpose(1, 2).contiguous(), None  # some models call .view on it

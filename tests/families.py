@@ -155,7 +155,7 @@ def listed(verdicts: dict[str, tuple[str, str]]) -> str:
     number = sum(found == EQUAL for found, _ in verdicts.values())
     lines = [f"With {versions}, {number} of {len(verdicts)} are equal.\n"]
     for verdict in (EQUAL, REFUSED, UNTRIED):
-        lines += [f"## {verdict.capitalize()}\n", "| what there is to say | kinds |", "|---|---|"]
+        lines += [f"## {verdict.capitalize()}\n", "| note | kinds |", "|---|---|"]
         for (found, note), names in sorted(groups.items()):
             if found == verdict:
                 lines.append(f"| {note} | {', '.join(names)} |")

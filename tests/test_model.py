@@ -64,8 +64,8 @@ ACCEPTED = {  # kind: (config, what its head does beyond a product)
     ),
     "phi": (tiny(t.PhiConfig), (1.0, None)),  # a bias, which the head's layer shows itself
 }
-SHARED = "its log-probs change where texts share a row"
-LAYERS = "" if OLD else "its layers of kind linear_attention are none that packing knows"
+SHARED = "its log-probs change if texts share a row"
+LAYERS = "" if OLD else "its layers of kind linear_attention are not supported"
 PLAIN = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 REFUSED = {  # kind: (config, why)
@@ -96,7 +96,7 @@ REFUSED = {  # kind: (config, why)
         tiny(t.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=32),
         "it does not run on a packed row",
     ),
-    "gemma3": (t.Gemma3Config(), "it is more than its text model"),
+    "gemma3": (t.Gemma3Config(), "it reads more than text"),
 }
 if not OLD:  # its config calls a bool an int there
     REFUSED["phimoe"] = tiny(t.PhimoeConfig, sliding_window=8, **EXPERTS), SHARED
@@ -118,7 +118,8 @@ def test_the_probe_refuses(kind):
     model_config, why = REFUSED[kind]
     with pytest.raises(InputError, match=re.escape(f"M: {kind} can't be trained here: {why}")) as e:
         probe(BUILD, model_config, "M")
-    assert str(e.value).endswith("; docs/families.md has what can") and "\n" not in str(e.value)
+    assert str(e.value).endswith("; docs/families.md lists models that can")
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "gpt_oss", "mamba"])
@@ -196,7 +197,7 @@ def test_the_text_model_of_a_larger_one_trains_by_itself(tmp_path):
     model = t.Gemma3ForConditionalGeneration(whole).eval()
     model.save_pretrained(tmp_path / "whole")
     make_tokenizer().save_pretrained(tmp_path / "whole")
-    refused(tmp_path / "whole", "it is more than its text model.*docs/families.md")
+    refused(tmp_path / "whole", "it reads more than text.*docs/families.md")
     snippet = families.PAGE.read_text(encoding="utf-8").split("```")[1].removeprefix("python")
     exec(snippet, {"MODEL": tmp_path / "whole", "DIRECTORY": tmp_path / "text"})
     ids = torch.arange(3, 30)[None]

@@ -299,7 +299,7 @@ def test_a_keyword_that_changes_attention_is_refused():
     packed_attention(None, q, q, q, None, **known, s_aux=None)  # given, but not in use
     with pytest.raises(InputError, match="its attention takes s_aux, which packing does not know"):
         packed_attention(None, q, q, q, None, **known, s_aux=torch.zeros(2))
-    with pytest.raises(InputError, match="its layers do not hand the row's geometry down"):
+    with pytest.raises(InputError, match="its layers do not pass the row's geometry on"):
         packed_attention(None, q, q, q, None, scaling=1.0)
 
 

@@ -27,11 +27,11 @@ def miniature(config):
     """A copy of the config with two layers, or one of each kind, and small sizes. InputError: some
     layers have no attention, or the model reads more than text."""
     if config.get_text_config() is not config:  # Gemma 3 with images, for example
-        raise InputError("it is more than its text model; expected that one by itself")
+        raise InputError("it reads more than text; expected its text model alone")
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     for kind in kinds:
         if "attention" not in kind or "linear" in kind:  # a convolution, a recurrence
-            raise InputError(f"its layers of kind {kind} are none that packing knows")
+            raise InputError(f"its layers of kind {kind} are not supported")
     config, shared = copy.deepcopy(config), getattr(config, "num_kv_shared_layers", None)
     layers = max(2, len(kinds) * (2 if shared else 1))  # in Gemma 4 the last ones share keys
     small = {key: size for size, keys in SMALL.items() for key in keys}
