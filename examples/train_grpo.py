@@ -1,15 +1,15 @@
-"""Group relative policy optimization: of the policy's own replies, prefer the better ones.
+"""Group relative policy optimization (GRPO): of the policy's replies, prefer the better ones.
 
     python train_sft.py && python examples/train_grpo.py
 
-GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3) samples a group of replies to each prompt, rewards
-each, and raises the log-probs of those above their group's mean. Here every step trains on replies
-of the very policy that it changes, so the importance ratio is 1 and there is nothing to clip. Two
-parts of the paper's objective are left out: the KL term, and the division by a reply's length. A
-prompt and its group are one example, so the prompt is computed once for all replies.
+GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3) samples a group of replies to each prompt, gives
+each a reward, and raises the log-probs of those whose reward is above the group's mean. Here the
+replies of a step come from the policy as it is at this step. So the importance ratio is 1, and
+nothing is clipped. Two parts of the paper's objective are left out: the KL term, and the division
+by a reply's length. A prompt and its group are one example, so the prompt is computed once.
 
-In the built-in world an answer is right or wrong, and the reward says which. It says nothing of
-style; but full sentences come to be preferred, because the model gets them right more often.
+In the built-in world the reward is 1 for a right answer. It does not depend on the style. But full
+sentences become more frequent, because the model gets them right more often.
 """
 
 from array import array
@@ -42,8 +42,8 @@ class GRPOConfig(Config):
 
 
 def reward(example: Example, reply: list[int]) -> float:
-    """Whatever code can say of a reply. In the built-in world a row's `chosen` and `rejected` are
-    both right answers, in two styles, and a reply is worth 1 if it is one of them."""
+    """The reward of a reply: any function will do. In the built-in world `chosen` and `rejected` of
+    a line are right answers in two styles, and a reply gets 1 if it equals one of them."""
     return float(reply in [list(ids) for ids, _ in example.texts])
 
 
@@ -54,16 +54,16 @@ def run_grpo(cfg: GRPOConfig) -> Run:
     lm = run.policy.lm
     if cfg.temperature != 1 and lm.softcap:
         raise InputError("--temperature: must be 1 for a model that caps its logits")
-    lm.scale /= cfg.temperature  # the policy that trains is the one that samples
+    lm.scale /= cfg.temperature  # or it would train another policy than the one that samples
 
     def grpo(batches):
-        """The loss is a mean over replies."""
+        """One step of GRPO. The loss is a mean over replies."""
         for batch in batches:
             prompts = [list(example.prompt) for example in batch for _ in range(size)]
             replies = sample(run.policy, prompts, cfg.max_completion_length, cfg.temperature)
             groups = [replies[i : i + size] for i in range(0, len(replies), size)]
             rewards = torch.tensor([[reward(e, y) for y in g] for e, g in zip(batch, groups)])
-            spread = rewards.std(1, keepdim=True) + 1e-4  # all alike: advantages of 0
+            spread = rewards.std(1, keepdim=True) + 1e-4  # not 0, if all rewards are equal
             advantages = (rewards - rewards.mean(1, keepdim=True)) / spread  # (prompts, size)
 
             texts = [[(array("i", ids), [True] * len(ids)) for ids in group] for group in groups]
