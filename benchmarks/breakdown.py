@@ -1,21 +1,21 @@
-"""Where a training step's time goes: matrix products, attention, the head, element by element ...
+"""Where the time of a training step goes.
 
     python benchmarks/breakdown.py --model MODEL --dpo_data PAIRS.jsonl --methods dpo
 
-Our steps as in compare.py, under torch's profiler, in CPU seconds of one thread: others may use the
-machine too. Its operators are put together by what they do, forward and backward alike:
+Steps as in compare.py run under torch's profiler. It counts CPU seconds of one thread, so others
+may use the machine, too. Its operators are grouped, forward and backward together:
 
-    weights    products with the model's frozen weights (in 4 bits too, once decoded)
-    LoRA       products with A and B, which have few rows and are bound by memory
-    attention  all within attention, and the backward pass of what only attention uses
+    weights    products with the model's frozen weights, after decoding in 4 bits
+    LoRA       products with A and B, which have few rows, so memory limits them
+    attention  everything in attention, and the backward pass of it
     head       from hidden states to log-probs and their gradient
     decoding   4 bits to 16
     optimizer  AdamW
     elements   everything else that torch does: norms, rotary embeddings, SiLU, residual sums, casts
-    Python     what is left: the interpreter and autograd between operators, and the profiler itself
+    Python     the rest: the interpreter and autograd between operators, and the profiler
 
-"weights alone" is how long the same products take with nothing between them, each shape by itself:
-the least that a step made of these products could take.
+"weights alone" is the time of the same products without anything between them, each shape by
+itself. A step with these products can't be faster.
 """
 
 import argparse

@@ -3,25 +3,24 @@
     pip install -e ".[bench]"
     python benchmarks/compare.py --model MODEL --dpo_data PAIRS.jsonl --methods dpo --pairs 3
 
-Both sides train the same examples in the same order from the same adapter, each in a process of its
-own, in turn. Printed for each method and base: real tokens per second (prompts and replies as TRL
-counts them, a DPO prompt in both its rows; padding and KL rows are not counted; the same number is
-used for both sides), peak memory (resident set; on CUDA what was allocated), the ratio of each pair
-of runs with its spread, and the first and last losses. The first step, which warms up, is left out.
-On CUDA the clock is CUDA's events. With --peak_tflops model FLOPs utilization is printed, too: what
-the mathematics of a step needs (see `step_flops`) over what the machine could do in its time.
+Both sides train the same examples in the same order from the same adapter. Each run is a process,
+and the sides take turns. For each method and base this prints real tokens per second, peak memory
+(resident set; on CUDA the allocated memory), the ratio of each pair of runs, and the first and last
+losses. Tokens are counted for both sides as in TRL: prompts and replies, a DPO prompt twice, no
+padding, no KL rows. The first step is left out. On CUDA the clock is CUDA's events. With
+--peak_tflops the model FLOPs utilization is printed, too: the operations that the mathematics of a
+step needs (see `step_flops`), divided by what the machine could do in this time.
 
-TRL runs at its best settings: bf16, padding_free for SFT, logits chunking as it comes, the faster
-of gradient checkpointing on and off (--peer_checkpointing turns it on), on a GPU --peer_attention
-flash_attention_2. Neither side makes a logits matrix. TRL's head takes every position on a CPU and
-the labelled ones alone on a GPU (add_fused_lm_head asks _use_triton); with --peer_labelled it does
-so on a CPU, too. On a machine that others use as well --cpu_time, with OMP_NUM_THREADS=1 in the
-environment, counts the seconds that a process computed.
+TRL runs with its best settings: bf16, padding_free for SFT, its default chunks of logits, gradient
+checkpointing on or off, whichever is faster (--peer_checkpointing turns it on), and on a GPU
+--peer_attention flash_attention_2. Neither side makes a logits matrix. TRL's head computes every
+position on a CPU, and labelled ones only on a GPU (add_fused_lm_head asks _use_triton). With
+--peer_labelled it computes labelled ones only on a CPU, too. If others use the machine, --cpu_time
+with OMP_NUM_THREADS=1 counts the seconds that a process has computed.
 
-Ours can run with --torch_compile. In bf16 the two round differently, and LoRA's dropout draws other
-masks; with --dtype float32 --lora_dropout 0 the losses agree to the printed digit.
-Without a data flag rows of random words are used, without --model a --shape with random
-weights.
+Ours can run with --torch_compile. In bf16 both sides round differently, and LoRA's dropout draws
+other masks. With --dtype float32 --lora_dropout 0 the losses agree to the printed digit. Without a
+data flag random words are used, and without --model a --shape with random weights.
 """
 
 import argparse

@@ -1,29 +1,30 @@
-"""What one GPU makes of it: speed, utilization and memory of whole training runs.
+"""Speed, utilization and memory of complete training runs on one GPU.
 
-    python benchmarks/gpu.py --quick --out gpu.jsonl   # what matters most, in 6 minutes
+    python benchmarks/gpu.py --quick --out gpu.jsonl   # the most important ones, in 6 minutes
     python benchmarks/gpu.py --out gpu.jsonl           # all, in 20; --parts, --shapes ... for some
     python benchmarks/gpu.py --tiny                    # the same code, on any machine
 
-Nothing is downloaded: models of Llama-3's shapes with random weights, drawn on the device (in 4
-bits layer by layer, so that no dense model ever exists), and examples of random tokens. Each line
-of JSON is one measurement, made in a process of its own that is stopped at a deadline, and written
-as soon as it is there: who has a card for some minutes keeps what was done in them. The most
-telling come first.
+Nothing is downloaded. Models have the shapes of Llama 3 and random weights, which are made on the
+device (in 4 bits layer by layer, so the full model is never in memory). Examples are random tokens.
+Each measurement is a process with a deadline, and its result is written at once as a line of JSON.
+So if you have a card for some minutes only, you keep what was measured. The most important
+measurements come first.
 
-    tests     tests/test_gpu.py without its whole runs
-    compiled  layers of the models that follow, several at once: their kernels wait on disk then
-    ours      a script's own run (train_sft.py ...), with the defaults of its flags
-    theirs    TRL + PEFT (+ bitsandbytes), where they are installed, on the same ids and weights
+    tests     tests/test_gpu.py without complete runs
+    compiled  the layers of the next models are compiled, and their kernels stored on disk
+    ours      a run of a script (train_sft.py ...), with its default flags
+    theirs    TRL + PEFT (+ bitsandbytes), if installed, on the same ids and weights
     kernels   NF4's decode beside a copy, attention beside its definition
-    rows      8B QLoRA SFT, with checkpointing, in rows of 2,048 to 32,768 tokens
+    rows      8B QLoRA SFT with checkpointing, in rows of 2,048 to 32,768 tokens
 
-Tokens are counted as TRL counts them: a DPO prompt in both its sequences, KTO's mismatches not.
-Utilization is what the mathematics of a step needs, over what the GPU could multiply in its time:
-2 operations a frozen weight and token forward and 2 backward (frozen weights have no gradient of
-their own), thrice 2 for an adapter, 4 d a query and key it sees, the head where a trained token is
-predicted, and the forward passes of the reference (see compare.flops_of); no padding, a prompt
-once, nothing a second time, whatever was computed. What the GPU could multiply is measured too, a
-product of 8192 x 8192 matrices in bf16; --peak_tflops takes another number, the data sheet's say.
+Tokens are counted as in TRL: a DPO prompt twice, KTO's mismatches not. Utilization is the number of
+operations that the mathematics of a step needs, divided by what the GPU could multiply in this time
+(see compare.flops_of). These are 2 operations for each frozen weight and token in forward and 2 in
+backward (frozen weights have no gradient), three times 2 for an adapter, 4 d for each query and key
+that it sees, the head where a trained token is predicted, and the reference's forward passes.
+Padding and repeated work are not counted, and a prompt is counted once. What the GPU could multiply
+is measured, too, by a product of 8192 x 8192 matrices in bf16. --peak_tflops takes another number,
+from the data sheet for example.
 """
 
 import argparse

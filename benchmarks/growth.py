@@ -1,14 +1,13 @@
-"""How cost grows: with length and batch, with the vocabulary, with the data, and before step 1.
+"""How costs grow with length and batch, with the vocabulary and with the data; and the start.
 
     python benchmarks/growth.py --model MODEL
 
-Seven figures, each from this one command: time per token of an SFT step against sequence length and
-batch size; of attention alone against the length of the row; of packing trees against how many
-branches they have, and how deep; peak memory of the head against the
-vocabulary at fixed tokens, beside plain logits; examples per second from a file to ids and masks,
-beside TRL's way with dataset.map; peak memory of --many_rows read, encoded and put in order, beside
-that of their ids alone; and seconds of a whole run of one step, and of --help, as commands, beside
-TRL's command line.
+It prints seven figures: the time per token of an SFT step, for sequence lengths and batch sizes; of
+attention alone, for lengths of the row; of packing trees, for numbers and depths of branches; peak
+memory of the head for vocabularies with the same number of tokens, beside plain logits; examples
+per second from a file to ids and masks, beside TRL with dataset.map; peak memory of --many_rows
+lines, read, encoded and put in order, beside that of their ids; and the seconds of a command that
+trains one step, beside TRL's command line, and of --help.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What each idea is worth alone: DPO steps as they are, and with one idea taken away.
+"""What each idea is worth: DPO steps as they are, and with one idea removed.
 
     python benchmarks/ideas.py --model MODEL --data PAIRS.jsonl
 
-Each line is a process of its own that trains the same pairs: seconds of the timed steps (the first
-is left out), peak resident memory, and both against the design as it is. Rounds go through all
-lines in turn, and the median is taken line by line.
+Each line is a process that trains the same pairs. It prints the seconds of the timed steps (the
+first one is left out), peak resident memory, and both relative to the design as it is. Each round
+goes through all lines, and the median of the rounds is taken for each line.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Peak memory of opening a model in 4 bits, on a synthetic checkpoint of a billion weights.
+"""Peak memory of opening a model in 4 bits, for a checkpoint of a billion random weights.
 
     python benchmarks/load_4bit.py
     python benchmarks/load_4bit.py --layers 32 --hidden 4096 --use_bnb_nested_quant
 
-Random bf16 weights are written shard by shard into a temporary directory; a fresh process opens
-them in 4 bits. Its peak resident memory, less what it takes to import everything, should be the
-4-bit model and a few of its largest tensors, and not the dense model.
+The bf16 weights are written shard by shard into a temporary directory, and a new process opens them
+in 4 bits. Its peak resident memory, minus that of the imports, should be the 4-bit model and a few
+of its largest tensors, and not the bf16 model.
 """
 
 import argparse

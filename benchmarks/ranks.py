@@ -1,11 +1,12 @@
-"""What a second process is worth, and what the wire between the two costs.
+"""What a second process is worth, and what sending gradients between the two costs.
 
     python benchmarks/ranks.py --model MODEL --data CONVERSATIONS.json
 
-SFT of MODEL, LoRA and full fine-tuning: one process with two threads, and two processes with one
-thread each (torchrun, gloo), on the same steps of four examples. Tokens per second without the
-first step; and of the middle one of the two processes' steps, the share that they spend waiting for
-each other when their examples are done, and then on the wire, adding up sums and gradients.
+SFT of MODEL with LoRA and with full fine-tuning: one process with two threads is compared with two
+processes with one thread each (torchrun, gloo), on the same steps of four examples. It prints
+tokens per second without the first step. Of the two processes it also prints the shares of a middle
+step in which they wait for each other after their examples, and in which they add up sums and
+gradients.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What threads are worth on a CPU, on an idle machine and beside a busy neighbour.
+"""What threads are worth on a CPU, on an idle machine and beside a busy program.
 
     python benchmarks/threads.py --model MODEL --data CONVERSATIONS.json
 
-SFT of the built-in model and of MODEL with 1, 2, 4 ... threads up to the machine's cores, and with
-as many that sleep while they wait for each other (OMP_WAIT_POLICY=PASSIVE) or after a shorter wait
-(GOMP_SPINCOUNT; GNU's OpenMP waits 300,000 turns of a loop, some milliseconds): tokens per second,
-without the first step. The neighbour is one process that does nothing but loop. A case that is too
-slow for its minute is given up, and counts with the steps that it got through.
+Tokens per second, without the first step, of SFT of the built-in model and of MODEL with 1, 2, 4
+... threads, up to the number of cores. Also with threads that sleep while they wait for each other
+(OMP_WAIT_POLICY=PASSIVE), or sleep sooner (GOMP_SPINCOUNT; GNU's OpenMP waits 300,000 turns of a
+loop, some milliseconds). The busy program is a process that only loops. A case that takes more than
+a minute is stopped, and its steps so far are counted.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What a tree saves: conversations with thoughts, and ranked replies.
+"""What a tree saves in conversations with thoughts, and with ranked replies.
 
     python benchmarks/trees.py --model MODEL
 
-A conversation of T replies that think is T texts, each of which repeats what the others have said;
-as a tree it is a trunk and T branches. K ranked replies are K (K - 1) / 2 pairs; as a tree they are
-one prompt and K branches. Both ways give the same loss and the same gradient. This measures the
-tokens that are computed, and the seconds of forward and backward, one way after the other.
+A conversation with T replies and thoughts is T texts, and each repeats the earlier replies. As a
+tree it is a trunk and T branches. K ranked replies are K (K - 1) / 2 pairs. As a tree they are one
+prompt and K branches. Both ways give the same loss and the same gradient. This measures how many
+tokens are computed, and the seconds of forward and backward, taking turns.
 """
 
 import argparse
