@@ -31,7 +31,7 @@ class Policy:
     template: ChatML  # or another class with the same members
     lora: object = None  # the settings of its adapter (formats/peft.py)
     attention: str = field(init=False)  # transformers' name of the attention for generation
-    reference: Reference | None = field(init=False)  # the policy as it is now; None: all trains
+    reference: Reference | None = field(init=False)  # the policy at the start; None: all trains
 
     def __post_init__(self):
         self.attention = self.model.config._attn_implementation  # there is no public name for it
