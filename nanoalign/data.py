@@ -157,7 +157,7 @@ def epoch_order(examples: Examples, epoch: int, seed: int, shuffle: bool = True)
 
 def with_mismatches(order: Examples, max_length: int | None = None) -> Examples:
     """The examples with a `mismatch` for KTO's z0: prompt x with y', the reply of another example.
-    It is the nearest earlier one with another prompt; the last comes before the first. A mismatch
+    It is the nearest earlier one with another prompt; before the first comes the last. A mismatch
     is cut to `max_length`, but keeps one trained token. InputError: all prompts are equal."""
     asked, replies = zip(*map(split, order)) if order else ((), ())
     other = next((i for i in reversed(range(len(order))) if asked[i] != asked[0]), None)

@@ -142,7 +142,7 @@ def tied(model: nn.Module) -> bool:
 
 def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
     """Let some tokens' vectors train in embedding and head: {end of the layer's name: token ids}.
-    Tied tables need one entry. InputError: no such layer or token, or the layer does more."""
+    Tied tables need one entry. InputError: no such layer or token, or no way to train it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     one_table, paths = tied(model), {id(module): name for name, module in model.named_modules()}
     for name, rows in indices.items():

@@ -184,7 +184,7 @@ def attention(
     scaling: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over a packed row. Where a query may not see a key, the score is minus infinity.
-    query (1, H, T, D); key and value (1, H_kv, T, D), each shared by H / H_kv heads of query.
+    query (1, H, T, D); key, value (1, H_kv, T, D), where H / H_kv query heads share one of H_kv.
     -> (1, H, T, D)."""
     index = torch.arange(query.shape[2], device=query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
