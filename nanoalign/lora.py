@@ -140,24 +140,31 @@ def tied(model: nn.Module) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def table_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding and the output head, by their paths in the model."""
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    return {paths[table]: table for table in tables}
+
+
 def add_token_rows(model: nn.Module, indices: dict[str, list[int]]) -> None:
     """Let some tokens' vectors train in embedding and head: {end of the layer's name: token ids}.
     Tied tables need one entry. InputError: no such layer or token, or no way to train it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    one_table, paths = tied(model), {id(module): name for name, module in model.named_modules()}
+    *others, head = tables = table_paths(model)
+    one_table = tied(model)
     for name, rows in indices.items():
-        tables = [embedding] if one_table else [embedding, head]
-        table = next((table for table in tables if paths[id(table)].endswith(name)), None)
-        if table is None:
+        path = next((p for p in (others if one_table else tables) if p.endswith(name)), None)
+        if path is None:
             raise InputError(f"trainable_token_indices: {name} is no embedding of this model")
+        table = tables[path]
         if type(table) not in (nn.Embedding, nn.Linear) and not scales(table):
             raise InputError(f"new tokens can't be trained in a {type(table).__name__}")
         if wrong := [row for row in rows if row >= len(table.weight)]:
             raise InputError(f"trainable_token_indices: {name} has no row {wrong[0]}")
         wrapped = TokenRows(table, rows, None)
-        model.set_submodule(paths[id(table)], wrapped)
+        model.set_submodule(path, wrapped)
         if one_table:
-            model.set_submodule(paths[id(head)], TokenRows(head, rows, wrapped.row_weight))
+            model.set_submodule(head, TokenRows(tables[head], rows, wrapped.row_weight))
 
 
 class Reference:

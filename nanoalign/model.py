@@ -20,7 +20,7 @@ from nanoalign.chatml import ChatML, Message, encode
 from nanoalign.fast.compiled import uncompiled  # compiled layers can't generate quickly
 from nanoalign.fast.miniature import miniature_model  # two layers of the same kind
 from nanoalign.logps import PackedLM, Scores
-from nanoalign.lora import Reference, add_lora, add_token_rows, tied
+from nanoalign.lora import Reference, add_lora, add_token_rows, table_paths, tied
 from nanoalign.packing import Example, packed
 
 
@@ -131,17 +131,14 @@ def fit_embeddings(model: nn.Module, tokenizer, added: list[int]) -> dict[str, l
     if not added:
         return {}
 
-    def tables():
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        return [embedding] if tied(model) else [embedding, head]
-
-    means = [table.weight.detach().float().mean(0) for table in tables()]
+    paths = [*table_paths(model)][: 1 if tied(model) else 2]
+    means = [model.get_submodule(path).weight.detach().float().mean(0) for path in paths]
     if tokens > rows:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    for table, mean in zip(tables(), means):
-        table.weight.data[added] = mean.to(table.weight.dtype)
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {paths[id(table)].rpartition(".")[2]: added for table in tables()}
+    for path, mean in zip(paths, means):
+        weight = model.get_submodule(path).weight
+        weight.data[added] = mean.to(weight.dtype)
+    return {path.rpartition(".")[2]: added for path in paths}
 
 
 def generate(policy: Policy, conversations: list[list[Message]], **options) -> list[str]:

@@ -206,12 +206,6 @@ def unstack(model: nn.Module) -> None:
         model.set_submodule(name, Experts(module))
 
 
-def outside_experts(model: nn.Module, paths: list[str]) -> list[str]:
-    """Those of the modules `paths` that belong to no expert."""
-    experts = [f"{name}." for name, module in model.named_modules() if isinstance(module, Experts)]
-    return [path for path in paths if not path.startswith(tuple(experts))]
-
-
 def in_model(stored: dict[str, Stored], model_type: str) -> dict[str, Stored]:
     """Tensors in files, under the names that the model has for them."""
     new = MIXTRAL if model_type == "mixtral" else {}

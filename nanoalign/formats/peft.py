@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.formats.files import is_finite
-from nanoalign.formats.mixture import outside_experts
+from nanoalign.formats.mixture import Experts
 from nanoalign.lora import (
     LoRALinear,
     TokenRows,
@@ -34,6 +34,7 @@ from nanoalign.lora import (
     plain,
     put,
     scales,
+    table_paths,
     tied,
 )
 from nanoalign.nf4 import FrozenLinear
@@ -102,8 +103,9 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     is an InputError; of an adapter, if nothing is there. A mixture's experts are never meant
     (mixture.py), nor what `exclude_modules` and `modules_to_save` name.
     """
-    linear, tables = outside_experts(model, linear_names(model)), table_paths(model)
-    paths = [path for path, _ in model.named_modules() if path in {*linear, *tables}]
+    experts = [f"{path}." for path, m in model.named_modules() if isinstance(m, Experts)]
+    linear = [path for path in linear_names(model) if not path.startswith(tuple(experts))]
+    paths = [path for path, _ in model.named_modules() if path in {*linear, *table_paths(model)}]
     target, name = config.target_modules, f"{config.source}target_modules"
     names = [target] if isinstance(target, str) else target
     found = {each: ending_in(each, paths) for each in names}
@@ -150,12 +152,6 @@ def by_layer(pattern: dict, default: float, paths: list[str], name: str) -> dict
     for value, meant in reversed([*zip(pattern.values(), hits)]):
         values |= dict.fromkeys(meant, value)
     return values
-
-
-def table_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """The embedding and the output head, by their paths."""
-    tables = model.get_input_embeddings(), model.get_output_embeddings()
-    return {path: module for path, module in model.named_modules() if module in tables}
 
 
 class LoRAHead(LoRALinear):

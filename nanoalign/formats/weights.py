@@ -129,11 +129,6 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
 
 
-def frozen_weights(model: nn.Module) -> int:
-    """How many weights are in few bits: model.parameters() does not list them."""
-    return sum(m.in_features * m.out_features for m in frozen_layers(model).values())
-
-
 def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) -> nn.Module:
     """The model with its linear layers frozen, streamed from its files where that can be. `dtype`
     is that of all other weights, and what frozen ones are rounded to."""
@@ -162,16 +157,19 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
     layers = list(frozen_layers(model).values())
     if not layers:
         raise InputError(f"{name}: has no linear layers to hold in 4 bits")
-    bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen_weights(model)
+    frozen = sum(m.in_features * m.out_features for m in layers)
+    bits = 8 * sum(b.nbytes for m in layers for b in m.buffers()) / frozen
     kind = type(layers[0]).__name__.removesuffix("Linear").upper()
-    share = frozen_weights(model) / all_weights(model)
+    share = frozen / all_weights(model)
     where = f"{share:.0%} of all weights are {len(layers)} linear layers in {kind}"
     print(f"{where}: {bits:.2f} bits per parameter")
     return model.requires_grad_(False).eval()
 
 
 def all_weights(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters()) + frozen_weights(model)
+    """The number of weights; model.parameters() does not list those in few bits."""
+    frozen = sum(m.in_features * m.out_features for m in frozen_layers(model).values())
+    return frozen + sum(p.numel() for p in model.parameters())
 
 
 def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:

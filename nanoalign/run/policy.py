@@ -29,7 +29,7 @@ from nanoalign.formats.peft import (
 )
 from nanoalign.formats.templates import DATE, KWARGS, TEMPLATES, NativeTemplate
 from nanoalign.logps import PackedLM
-from nanoalign.lora import tied
+from nanoalign.lora import table_paths, tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run import ranks
@@ -125,8 +125,7 @@ def reader_of(cfg: Config, base: Base) -> Reader:
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> None:
     """As many rows as an adapter's own embedding or head has, or its rows for new tokens need; the
     adapter fills them."""
-    table = model.get_input_embeddings()
-    path = next(path for path, module in model.named_modules() if module is table)
+    path, table = next(iter(table_paths(model).items()))
     rows = table_rows(model, adapter)
     if rows is None and any(ending_in(name, [path]) for name in lora.trainable_token_indices):
         rows = max(vocabulary(tokenizer), len(table.weight))
@@ -137,12 +136,11 @@ def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> No
 def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list[int]]:
     """The `rows` of new tokens, {table: rows}, that train on their own: not those of a table that
     trains whole. Tied tables part when one of them does, and then the other has rows too."""
-    tables = model.get_input_embeddings(), model.get_output_embeddings()
-    paths = [path for path, module in model.named_modules() if module in tables]
+    paths = [*table_paths(model)]
     trained = [path for path in paths if path.endswith(tuple(whole))]
     if rows and trained and tied(model):
         # the head alone: PEFT can't open such an adapter
-        if all(model.get_submodule(path) is tables[1] for path in trained):
+        if trained == paths[1:]:
             fault = "is tied to the embedding, which has new tokens to learn; name both or neither"
             raise InputError(f"--lora_modules_to_save {' '.join(whole)}: the output head {fault}")
         rows = dict.fromkeys((path.rpartition(".")[2] for path in paths), *rows.values())
@@ -241,7 +239,7 @@ def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int
     """Of a model with an adapter, in lines."""
     if adapter := cfg.adapter_name_or_path:
         print(f"goes on from the adapter {adapter}")
-        if weights.read_note(adapter) and not weights.frozen_weights(model):
+        if weights.read_note(adapter) and not weights.frozen_layers(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     if lora.tables:
         print("the adapter has a whole embedding or head, which takes the place of the base's")
