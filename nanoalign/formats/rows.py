@@ -1,14 +1,14 @@
-"""Files, folders and data sets of the hub -> rows, each with the place it came from.
+"""Files, folders and data sets of the hub -> rows: one dict for each record.
 
-A row is a dict, and beside it stands its place, "data.jsonl, line 17", so that whoever finds
-fault with the row later can say where it is. Lines and rows count from 1; lines end at "\\n", as
-in an editor, and never at the U+2028 or U+0085 inside a text (str.splitlines would cut there).
+Each row comes with a text that says where it stands, "data.jsonl, line 17", for messages about it.
+Lines and rows count from 1. A line ends at "\\n" only: str.splitlines would also cut at a U+2028
+or U+0085 inside a text.
 
-What a file holds is taken as it stands or refused with one line (InputError) that the user can
-act on. Where the file goes on behind a row that is refused, the InputError comes in the row's
-place, so that a reader can pass over it; a broken file raises it. The usual loaders guess instead:
-Python's json keeps the last of two equal keys and lets NaN in, and a data frame turns the word
-"null" into a missing value and fills ragged rows up.
+A file is read as it is, or refused with an InputError of one line. If one row is refused and the
+file can be read further, the InputError is yielded in place of the row, so that the caller may skip
+it. A broken file raises the InputError. The usual loaders guess instead: Python's json keeps the
+last of two equal keys and accepts NaN; a data frame reads the word "null" as a missing value and
+fills up rows that are too short.
 """
 
 import csv
@@ -28,7 +28,7 @@ from typing import BinaryIO, TextIO
 
 from nanoalign import InputError
 
-# First bytes of what gets renamed by mistake. A pickle is never opened: opening it runs its code.
+# How files begin that are not plain text, whatever their name says.
 MAGIC = {
     b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)",
@@ -36,32 +36,31 @@ MAGIC = {
 }  # fmt: skip
 
 
-Rows = Iterator[tuple[str, dict | InputError]]
+Rows = Iterator[tuple[str, dict | InputError]]  # (where, row)
 SUFFIXES = ".json", ".jsonl", ".csv", ".gz", ".parquet"
-GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its rows lack the third
+GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its records have no `value`
 
 
 def files_of(sources: list[str]) -> list[str]:
-    """The sources, with the files that match it in place of a pattern ("data/*.jsonl")."""
+    """The sources; a pattern such as "data/*.jsonl" becomes the files that match it."""
     patterns = {s for s in sources if glob.has_magic(s) and not os.path.exists(s)}
     found = {s: sorted(glob.glob(s, recursive=True)) if s in patterns else [s] for s in sources}
-    if nothing := [source for source in sources if not found[source]]:
-        raise InputError(f"{nothing[0]}: no such file; expected one that matches at least")
+    if empty := [source for source in sources if not found[source]]:
+        raise InputError(f"{empty[0]}: no such file; expected at least one that matches")
     return [file for source in sources for file in found[source]]
 
 
 def rows_of(source: str, split: str) -> Rows:
-    """(where, row) of a file, of a folder that datasets saved, or of a data set of the hub; the
-    InputError in place of a row that is refused."""
+    """(where, row) for each row of a source; a row that is refused is its InputError."""
     kind = storage(source)
     if kind == "file" and not source.lower().endswith(".parquet"):
-        return read_rows(source, passing=True)
+        return read_rows(source, yield_errors=True)
     return table_rows(source, split, hub=kind == "hub")
 
 
 def storage(source: str) -> str:
-    """Where rows are: "hub" (name or owner/name, and no such path here), "saved" (a folder that the
-    datasets library saved) or "file"."""
+    """Where a source is stored. "hub": NAME or OWNER/NAME, and no such path exists here. "saved": a
+    folder that the datasets library saved. "file": anything else."""
     if any(os.path.exists(f"{source}/{name}") for name in ("state.json", "dataset_dict.json")):
         return "saved"
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
@@ -70,10 +69,10 @@ def storage(source: str) -> str:
 
 
 def table_rows(source: str, split: str, hub: bool) -> Rows:
-    """What the datasets library reads."""
+    """The rows of Parquet files and of all that the datasets library reads."""
     try:
         import datasets
-        from pyarrow.parquet import ParquetFile  # which datasets needs, but copies the file first
+        from pyarrow.parquet import ParquetFile  # datasets would copy the file first
 
         if hub:
             table = datasets.load_dataset(source, split=split)
@@ -87,7 +86,7 @@ def table_rows(source: str, split: str, hub: bool) -> Rows:
             table = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(table, 1):
             yield f"{source}{f'[{split}]' * hub}, row {number}", row
-    except Exception as error:  # of many kinds: no network, no such name, no such split
+    except Exception as error:  # no network, no such name, no such split ...
         why = "no such file, and the hub says" if hub else "it can't be read"
         why += ": " + " ".join(str(error).split())[:200]
         if isinstance(error, ImportError):
@@ -95,11 +94,11 @@ def table_rows(source: str, split: str, hub: bool) -> Rows:
         raise InputError(f"{source}: {why}") from None
 
 
-def read_rows(path: str | Path, passing: bool = False) -> Rows:
-    """(where, row) of a .json, .jsonl or .csv file, packed by gzip or not, one by one: at least one
-    row, or InputError. With `passing` a row that is refused does not raise it, but is one.
+def read_rows(path: str | Path, yield_errors: bool = False) -> Rows:
+    """(where, row) for each row of a .json, .jsonl or .csv file, or of such a file in gzip (.gz).
 
-    The lines of a JSONL file are read twice, first as bytes, and never all at once.
+    A row that is refused raises an InputError, or with `yield_errors` is yielded as one. A file
+    without rows raises one. A JSONL file is read twice, first as bytes, and never held whole.
     """
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
     name, where = str(path), None
@@ -113,7 +112,7 @@ def read_rows(path: str | Path, passing: bool = False) -> Rows:
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
             for where, row in readers[suffix](text, name):
-                if isinstance(row, InputError) and not passing:
+                if isinstance(row, InputError) and not yield_errors:
                     raise InputError(f"{where}: {row}")
                 yield where, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -129,8 +128,8 @@ def read_rows(path: str | Path, passing: bool = False) -> Rows:
 
 
 def check_text(file: BinaryIO, name: str) -> None:
-    """Is it UTF-8, with or without a byte order mark, and not blank? InputError if it is not. A NUL
-    is no text: binary, or UTF-16."""
+    """InputError if a file is not UTF-8 or is blank. A NUL is a fault, too: it stands in UTF-16 and
+    in binary files."""
     before, blank = 0, True  # bytes before this line; were all lines so far blank?
     for number, data in enumerate(file, start=1):
         for magic, kind in MAGIC.items() if number == 1 else ():
@@ -149,7 +148,7 @@ def check_text(file: BinaryIO, name: str) -> None:
 
 
 def shown(text: str, start: int = 0) -> str:
-    """What stands at text[start], for a message: a few words, control characters escaped."""
+    """The first characters from text[start] on, for a message; control characters are escaped."""
     return "the end of the file" if 0 < start >= len(text) else repr(text[start : start + 50])[:60]
 
 
@@ -168,25 +167,27 @@ def finite(literal: str) -> float:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite)
-LENIENT = json.JSONDecoder()  # finds where an object ends that the other refuses
+LENIENT = json.JSONDecoder()  # says where a value ends that DECODER refuses
 SPACE, LONE = re.compile(r"[ \t\r\n]*"), re.compile("[\ud800-\udfff]")
 
 
 def decode(text: str, start: int, objects: bool = True) -> tuple[object, int | None]:
-    """The JSON value, or with `objects` the object, at text[start] or after spaces; and where the
-    text goes on, spaces passed. An InputError is in place of a value that is refused; where no
-    whole value is, nothing goes on: None."""
+    """(value, end): the JSON value at text[start], or after white space there; and the index of
+    what follows it, white space skipped. With `objects` only an object is accepted.
+
+    A value that is refused is an InputError. If even its end is unknown, `end` is None.
+    """
     start, limit = SPACE.match(text, start).end(), sys.getrecursionlimit()
     if objects and not text.startswith("{", start):
         return InputError(f"expected a JSON object {{...}}, found {shown(text, start)}"), None
-    sys.setrecursionlimit(min(limit, 3000))  # if a library raised it, json would overflow C's stack
+    sys.setrecursionlimit(min(limit, 3000))  # a higher one would let json overflow C's stack
     try:
         try:
             value, end = DECODER.raw_decode(text, start)
             escaped = re.search(r"\\u[dD]", text[start:end])
             if escaped and LONE.search(json.dumps(value, ensure_ascii=False)):
                 raise InputError("a lone surrogate (\\ud800 to \\udfff); expected the whole pair")
-        except InputError as refusal:  # also from the decoder's hooks above
+        except InputError as refusal:  # DECODER's hooks raise it, too
             value, end = refusal, LENIENT.raw_decode(text, start)[1]
         return value, SPACE.match(text, end).end()
     except json.JSONDecodeError as e:
@@ -194,7 +195,7 @@ def decode(text: str, start: int, objects: bool = True) -> tuple[object, int | N
         fault = f"broken or cut off at {at} ({e.msg}); expected a whole JSON object {{...}}"
     except RecursionError:
         fault = "lists and objects nested too deep; expected fewer than a thousand levels"
-    except ValueError:  # the only other one is int's
+    except ValueError:  # int() refuses very long numbers
         fault = f"a number of over {sys.get_int_max_str_digits()} digits; expected fewer"
     finally:
         sys.setrecursionlimit(limit)
@@ -202,7 +203,7 @@ def decode(text: str, start: int, objects: bool = True) -> tuple[object, int | N
 
 
 def parsed(text: str, where: str):
-    """A text that is JSON: a column's, a call's arguments."""
+    """The value of a text that is JSON, such as a call's arguments."""
     value, end = decode(text, 0, objects=False)
     if end not in (None, len(text)):
         value = InputError(f"expected one JSON value, then {shown(text, end)}")
@@ -212,7 +213,7 @@ def parsed(text: str, where: str):
 
 
 def jsonl_rows(file: TextIO, name: str) -> Rows:
-    """One JSON object per line. Blank lines are skipped: they hold nothing to lose."""
+    """One JSON object per line. Blank lines are skipped."""
     for i, line in enumerate(file, start=1):
         line = line.removesuffix("\n")
         if line.strip(" \t\r"):
@@ -223,7 +224,7 @@ def jsonl_rows(file: TextIO, name: str) -> Rows:
 
 
 def json_rows(file: TextIO, name: str) -> Rows:
-    """One list of objects, parsed object by object so that an error can name its row."""
+    """One list of objects. Each is parsed by itself, so that an error can name its row."""
     text = file.read()
     at = SPACE.match(text).end()
     if text[at] != "[":
@@ -232,7 +233,7 @@ def json_rows(file: TextIO, name: str) -> Rows:
     if text.startswith("]", SPACE.match(text, at + 1).end()):
         return
     number = 0
-    while text[at] != "]":  # but the bracket that opens the list, or a comma
+    while text[at] != "]":  # at the bracket that opens the list, then at each comma
         number += 1
         where = f"{name}, row {number}"
         row, at = decode(text, at + 1)
@@ -248,10 +249,9 @@ def json_rows(file: TextIO, name: str) -> Rows:
 
 
 def csv_rows(file: TextIO, name: str) -> Rows:
-    """A header, then one record per row; every value is text as it stands ("null", "NA", "").
+    """A header, then records. Each value is text as it stands, "null", "NA" and "" too.
 
-    A record spans lines where a quoted value does; its place is the line where it starts. Blank
-    lines between records are skipped.
+    A record may span lines, inside quotes; `where` is its first line. Blank lines are skipped.
     """
     text = file.read()
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
@@ -274,9 +274,10 @@ def csv_rows(file: TextIO, name: str) -> Rows:
                 yield where, InputError(f"{fault}; expected as many fields in both")
             elif record:
                 yield where, dict(zip(header, record))
-    except csv.Error as e:  # in the record that starts on line `start`
+    except csv.Error as e:  # in the record that begins on line `start`
         if "end of data" in str(e):
-            # Inside a value quotes are doubled: the last odd run of them begins with the open one.
+            # A quote inside a value is doubled. So the quote that never closes begins the last run
+            # of an odd number of quotes.
             opening = [run.start() for run in re.finditer('"+', text) if len(run[0]) % 2][-1]
             start = text.count("\n", 0, opening) + 1
             fault = "a quote opens here and never closes; expected its end"
