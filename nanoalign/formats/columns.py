@@ -1,16 +1,16 @@
-"""A column of a row -> the label, the text, the tools or the messages that it holds, checked.
+"""One column of a row -> the label, text, tools or messages in it, checked.
 
-Messages have many spellings in files and one form here, chatml.Message: the tables below say which
-keys and roles are read. A null or empty key counts as absent, since the datasets library gives each
-message the keys of all others; inside `tools` and `tool_calls` it does so to every object, and null
-keys are absent there too. In JSON that stands in a string, null is a value.
+Files spell messages in many ways; here they have one form, chatml.Message. The tables below list
+the keys and roles that are read. A key that is null or empty counts as missing, because the
+datasets library gives each message the keys of all others. It does the same to the objects inside
+`tools` and `tool_calls`, so null keys are left out there too; in a string of JSON a null is kept.
 
-A reply's text may hold its thought, <think>...</think> where it begins, and its calls,
-<tool_call>{"name": ..., "arguments": {...}}</tool_call> where it ends. With them go the newlines
-that ChatML writes around them: those inside and after <think>...</think>, and the one before the
-first call. Anywhere else, and where no call can be read, such words are text.
+The text of a reply may begin with a thought, <think>...</think>, and end with calls,
+<tool_call>{"name": ..., "arguments": {...}}</tool_call>. Both are taken out of the text, with the
+newlines that ChatML writes around them. Anywhere else, and where the call is no JSON, such words
+stay text.
 
-What is wrong raises InputError, with the column in front.
+What is wrong raises an InputError that begins with the column's name.
 """
 
 import math
@@ -23,10 +23,10 @@ from nanoalign.chatml import ROLES, Message
 from nanoalign.formats.rows import parsed
 
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
-CALL_ROLES = "function_call", "tool_call"  # the content is the call, in JSON
+CALL_ROLES = "function_call", "tool_call"  # their content is the call, in JSON
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 KNOWN_ROLES = {*ROLES, *SHAREGPT}
-OTHER_ROLES = {  # in any case: "Human"
+OTHER_ROLES = {  # letters may be capital: "Human"
     **SHAREGPT, **dict.fromkeys(CALL_ROLES, "assistant"), "developer": "system",
     **dict.fromkeys(("function", "observation", "tool_response"), "tool"),
 }  # fmt: skip
@@ -36,7 +36,7 @@ TRAINS = "weight", "train", "loss", "loss_mask", "trainable"  # 0 or 1: does the
 REPLY_KEYS = {*THOUGHTS, *CALLS}
 MESSAGE_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *REPLY_KEYS, *TRAINS}
 CALL_KEYS = {"id", "type", "index", "function", "name", "arguments"}
-UNSUPPORTED = {  # columns and keys without which a conversation would mean something else
+UNSUPPORTED = {  # refused: without them a conversation would mean something else
     "images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio",
     "chat_template_kwargs",
 }  # fmt: skip
@@ -45,7 +45,7 @@ CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 
 def label_of(value, csv: bool) -> bool:
-    """true or false, 1 or 0; in CSV, where all is text, in any case."""
+    """true or 1, false or 0. In CSV they are text, and letters may be capital."""
     words = {"true": True, "1": True, "false": False, "0": False}
     label = words.get(value.strip().lower()) if csv else value
     if not isinstance(label, int | float) or label not in (0, 1):
@@ -55,7 +55,7 @@ def label_of(value, csv: bool) -> bool:
 
 
 def text_of(row: dict, column: str) -> str:
-    """A column that may be missing or null; both are the empty string."""
+    """A column's text; "" if the column is missing or null."""
     value = row.get(column)
     if not isinstance(value, str | None):
         raise InputError(f"{column}: {kind_of(value)}; expected a string")
@@ -63,7 +63,7 @@ def text_of(row: dict, column: str) -> str:
 
 
 def list_of(row: dict, column: str, what: str) -> list:
-    """A list, or JSON of one; empty where the column is missing, null or empty."""
+    """A column's list, or a list in a string of JSON; [] if the column is missing or empty."""
     value = row.get(column) and _json(row[column], column)
     if not value:
         return []
@@ -83,8 +83,8 @@ def tools_of(row: dict) -> list[dict]:
 
 
 def beside(row: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
-    """The system turn, the tools and alpaca's earlier turns that stand beside the columns of a
-    layout."""
+    """(system, tools, history): what a row says beside the columns of its layout. `history` holds
+    alpaca's earlier turns, [[question, answer], ...]."""
     if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
         raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
     system, tools, pairs = text_of(row, "system"), tools_of(row), list_of(row, "history", "pairs")
@@ -96,27 +96,28 @@ def beside(row: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
 
 
 def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
-    """A column's messages: it holds a list of them or, where `role` is known, one turn's text."""
+    """A column's messages. With `role` the column may also hold the text of one turn."""
     value = row[column]
     if isinstance(value, str) and role:
         return [_message({"role": role, "content": value}, column)]
-    if isinstance(value, dict) and role == "assistant":  # ShareGPT's replies: without a list
+    if isinstance(value, dict) and role == "assistant":  # ShareGPT's reply is one message, no list
         value = [value]
     if not isinstance(value, list):
         expected = "a string or a list of messages" if role else "a list of messages"
         raise InputError(f"{column}: {kind_of(value)}; expected {expected}")
     if not value:
         raise InputError(f"{column}: an empty list; expected at least one message")
-    whole = column in ("messages", "conversations")  # what the column loss_mask speaks of
-    mask = whole and list_of(row, "loss_mask", "0 and 1") or [None] * len(value)
-    if len(mask) != len(value):
+    mask = []
+    if column in ("messages", "conversations") and "loss_mask" in row:
+        mask = list_of(row, "loss_mask", "0 and 1")
+    if mask and len(mask) != len(value):
         raise InputError(f"loss_mask: {len(mask)} entries; expected {len(value)}, one a message")
     turns = []
     for i, message in enumerate(value):
         where = f"{column}, message {i + 1}"
-        turn = _message(message, where, mask[i])
-        own = "tool_calls" in turn and message[_key(message, ROLE_KEYS)].lower() in CALL_ROLES
-        if own and turns and (reply := turns[-1])["role"] == "assistant":
+        turn = _message(message, where, mask[i] if mask else None)
+        is_call = "tool_calls" in turn and message[_key(message, ROLE_KEYS)].lower() in CALL_ROLES
+        if is_call and turns and (reply := turns[-1])["role"] == "assistant":  # one turn of both
             if ("train" in turn) != ("train" in reply):
                 raise InputError(f"{where}: expected it to train as its reply does")
             reply["tool_calls"] = reply.get("tool_calls", []) + turn["tool_calls"]
@@ -126,7 +127,8 @@ def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
 
 
 def unread(row: dict, columns: set[str]) -> Iterator[str]:
-    """What is passed over in a row of which these columns are read; and roles read as others."""
+    """What is lost of a row if only these columns are read, "column x" or "key x" of a message; and
+    "role x as y" where a role is read as another one."""
     for column, value in row.items():
         if column not in columns:
             yield from (f"column {name}" for name in filled({column: value}))
@@ -140,43 +142,43 @@ def unread(row: dict, columns: set[str]) -> Iterator[str]:
                     yield f"role {role} as {OTHER_ROLES.get(role.lower(), role.lower())}"
 
 
-def filled(given: dict) -> dict:
-    """Without what is null or empty; 0 and false are neither."""
-    return {key: value for key, value in given.items() if value or value == 0}
+def filled(entries: dict) -> dict:
+    """The entries that are neither null nor empty; 0 and false stay."""
+    return {key: value for key, value in entries.items() if value or value == 0}
 
 
-def refuse_unsupported(given: dict, where: str = "") -> None:
+def refuse_unsupported(entries: dict, where: str = "") -> None:
     """InputError for columns or keys that hold more than text."""
-    for key in [] if UNSUPPORTED.isdisjoint(given) else filled(given):
+    for key in [] if UNSUPPORTED.isdisjoint(entries) else filled(entries):
         if key in UNSUPPORTED:
-            raise InputError(f"{where}{key}: {kind_of(given[key])}; expected text alone")
+            raise InputError(f"{where}{key}: {kind_of(entries[key])}; expected text alone")
 
 
 def _message(message, where: str, mask=None) -> Message:
-    """A message in its one form; `mask` is its entry in the column loss_mask."""
-    keyed = isinstance(message, dict)
-    given = filled(message) if keyed else {}
-    more = [] if REPLY_KEYS.isdisjoint(given) else [key for key in given if key in REPLY_KEYS]
-    role_key, text_key = keyed and _key(message, ROLE_KEYS), keyed and _key(message, TEXT_KEYS)
-    if not role_key or not (text_key or more):
-        found = f"keys {listed(message)}" if keyed else kind_of(message)
+    """A message of a file as a chatml.Message; `mask` is its entry in the column loss_mask."""
+    keys = message if isinstance(message, dict) else {}
+    entries, role_key, text_key = filled(keys), _key(keys, ROLE_KEYS), _key(keys, TEXT_KEYS)
+    extra = [] if REPLY_KEYS.isdisjoint(entries) else [key for key in entries if key in REPLY_KEYS]
+    if not role_key or not (text_key or extra):
+        found = f"keys {listed(message)}" if isinstance(message, dict) else kind_of(message)
         raise InputError(f'{where}: {found}; expected {{"role": ..., "content": ...}}')
-    said, content = message[role_key], message.get(text_key)
-    role = OTHER_ROLES.get(said.lower(), said.lower()) if isinstance(said, str) else None
+    name, content = message[role_key], message.get(text_key)
+    role = OTHER_ROLES.get(name.lower(), name.lower()) if isinstance(name, str) else None
     if role not in ROLES:
         expected = ", ".join(ROLES)
-        raise InputError(f"{where}: {role_key} is {_shown(said)}; expected {expected}")
+        raise InputError(f"{where}: {role_key} is {_shown(name)}; expected {expected}")
     refuse_unsupported(message, f"{where}: ")
     if isinstance(content, list):
         content = _joined(content, f"{where}: {text_key}")
-    if not isinstance(content, str) and not (content is None and more):
+    if not isinstance(content, str) and not (content is None and extra):
         raise InputError(f"{where}: {text_key} is {kind_of(content)}; expected a string")
     turn = {"role": role, "content": content or ""}
-    if more and role != "assistant":
-        raise InputError(f"{where}: {more[0]} in the {role}'s turn; expected the assistant's")
-    if role == "assistant" and (more or "<t" in turn["content"] or said.lower() in CALL_ROLES):
-        turn |= _reply(given, turn["content"], said.lower() in CALL_ROLES, where)
-    flags = {key: given[key] for key in TRAINS if key in given}
+    if extra and role != "assistant":
+        raise InputError(f"{where}: {extra[0]} in the {role}'s turn; expected the assistant's")
+    is_call = name.lower() in CALL_ROLES
+    if role == "assistant" and (extra or is_call or "<t" in turn["content"]):
+        turn |= _reply(entries, turn["content"], is_call, where)
+    flags = {key: entries[key] for key in TRAINS if key in entries}
     if mask is not None:
         flags["the column loss_mask"] = mask
     if flags and not _trains(flags, role, where):
@@ -185,7 +187,7 @@ def _message(message, where: str, mask=None) -> Message:
 
 
 def _trains(flags: dict, role: str, where: str) -> bool:
-    """What the flags say of a turn."""
+    """Do a message's flags, {name: 0 or 1}, let it train? Other turns than replies never do."""
     for key, flag in flags.items():
         if flag not in (0, 1) or flag and role != "assistant":
             expected = "0 or 1" if role == "assistant" else f"0 or none in the {role}'s turn"
@@ -195,28 +197,28 @@ def _trains(flags: dict, role: str, where: str) -> bool:
     return all(flags.values()) or role != "assistant"
 
 
-def _reply(given: dict, content: str, is_call: bool, where: str) -> Message:
-    """An assistant's content, thought and calls, wherever the message keeps them."""
-    thoughts = [given[key] for key in THOUGHTS if key in given]
+def _reply(entries: dict, content: str, is_call: bool, where: str) -> Message:
+    """The content, thought and calls of the assistant's message, from its keys or its text."""
+    thoughts = [entries[key] for key in THOUGHTS if key in entries]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
         raise InputError(f"{where}: a thought is {kind_of(wrong[0])}; expected a string")
     if match := THOUGHT.match(content):
         thoughts, content = [*thoughts, match[1]], content[match.end() :]
     thoughts = {thought.strip("\n") for thought in thoughts if thought.strip()}
-    calls = [_calls(given[key], f"{where}: {key}") for key in CALLS if key in given]
+    calls = [_calls(entries[key], f"{where}: {key}") for key in CALLS if key in entries]
     if is_call:
         calls, content = [*calls, _calls(content, f"{where}: the call")], ""
-    content, spelled = _spelled_calls(content)
-    calls = [some for some in (*calls, spelled) if some]
+    content, calls_in_text = _cut_calls(content)
+    calls = [found for found in (*calls, calls_in_text) if found]
     if len(thoughts) > 1 or len(set(map(repr, calls))) > 1:
         what = "thoughts" if len(thoughts) > 1 else "sets of tool calls"
         raise InputError(f"{where}: two {what} that disagree; expected one")
-    more = {"reasoning_content": "".join(thoughts), "tool_calls": sum(calls[:1], [])}
-    return {"content": content, **{key: value for key, value in more.items() if value}}
+    parts = {"reasoning_content": "".join(thoughts), "tool_calls": sum(calls[:1], [])}
+    return {"content": content, **filled(parts)}
 
 
-def _spelled_calls(content: str) -> tuple[str, list[dict]]:
-    """A content -> what precedes the <tool_call>...</tool_call> at its end, and these calls."""
+def _cut_calls(content: str) -> tuple[str, list[dict]]:
+    """A reply's text without the <tool_call>...</tool_call> at its end, and these calls."""
     calls, before = [], content
     while (text := before.rstrip()).endswith(CALL_END) and CALL in text:
         start = text.rindex(CALL)
@@ -229,7 +231,7 @@ def _spelled_calls(content: str) -> tuple[str, list[dict]]:
 
 
 def _calls(value, where: str) -> list[dict]:
-    """A call, or a list of them, as objects or JSON -> chatml.Message's tool_calls."""
+    """One call or a list of calls, as objects or as JSON -> the tool_calls of a chatml.Message."""
     value, calls = _json(value, where), []
     for call in value if isinstance(value, list) else [value]:
         call = _json(call, where) if isinstance(call, str) else call
@@ -248,12 +250,14 @@ def _calls(value, where: str) -> list[dict]:
 
 
 def _json(value, where: str):
-    """Objects and lists without null keys; or JSON of them, in which null is a value."""
-    text = isinstance(value, str)
-    return _data(parsed(value, where) if text else value, where, keep_null=text)
+    """Lists and objects, checked: the value of a string of JSON, or else `value` without the keys
+    that are null."""
+    is_text = isinstance(value, str)
+    return _data(parsed(value, where) if is_text else value, where, keep_null=is_text)
 
 
 def _data(value, where: str, keep_null: bool, levels: int = 100):
+    """A copy of what JSON can hold."""
     if isinstance(value, dict | list) and not levels:
         raise InputError(f"{where}: nested too deep; expected at most 100 levels")
     if isinstance(value, dict):
@@ -268,7 +272,7 @@ def _data(value, where: str, keep_null: bool, levels: int = 100):
 
 
 def _joined(parts: list, where: str) -> str:
-    """A content in parts, [{"type": "text", "text": ...}, ...], one after the other."""
+    """The text of a content in parts, [{"type": "text", "text": ...}, ...]."""
     texts = []
     for i, part in enumerate(parts, 1):
         part = part if isinstance(part, dict) else {"type": kind_of(part)}
@@ -281,9 +285,11 @@ def _joined(parts: list, where: str) -> str:
 
 
 def _key(message: dict, names: tuple) -> str | None:
-    """Which of the names the message has: if two, one that is not null."""
-    found = [name for name in names if name in message]
-    return next((name for name in found if message[name] is not None), found[0] if found else None)
+    """The first of the names that is a key of the message; one that is not null comes first."""
+    for name in names:
+        if message.get(name) is not None:
+            return name
+    return next((name for name in names if name in message), None)
 
 
 def kind_of(value) -> str:
