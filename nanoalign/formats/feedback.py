@@ -1,7 +1,7 @@
-"""The exports of tools in which people judge replies, read as they stand (their shapes: 2026).
+"""The exports of chat tools in which people judge replies, in the form they have in 2026.
 
-A thumb is a `Judged` case. KTO takes it with its label; DPO needs the other judged replies to the
-same message beside it.
+Each thumb becomes a `Judged` case. KTO takes it with its label. DPO joins all judged replies to one
+message into one case.
 """
 
 import html
@@ -14,7 +14,7 @@ from nanoalign.data import Case
 from nanoalign.formats.columns import list_of, turns_of
 from nanoalign.formats.rows import parsed
 
-# Open WebUI keeps a thought as HTML in front of the answer, its lines quoted by ">".
+# Open WebUI keeps a thought as HTML before the answer; each line of it begins with ">".
 THOUGHT = re.compile(
     r'\s*<details type="reasoning"[^>]*>\n<summary>.*?</summary>\n(.*?)\n?</details>\n*', re.DOTALL
 )
@@ -28,7 +28,7 @@ class Judged(Case):
 
 
 def siblings(judged: list[Judged]) -> Case:
-    """Judged replies to one message as one case: those with a thumb up, then the others."""
+    """The judged replies to one message as one case: first those with a thumb up."""
     once = {}
     for case in judged:
         once.setdefault(repr((case.completions, case.label)), case)
@@ -38,7 +38,7 @@ def siblings(judged: list[Judged]) -> Case:
 
 
 def open_webui(row: dict, *columns: str) -> Judged:
-    """Open WebUI's feedback: a rating, and a snapshot of the chat, a tree of messages."""
+    """Open WebUI's feedback: a rating, and a copy of the chat as a tree of messages."""
     if not row.get("snapshot"):
         expected = "Admin Panel, Evaluations, Feedbacks, Export has it"
         raise InputError(f"snapshot: none; expected Open WebUI's copy of the chat ({expected})")
@@ -46,7 +46,7 @@ def open_webui(row: dict, *columns: str) -> Judged:
     if rating not in ("1", "-1"):
         raise InputError(f"data.rating is {rating[:40]}; expected 1 or -1")
     messages = inside(row, "snapshot", "chat", "chat", "history", "messages")
-    parent, path = inside(messages, at, "parentId"), {}  # id -> message, from the reply upwards
+    parent, path = inside(messages, at, "parentId"), {}  # id -> message, from the reply to the root
     while at not in path:
         up = inside(messages, at, "parentId")
         path[at] = dict(messages[at])
@@ -64,18 +64,18 @@ def open_webui(row: dict, *columns: str) -> Judged:
 
 
 def gradio(row: dict, conversation: str, index: str, flag: str) -> Iterator[Judged]:
-    """A row of the log of Gradio's ChatInterface, unless its flag is one of somebody's own."""
+    """A record of the log of Gradio's ChatInterface; other flags than these two are passed over."""
     if row[flag] in ("Like", "Dislike"):
-        turns, place = list_of(row, conversation, "messages"), str(row[index])
-        at = parsed(place, index)
+        turns, number = list_of(row, conversation, "messages"), str(row[index])
+        at = parsed(number, index)
         if not isinstance(at, int) or not 0 < at < len(turns):
-            raise InputError(f"{index} is {place[:40]}; expected the place of a reply")
+            raise InputError(f"{index} is {number[:40]}; expected the place of a reply")
         *prompt, reply = turns_of({conversation: turns[: at + 1]}, conversation)
         yield Judged(prompt, [[reply]], row[flag] == "Like")
 
 
 def inside(value, *path: str):
-    """What an object holds in an object."""
+    """value[path[0]][path[1]]..., in objects."""
     for key in path:
         if not isinstance(value, dict) or key not in value:
             raise InputError(f"{'.'.join(path)}: no {key[:40]}; expected it in the export")

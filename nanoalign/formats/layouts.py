@@ -1,14 +1,13 @@
-"""Layouts: rows of files -> cases, which are checked messages; and on to examples.
+"""Layouts: rows of files -> cases, which are checked messages; and cases -> examples.
 
-Each way to store conversations is a layout: the columns that tell it apart, and a function of a row
-and these columns that makes a Case, or several. A new layout is one more entry in SFT, DPO or KTO,
-and here only. Where a column holds messages, they may be {"role": ..., "content": ...} or
-ShareGPT's {"from": ..., "value": ...}; where it holds one turn, a string will do. Beside each
-layout there may be `system` (the first turn), `history` (alpaca's earlier turns), `tools`, and
-beside a conversation `loss_mask`.
+A layout is one way to store conversations: the names of its columns, and a function that makes a
+Case, or several, of a row. To add a layout, add an entry to SFT, DPO or KTO below. A column of
+messages may hold {"role": ..., "content": ...} or ShareGPT's {"from": ..., "value": ...}; a column
+of one turn may hold a string. In every layout a row may also have the columns `system` (the first
+turn), `history` (alpaca's earlier turns) and `tools`, and next to a conversation `loss_mask`.
 
-What comes out has been checked: roles are known, turns are in order, contents are text. What is
-wrong raises InputError, with file and line in front; what is passed over is said once a file.
+In a case roles are known, turns are in order and contents are text. What is wrong with a row raises
+an InputError that names file and line. What is left out of a file is told in one note.
 """
 
 import gc
@@ -38,14 +37,14 @@ from nanoalign.formats.columns import (
 from nanoalign.formats.rows import files_of, rows_of
 from nanoalign.formats.templates import NoTemplate
 
-Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # of a method, by columns
+Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # columns -> reader
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what most special tokens look like
 BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in every layout
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
-    """A column with the prompt, and one with each reply, which may repeat the prompt, behind a
-    system turn too. Alpaca's instruction goes on in `input`, after a newline."""
+    """A column with the prompt, then a column for each reply. A reply may begin with the whole
+    prompt, after a system turn, too. Alpaca's instruction goes on in `input`, after a newline."""
     prompt = turns_of(row, asked, "user")
     if asked == "instruction" and (extra := text_of(row, "input")):
         if (last := prompt.pop())["role"] != "user":
@@ -61,8 +60,8 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
 
 
 def every_reply(row: dict, column: str) -> Case:
-    """A whole conversation, of which every reply trains: the prompt ends before the first one that
-    is not marked as context."""
+    """A conversation in which every reply trains, unless it is marked. The prompt ends before the
+    first reply that trains."""
     messages = turns_of(row, column)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     trained = [i for i in replies if "train" not in messages[i]]
@@ -71,11 +70,12 @@ def every_reply(row: dict, column: str) -> Case:
 
 
 def last_reply(row: dict, *columns: str) -> Case:
-    """Whole conversations, of which the last reply is judged. What they share is the prompt."""
+    """Conversations whose last replies are judged."""
     return forked([turns_of(row, column) for column in columns])
 
 
 def forked(conversations: list[list[Message]]) -> Case:
+    """Conversations as one case: the prompt is what they begin with in common."""
     first, second = conversations[0], conversations[-1]
     last = min(len(first), len(second)) - 1
     n = next((i for i in range(last) if first[i] != second[i]), last)
@@ -83,9 +83,9 @@ def forked(conversations: list[list[Message]]) -> Case:
 
 
 def rejected_reply(row: dict, column: str, rejected: str) -> Case:
-    """ms-swift's: a whole conversation, and another one or only the end of another."""
+    """ms-swift's: a conversation and, as `rejected`, another one or only its end."""
     chosen, other = turns_of(row, column), turns_of(row, rejected, "assistant")
-    if other[0]["role"] == "assistant":  # in place of the last message, or of the last round
+    if other[0]["role"] == "assistant":  # a string replaces the last message, a list the last round
         users = [i for i, m in enumerate(chosen) if m["role"] == "user"]
         n = len(chosen) - 1 if isinstance(row[rejected], str) else max(users, default=-1) + 1
         other = chosen[:n] + other
@@ -93,15 +93,15 @@ def rejected_reply(row: dict, column: str, rejected: str) -> Case:
 
 
 def openai_pair(row: dict, asked: str, *replies: str) -> Case:
-    """OpenAI's: one column holds the conversation so far and its tools."""
-    given = row[asked] if isinstance(row[asked], dict) else {}
-    case = answered({**row, asked: given.get("messages")}, asked, *replies)
-    case.tools = tools_of(given)
+    """OpenAI's: the column `asked` holds the conversation so far and its tools."""
+    prompt = row[asked] if isinstance(row[asked], dict) else {}
+    case = answered({**row, asked: prompt.get("messages")}, asked, *replies)
+    case.tools = tools_of(prompt)
     return case
 
 
 def arena(row: dict, a: str, b: str, winner: str) -> Case:
-    """LM Arena's: two conversations, and which of them won, if one did."""
+    """LM Arena's: two conversations, and which of them won."""
     won = row[winner]
     if won not in ("model_a", "model_b", "tie", "both_bad", "tie (bothbad)"):
         raise InputError(f"{winner}: {str(won)[:40]!r}; expected model_a, model_b, tie or both_bad")
@@ -111,19 +111,19 @@ def arena(row: dict, a: str, b: str, winner: str) -> Case:
 
 
 def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
-    """A list of replies: the best first, or with a score each, of which the higher is the better
-    (`sign` -1: the lower) and equal ones are a tie."""
-    given = row[replies]
-    if not isinstance(given, list) or len(given) < 2:
-        found = f"a list of {len(given)}" if isinstance(given, list) else kind_of(given)
+    """A list of replies, the best first; or with a column of scores, in which a higher one (`sign`
+    1) or a lower one (-1) is better. Replies with equal scores are tied."""
+    texts = row[replies]
+    if not isinstance(texts, list) or len(texts) < 2:
+        found = f"a list of {len(texts)}" if isinstance(texts, list) else kind_of(texts)
         raise InputError(f"{replies}: {found}; expected a list of two replies or more, best first")
-    points = list_of(row, scores, "numbers") if scores else [-i for i in range(len(given))]
+    points = list_of(row, scores, "numbers") if scores else [-i for i in range(len(texts))]
     numbers = [point for point in points if type(point) in (int, float) and abs(point) < 1e300]
-    if len(points) != len(given) or len(numbers) != len(given):
-        raise InputError(f"{scores}: expected {len(given)} numbers, one a reply")
-    columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(given, 1)}
+    if len(points) != len(texts) or len(numbers) != len(texts):
+        raise InputError(f"{scores}: expected {len(texts)} numbers, one a reply")
+    columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(texts, 1)}
     case = answered({**row, **columns}, asked, *columns)
-    best = sorted(range(len(given)), key=lambda i: -sign * points[i])
+    best = sorted(range(len(texts)), key=lambda i: -sign * points[i])
     ranks = [float(-sign * points[i]) for i in best]
     return Case(case.prompt, [case.completions[i] for i in best], ranks=ranks)
 
@@ -133,16 +133,16 @@ def scored(row: dict, asked: str, replies: str) -> Case:
     sign, *keys = 1, "response", "overall_score"
     if replies == "answers":
         sign, *keys = -1, "answer", "rank"
-    given = list_of(row, replies, "objects")
-    if not all(isinstance(reply, dict) and {*keys} <= reply.keys() for reply in given):
+    objects = list_of(row, replies, "objects")
+    if not all(isinstance(reply, dict) and {*keys} <= reply.keys() for reply in objects):
         raise InputError(f"{replies}: expected objects with {' and '.join(keys)}")
-    texts, points = ([reply[key] for reply in given] for key in keys)
+    texts, points = ([reply[key] for reply in objects] for key in keys)
     return ranked({**row, replies: texts, keys[1]: points}, asked, replies, keys[1], sign)
 
 
 def strings(row: dict, *columns: str) -> Case:
-    """For --chat_template none: a prompt, but where there is only `text`, and replies to it, which
-    hold their template already. Nothing in them is read."""
+    """For --chat_template none: a prompt and replies to it, or the one column `text`. They hold a
+    template already, and are taken as they are."""
     asked = columns[: len(columns) > 1]
     prompt = [{"role": "user", "content": text_of(row, column)} for column in asked]
     replies = [text_of(row, column) for column in columns[len(asked) :]]
@@ -176,35 +176,36 @@ DPO = {
     ("type", "data", "meta"): feedback.open_webui,
 }
 KTO = {
-    ("prompt", "completion", "label"): answered,  # which is given all columns but `label`
+    ("prompt", "completion", "label"): answered,  # its reader gets all of them but `label`
     ("instruction", "output", "label"): answered,
     ("messages", "label"): last_reply,
     ("conversations", "label"): last_reply,
     ("conversation", "index", "flag"): feedback.gradio,
-    **DPO,  # in labels, a pair is two examples
+    **DPO,  # each pair becomes two labelled examples
 }
 
 
 def read_examples(
-    sources: list[str], layouts: Layouts, tokenizer, template, limits: Limits | None = None, **how
-) -> tuple[Examples, Counter]:
+    sources: list[str], layouts: Layouts, tokenizer, template, limits: Limits | None = None,
+    notes: list[str] | None = None, **options,
+) -> tuple[Examples, Counter]:  # fmt: skip
     """Files (or data sets of the hub) -> examples, and a count of what was cut or skipped.
 
-    `layouts` is SFT, DPO or KTO; `how` holds what else read_cases takes. Raises InputError, naming
-    file and line, for a malformed row, and when nothing is left to train on.
+    `layouts` is SFT, DPO or KTO; `options` are read_cases'. InputError, with file and line, for a
+    row that is refused; and if nothing is left to train on.
     """
-    count, notes = Counter(), how.pop("notes", [])
-    templated = isinstance(template, NoTemplate)  # the data are
+    count, notes = Counter(), [] if notes is None else notes
+    as_strings = isinstance(template, NoTemplate)
     layouts = {
-        columns: strings if templated else read
+        columns: strings if as_strings else read
         for columns, read in layouts.items()
-        if (STRINGS.issuperset(columns) if templated else columns != ("text",))
+        if (STRINGS.issuperset(columns) if as_strings else columns != ("text",))
     }
-    cases = read_cases(sources, layouts, count, notes, template=template, **how)
-    if not templated:
+    cases = read_cases(sources, layouts, count, notes, template=template, **options)
+    if not as_strings:
         cases = say_markers(cases, tokenizer, notes)
     collects = gc.isenabled()
-    gc.disable()  # millions of lists come and go: looking for cycles costs a third of the time
+    gc.disable()  # looking for cycles among millions of new lists costs a third of the time
     try:
         examples, cuts = make_examples(cases, tokenizer, template, limits)
     finally:
@@ -213,14 +214,14 @@ def read_examples(
     count.update(cuts)
     if not examples:
         wanted = "a row to train on"
-        if count["no trained token left"]:  # the prompts fill it
+        if count["no trained token left"]:  # prompts fill max_length
             wanted += ", by a higher --max_length or a --max_prompt_length"
         raise InputError(f"{', '.join(sources)}: {describe(count)}; expected {wanted}")
     return examples, count
 
 
 def describe(count: Counter) -> str:
-    """What became of the rows, in one line."""
+    """The count of read_examples in one line."""
     cuts = "prompts cut", "completions cut", "pairs tied or equal", "empty replies left out"
     cuts += ("replies with no trained token left",)
     said = [f"{count['rows']} rows, {count['examples']} examples"]
@@ -240,10 +241,10 @@ def read_cases(
     skip_bad_rows=0,
     template=None,
 ) -> Iterator[Case]:
-    """The rows of all sources as cases, one by one; `count` counts rows, and which are skipped, and
-    `notes` gets a line for what else is to be said of a file.
+    """The rows of all sources as cases, one by one. `count` counts rows, and rows that are skipped;
+    `notes` gets a line on what is left out of a file.
 
-    Up to `skip_bad_rows` rows that are refused, by the template too, are passed over and named.
+    Up to `skip_bad_rows` refused rows are skipped, with a note; `template` may refuse some, too.
     """
     labelled = any("label" in columns for columns in layouts)
     for source in files_of(sources):
@@ -274,7 +275,7 @@ def read_cases(
                 if train_on == "last_reply":
                     case.completions = [only_last(completion) for completion in case.completions]
                 if isinstance(case, feedback.Judged) and not labelled:
-                    judged[case.answers].append(case)  # until the other replies are known
+                    judged[case.answers].append(case)  # later, with the other replies
                 else:
                     yield from worth_training(case, labelled, count)
         for replies in judged.values():
@@ -283,7 +284,7 @@ def read_cases(
 
 
 def passed_over(source: str, left: Counter) -> Iterator[str]:
-    """What of a file was not read, and which roles were read as others: a line each."""
+    """A line for what was not read in a file, and one for roles that were read as others."""
     for said in "not read", "read":
         names = [name for name in left if name.startswith("role ") == (said == "read")]
         if names:
@@ -292,14 +293,14 @@ def passed_over(source: str, left: Counter) -> Iterator[str]:
 
 
 def only_last(completion: list[Message]) -> list[Message]:
-    """A completion of which only the last turn trains."""
+    """A completion in which only the last turn trains."""
     *before, last = completion
     return [m if m["role"] != "assistant" else {**m, "train": False} for m in before] + [last]
 
 
 def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
-    """The columns of the first layout that finds all of them in the row, or the `known` ones of the
-    file's first row. A label gets this name."""
+    """The columns of the first layout whose columns are all in the row. If those of the file's first
+    row are `known`, they must be in the row. A column kto_tag is renamed to label."""
     if isinstance(row, InputError):
         raise row
     if "kto_tag" in row and "label" not in row:
@@ -321,7 +322,7 @@ def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tu
 def read_row(
     row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False, csv: bool = False
 ) -> list[Case]:
-    """A row as checked prompts and their completions, each of which begins with a reply."""
+    """A row -> checked cases, each completion of which begins with a reply."""
     refuse_unsupported(row)
     system, tools, history = "", [], []
     if not BESIDE.isdisjoint(row):
@@ -335,7 +336,7 @@ def read_row(
     for case in cases:
         if "label" in columns:
             case.label = label_of(row["label"], csv)
-        elif "label" in row and len(case.completions) == 1:  # a thumb that SFT must not pass over
+        elif "label" in row and len(case.completions) == 1:  # SFT skips a thumb down
             with suppress(InputError):
                 case.label = label_of(row["label"], csv)
         case.tools = case.tools or tools
@@ -349,7 +350,7 @@ def read_row(
 
 
 def _check_turns(prompt: list[str], completion: list[str]) -> None:
-    """Are these roles in an order that a template can write, and does a reply come first?"""
+    """InputError if roles are in an order that no template can write, or no reply comes first."""
     roles = prompt + completion
     if "assistant" not in roles:
         raise InputError("no assistant turn; expected a reply to learn from")
@@ -368,8 +369,14 @@ def _check_turns(prompt: list[str], completion: list[str]) -> None:
 
 
 def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]:
-    """A case without replies that teach nothing, which are counted; for labels, a pair is two."""
-    faults = [nothing_to_learn(completion) for completion in case.completions]
+    """A case without the replies that teach nothing; nothing, if too few are left. If `labelled`, a
+    pair becomes two cases. What is left out is counted."""
+    faults = []
+    for completion in case.completions:
+        replies = [m for m in completion if m["role"] == "assistant" and "train" not in m]
+        bare = [m for m in replies if not m.keys() & {"reasoning_content", "tool_calls"}]
+        empty = any(not m["content"].strip() for m in bare)  # white space teaches nothing either
+        faults.append("empty completion" if empty else "" if replies else "no reply that trains")
     kept = [i for i, fault in enumerate(faults) if not fault]
     replies = [case.completions[i] for i in kept]
     ranks = case.ranks and [case.ranks[i] for i in kept]
@@ -391,19 +398,9 @@ def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]
         yield case
 
 
-def nothing_to_learn(completion: list[Message]) -> str | None:
-    """Why nothing can be learned of a completion, if so."""
-    replies = [m for m in completion if m["role"] == "assistant" and "train" not in m]
-    bare = [m for m in replies if not m.keys() & {"reasoning_content", "tool_calls"}]
-    if not replies:
-        return "no reply that trains"
-    if any(not m["content"].strip() for m in bare):  # white space teaches nothing either
-        return "empty completion"
-    return None
-
-
 def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[Case]:
-    """The cases, and behind them a note on each file whose texts spell a template's markers."""
+    """The cases as they are. After the last one `notes` gets a line on each file whose texts spell a
+    template's markers."""
     names = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
     names |= {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"}
     other = [re.escape(name) for name in names if len(name) > 1 and not TAG.fullmatch(name)]
@@ -413,8 +410,8 @@ def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[
         texts = (text for m in turns for text in (m["content"], m.get("reasoning_content", "")))
         spelled = (match[0] for text in texts for match in marker.finditer(text))
         if name := next((name for name in spelled if name in names), None):
-            file, _, place = case.where.rpartition(", ")
-            number, last, example = found.get(file, (0, "", f"{name} in {place}"))
+            file, _, line = case.where.rpartition(", ")
+            number, last, example = found.get(file, (0, "", f"{name} in {line}"))
             found[file] = number + (last != case.where), case.where, example
         yield case
     for file, (number, _, example) in found.items():
