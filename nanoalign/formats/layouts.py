@@ -299,8 +299,8 @@ def only_last(completion: list[Message]) -> list[Message]:
 
 
 def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
-    """The columns of the first layout whose columns are all in the row. If those of the file's first
-    row are `known`, they must be in the row. A column kto_tag is renamed to label."""
+    """The columns of the first layout that has all its columns in the row. If the `known` ones of
+    the file's first row are given, they must be there. A column kto_tag is renamed to label."""
     if isinstance(row, InputError):
         raise row
     if "kto_tag" in row and "label" not in row:
@@ -399,8 +399,8 @@ def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]
 
 
 def say_markers(cases: Iterable[Case], tokenizer, notes: list[str]) -> Iterator[Case]:
-    """The cases as they are. After the last one `notes` gets a line on each file whose texts spell a
-    template's markers."""
+    """The cases as they are. After the last one `notes` gets a line on each file whose texts spell
+    a template's markers."""
     names = {token.content.strip() for token in tokenizer.added_tokens_decoder.values()}
     names |= {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"}
     other = [re.escape(name) for name in names if len(name) > 1 and not TAG.fullmatch(name)]
