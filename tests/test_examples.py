@@ -5,14 +5,18 @@ import runpy
 import pytest
 import torch
 from conftest import make_tokenizer, tiny
-from scripts import ROOT, metrics, write_rows
+from safetensors.torch import load_file
+from scripts import ROOT, argv, metrics, write_rows
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from nanoalign import InputError
+from nanoalign.formats.layouts import DPO
 from nanoalign.logps import PackedLM
 from nanoalign.model import generation
-from nanoalign.packing import Example
-from nanoalign.run.flags import parse
+from nanoalign.packing import Example, pack, pairs_of
+from nanoalign.run.flags import DPOConfig, parse
+from nanoalign.run.record import fit
+from nanoalign.run.session import start
 
 
 def words_of(model_dir, tmp_path, *more):
@@ -79,3 +83,42 @@ def test_grpo_at_a_temperature_refuses_a_cap(script, tmp_path):
     words = words_of(tmp_path / "model", tmp_path, "--temperature", "0.5")
     with pytest.raises(InputError, match="--temperature: must be 1 for a model that caps"):
         script["run_grpo"](parse(script["GRPOConfig"], words, {}))
+
+
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_a_head_that_a_script_adds_is_saved(use_peft, model_dir, data, tmp_path):
+    """A reward model. A run that is finished takes the head from its result, although the script
+    has made a new one; and the result of a later run without a head has none."""
+    given = dict(model_name_or_path=model_dir, dataset_name=str(data / "dpo.jsonl"), device="cpu")
+    given |= dict(output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, use_peft=use_peft)
+
+    def begun(**more):
+        cfg = parse(DPOConfig, argv(given | more), {})
+        return cfg, start(cfg, DPO)
+
+    def trained(**more):
+        cfg, run = begun(**more)
+        lm = run.policy.lm
+        lm.reward = torch.nn.Linear(32, 1, bias=False)
+        new = lm.reward.weight.detach().clone()
+
+        def reward(batches):
+            for batch in batches:
+                row = pack(batch, lm.device, lm.windows)
+                ends = row.predictors[torch.tensor(row.trained).cumsum(0) - 1]
+                rewards = lm.reward(lm.hidden(row)[ends])[:, 0]
+                chosen, rejected = (rewards[index] for index in pairs_of(batch))
+                yield {"loss": (torch.relu(1 - chosen + rejected).sum(), len(batch))}
+
+        fit(cfg, run, reward)
+        return new, lm.reward.weight.detach()
+
+    new, head = trained()
+    saved = load_file(tmp_path / "heads.safetensors")
+    assert saved.keys() == {"reward.weight"} and torch.equal(saved["reward.weight"], head)
+    assert not torch.equal(new, head)
+    other, again = trained(resume_from_checkpoint="last")
+    assert torch.equal(new, other) and torch.equal(again, head)
+    cfg, run = begun(overwrite_output_dir="true")
+    fit(cfg, run, lambda batches: ({"loss": (-run.policy(b).logps.sum(), 1)} for b in batches))
+    assert (tmp_path / "run.json").exists() and not (tmp_path / "heads.safetensors").exists()

@@ -52,11 +52,12 @@ HOLDS = {  # flag -> the part of the fingerprint that knows what it names, where
 }  # fmt: skip
 LENGTH = "max_steps", "num_train_epochs"
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
+HEADS = "heads.safetensors"  # what a script has added to `policy.lm`, a reward head, say
 RESULT = (  # what a finished run leaves, and what else would be taken for it
     "run.json", "metrics.jsonl", "README.md", "curves.png", NOTE, "config.json",
     "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors",
     "model.safetensors.index.json", "pytorch_model*", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "additional_chat_templates",
+    "chat_template.jinja", "additional_chat_templates", HEADS,
 )  # fmt: skip
 PREVIOUS = "previous-result"  # a directory: an earlier run's result, until this one's is whole
 

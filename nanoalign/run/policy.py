@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from nanoalign import InputError, one_line
@@ -33,7 +34,7 @@ from nanoalign.lora import table_paths, tied
 from nanoalign.model import Policy, fit_embeddings, open_template, vocabulary
 from nanoalign.packing import packed
 from nanoalign.run import ranks
-from nanoalign.run.checkpoint import kept_in
+from nanoalign.run.checkpoint import HEADS, kept_in
 from nanoalign.run.device import checkpoint_layers, compile_layers, use_tf32
 from nanoalign.run.flags import Config
 
@@ -306,11 +307,21 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
         own = whole if whole is None else dict(whole)  # which transformers empties
         policy.model.save_pretrained(directory, state_dict=own)
         policy.model.set_attn_implementation(packed())
+    if heads := heads_of(policy):
+        save_file({name: t.cpu().contiguous() for name, t in heads.items()}, directory / HEADS)
     policy.tokenizer.save_pretrained(directory)
+
+
+def heads_of(policy: Policy) -> dict[str, Tensor]:
+    """What a script has added to `policy.lm`: no adapter and no model of transformers holds it."""
+    state = policy.lm.state_dict()
+    return {name: t for name, t in state.items() if not name.startswith("model.")}
 
 
 def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False) -> None:
     """Give a policy the weights that save_policy wrote of it."""
+    for name, tensor in heads_of(policy).items():
+        tensor.copy_(load_file(directory / HEADS)[name])
     if policy.lora is not None:
         return load_adapter(policy.model, policy.lora, directory)
     saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
