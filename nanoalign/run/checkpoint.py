@@ -1,20 +1,20 @@
-"""Checkpoints: whole or not at all, and the run goes on from one as if nothing had happened.
+"""Checkpoints. A run that is resumed from one gives the same weights as a run without a break.
 
-OUTPUT_DIR/checkpoint-N holds what OUTPUT_DIR holds at the end (an adapter or a model, and the
-tokenizer), and the state of training beside it:
+OUTPUT_DIR/checkpoint-N holds an adapter or a model and the tokenizer, as OUTPUT_DIR does at the
+end. Two more files hold the state of training:
 
-    state.safetensors   what trains, what the optimizer keeps of it, the random generators
-    state.json          step, tokens so far, and the fingerprint of the run
+    state.safetensors   the trained weights, the optimizer's states, the random generators
+    state.json          the step, the number of tokens so far, the fingerprint of the run
 
-files.py writes it, so that a crash at any moment leaves either all of it or nothing. No pickle is
-written or read: Trainer's optimizer.pt and rng_state.pth are pickles, which can run code when they
-are opened.
+A crash leaves a checkpoint complete or leaves none (files.py). No pickle is written or read. The
+big libraries' optimizer.pt and rng_state.pth are pickles, which can run code when they are opened.
 
-The order of the data is a function of (seed, epoch), so the step alone says where in the data a
-run was. The fingerprint says which run it was: other data, flags or weights would not continue it.
+The order of the data depends on the seed and the epoch alone, so the step tells the place in the
+data. The fingerprint tells one run from another. A checkpoint of a run with other data, other flags
+or other weights is refused.
 
-A run is finished when its last weights are saved. run.json, which comes right after them, says so;
-it holds what state.json holds, and a finished run that is resumed does only what comes after it.
+run.json is written right after the last weights and marks the run as finished. It holds what
+state.json holds. When a finished run is resumed, only its last evaluation and its report are made.
 """
 
 import contextlib
@@ -41,29 +41,28 @@ from nanoalign.run.files import install, replace, saving
 from nanoalign.run.flags import Config
 from nanoalign.train import learning_rate, plan
 
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
-FREE = {
-    f.name for f in dataclasses.fields(Config) if f.metadata.get("free")
-}  # may change on the way
-HOLDS = {  # flag -> the part of the fingerprint that knows what it names, wherever that lies
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+# Flags that may change when a run is resumed.
+FREE = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
+PART = {  # flag with a path -> the part of the fingerprint that tells what is there
     "dataset_name": "data", "dataset_train_split": "data", "eval_dataset": "evaluation data",
     "dataset_test_split": "evaluation data", "model_name_or_path": "base",
     "adapter_name_or_path": "starting weights",
 }  # fmt: skip
 LENGTH = "max_steps", "num_train_epochs"
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
-HEADS = "heads.safetensors"  # what a script has added to `policy.lm`, a reward head, say
-RESULT = (  # what a finished run leaves, and what else would be taken for it
+HEADS = "heads.safetensors"  # modules that a script has added to `policy.lm`, such as a reward head
+RESULT = (  # files of a finished run, and files that a reader would take for them
     "run.json", "metrics.jsonl", "README.md", "curves.png", NOTE, "config.json",
     "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors",
     "model.safetensors.index.json", "pytorch_model*", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "additional_chat_templates", HEADS,
 )  # fmt: skip
-PREVIOUS = "previous-result"  # a directory: an earlier run's result, until this one's is whole
+PREVIOUS = "previous-result"  # holds an earlier run's RESULT until this run has one
 
 
 def data_fingerprint(examples: Examples) -> str:
-    """SHA-256 of what is trained on: ids, masks and labels, in order."""
+    """SHA-256 of the ids, masks and labels of all examples, in their order."""
     data = hashlib.sha256()
     for e in examples:
         texts = [([*ids], [bool(trains) for trains in mask]) for ids, mask in e.texts]
@@ -74,12 +73,12 @@ def data_fingerprint(examples: Examples) -> str:
 
 
 def sum_of_bits(tensor: Tensor) -> int:
-    """The sum of a tensor's numbers, their bits read as whole numbers. A sum of floats depends on
-    its order, and so on the number of threads and the device; this one is exact in any order.
+    """The sum of a tensor's numbers, with their bits read as integers.
 
-    It is summed in parts because torch makes an int64 copy of what it sums as int64.
+    It is the same in any order. A sum of floats is not: it depends on the device and on the number
+    of threads. It is made part by part because torch copies to int64 what it sums as int64.
     """
-    bits = tensor.detach().contiguous().view(WHOLE[tensor.element_size()]).flatten()
+    bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).flatten()
     return sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
 
 
@@ -108,62 +107,67 @@ def fingerprint(
 
 
 def differences(cfg: Config, ours: dict, theirs: dict, done: int) -> str:
-    """What of our fingerprint was another then: "--beta was 0.1, is 0.5; other data". A flag that
-    was not known then had its default.
+    """What makes this another run than the saved one: "--beta was 0.1, is 0.5; other data". "" if
+    it is the same run.
 
-    Another path is no difference where what it names is the same, nor is another number of steps
-    where it leaves the `done` ones as they were; that is only said.
+    ours, theirs: the fingerprints of this run and of the saved one, which has made `done` steps.
+    A flag that the saved run did not know yet counts as its default. Two changes are harmless, and
+    a line is printed for them: another path to the same thing, and another number of steps if the
+    `done` steps would have been the same.
     """
     now, then = ours["flags"], vars(type(cfg)()) | theirs["flags"]
     flags = sorted((now.keys() | then.keys()) - FREE)
     changed = [name for name in flags if now.get(name) != then.get(name)]
     parts = ours.keys() - {"flags", "examples"}
     parts = sorted(part for part in parts if ours[part] != theirs.get(part, ours[part]))
-    words, harmless = [], []
+    harmful, harmless = [], []
     for name in changed:
-        said, part = f"--{name} was {then.get(name)}, is {now.get(name)}", HOLDS.get(name)
+        change, part = f"--{name} was {then.get(name)}, is {now.get(name)}", PART.get(name)
         if part in theirs and part not in parts:
-            harmless.append(f"{said}: the same {part}")
+            harmless.append(f"{change}: the same {part}")
         elif name not in LENGTH:
-            words.append(said)
+            harmful.append(change)
         elif why := other_steps(cfg, then, ours["examples"], done):
-            words.append(f"{said}: {why}")
+            harmful.append(f"{change}: {why}")
         else:
-            harmless.append(f"{said}: the steps that were done are the same")
-    words += [f"other {part}" for part in parts]
-    for line in [] if words else harmless:
+            harmless.append(f"{change}: the steps that were done are the same")
+    harmful += [f"other {part}" for part in parts]
+    for line in [] if harmful else harmless:
         print(one_line(line))
-    return "; ".join(words)
+    return "; ".join(harmful)
 
 
-def totals(cfg: Config, then: dict, examples: int) -> tuple[Config, int, int]:
-    """The flags with the number of steps that they asked for then; that number, and the new one."""
+def with_old_length(cfg: Config, then: dict, examples: int) -> tuple[Config, int, int]:
+    """`cfg` with the saved run's flags for its length; how many steps that is, and how many now."""
     old = dataclasses.replace(cfg, **{name: then[name] for name in LENGTH})
     return old, plan(old, examples)[1], plan(cfg, examples)[1]
 
 
 def other_steps(cfg: Config, then: dict, examples: int, done: int) -> str:
-    """Why the `done` steps would not have been the same, if not so many had been asked for."""
-    old, before, total = totals(cfg, then, examples)
+    """Why a run of the new length would not have made the same `done` steps. "" if it would."""
+    old, old_total, total = with_old_length(cfg, then, examples)
     if total < done:
         return f"step {done} is done"
-    if any(learning_rate(old, i, before) != learning_rate(cfg, i, total) for i in range(done)):
+    if any(learning_rate(old, i, old_total) != learning_rate(cfg, i, total) for i in range(done)):
         kind = f"a {cfg.lr_scheduler_type} schedule over another number of steps"
         return f"{kind} would have had other learning rates; a constant one goes on"
     return ""
 
 
-def state_tensors(named: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the trained parameters, by name, and of all ranks' generators: on
-    rank 0, which writes it. All ranks call it; on the others it is empty.
+def state_tensors(trained: dict[str, nn.Parameter], optimizer) -> dict[str, Tensor]:
+    """The content of state.safetensors, by name:
 
-    Tensors are called rng.DEVICE (of rank 1, 2, ... rng.DEVICE.RANK), weight.PARAMETER and, for
-    whatever the optimizer keeps of a parameter, KEY.PARAMETER (AdamW: exp_avg, exp_avg_sq and step;
-    SGD: momentum_buffer).
+        weight.PARAMETER   a trained weight
+        KEY.PARAMETER      a state that the optimizer has for it (AdamW: exp_avg, exp_avg_sq, step)
+        rng.DEVICE         the state of rank 0's random generator
+        rng.DEVICE.RANK    that of another rank's
+
+    All ranks must call it together. Rank 0, which writes the file, gets the content; the others get
+    an empty dict.
     """
-    own = {_of_rank(f"rng.{name}"): m.get_rng_state() for name, m in _generators().items()}
-    tensors = {name: t for states in ranks.gather(own) for name, t in states.items()}
-    for name, parameter in named.items():
+    mine = {_of_rank(f"rng.{name}"): m.get_rng_state() for name, m in _generators().items()}
+    tensors = {name: t for states in ranks.gather(mine) for name, t in states.items()}
+    for name, parameter in trained.items():
         tensors[f"weight.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
@@ -179,62 +183,61 @@ def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None
 
 
 def load_state(
-    directory: Path, cfg: Config, named: dict[str, nn.Parameter], optimizer, state: dict
+    directory: Path, cfg: Config, trained: dict[str, nn.Parameter], optimizer, state: dict
 ) -> None:
-    """Put weights, optimizer, random generators and `state` back as they were saved. What the
-    checkpoint does not know of `state`, but the step, stays as it is at the start of a run.
+    """Load weights, optimizer, random generators and `state` from a checkpoint.
 
-    Raises InputError when the checkpoint is one of another run, and one of UNREADABLE when it is
-    damaged.
+    A key of `state` that an older checkpoint does not have keeps its value; only the step must be
+    there. Raises InputError if the checkpoint belongs to another run, and one of UNREADABLE if it
+    is damaged.
     """
     then = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     if wrong := differences(cfg, state["fingerprint"], then["fingerprint"], then["step"]):
         raise InputError(f"{directory}: a checkpoint of another run: {wrong}")
-    then["fingerprint"] = state["fingerprint"]  # free flags are those of now
+    then["fingerprint"] = state["fingerprint"]  # with the new values of the free flags
     then = state | {"step": None} | then
     for key, value in state.items():
         if type(then[key]) is not type(value):
             raise ValueError(f"{key} is {then[key]!r}")
     saved = load_file(directory / "state.safetensors")
     generators = {name: saved.pop(name) for name in list(saved) if name.startswith("rng.")}
-    for name, parameter in named.items():
+    for name, parameter in trained.items():
         parameter.detach().copy_(ranks.part_of(saved.pop(f"weight.{name}"), parameter))
     optimizer.state.clear()
     for name, tensor in saved.items():
         key, _, owner = name.partition(".")
-        if owner not in named:
+        if owner not in trained:
             raise ValueError(f"{name} belongs to nothing that trains")
-        hosted = isinstance(optimizer, paged.AdamW)  # its states stay in the host's memory
-        state_of = optimizer.state[named[owner]]
-        state_of[key] = tensor if hosted else ranks.part_of(tensor, named[owner])
+        if not isinstance(optimizer, paged.AdamW):  # its states stay in the CPU's memory
+            tensor = ranks.part_of(tensor, trained[owner])
+        optimizer.state[trained[owner]][key] = tensor
     for device, module in _generators().items():
         name = _of_rank(f"rng.{device}")
-        if name == "rng.cpu" or name in generators:  # there may be more ranks than there were
+        if name == "rng.cpu" or name in generators:  # a new rank has none in the checkpoint
             module.set_rng_state(generators[name])
     state |= then
 
 
-def load_weights(directory: Path, named: dict[str, nn.Parameter]) -> None:
-    """Put back what trains, and nothing else."""
+def load_weights(directory: Path, trained: dict[str, nn.Parameter]) -> None:
+    """Load the trained weights of a checkpoint, and nothing else."""
     path = directory / "state.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            for name, parameter in named.items():
+            for name, parameter in trained.items():
                 saved = file.get_tensor(f"weight.{name}")
                 parameter.detach().copy_(ranks.part_of(saved, parameter))
     except UNREADABLE as error:
         raise InputError(f"{path}: damaged: {error}") from None
 
 
-def resume(cfg: Config, named: dict, optimizer, state: dict) -> Path | None:
-    """Go on from the newest checkpoint of the run's directory ("last") or from a given one, if
-    there is one yet. A damaged checkpoint is named and the one before it taken. -> the one that was
-    taken."""
+def resume(cfg: Config, trained: dict, optimizer, state: dict) -> Path | None:
+    """Load the checkpoint that --resume_from_checkpoint names. -> its path, or None if there is no
+    checkpoint yet. If it is damaged, say so and load the one before it."""
     which, directory = cfg.resume_from_checkpoint, Path(cfg.output_dir)
     found = checkpoints_named(which, directory)
     for path in reversed(found):
         try:
-            load_state(path, cfg, named, optimizer, state)
+            load_state(path, cfg, trained, optimizer, state)
             print(f"going on from {path}")
             return path
         except UNREADABLE as error:
@@ -245,23 +248,23 @@ def resume(cfg: Config, named: dict, optimizer, state: dict) -> Path | None:
     print(f"{directory if which == 'last' else which}: no checkpoint yet; starting at step 0")
 
 
-def finished(cfg: Config, state: dict) -> bool:
-    """Is the run that is to be resumed finished? Then `state` is that of its end. It is not if more
-    steps are asked for."""
+def is_finished(cfg: Config, state: dict) -> bool:
+    """Is the run that is to be resumed finished? If so, `state` becomes that of its end. A run that
+    now has more steps is not finished. InputError if run.json belongs to another run."""
     path = Path(cfg.output_dir, "run.json")
-    if not (names_own(cfg.resume_from_checkpoint, path.parent) and path.exists()):
+    if not (is_own_directory(cfg.resume_from_checkpoint, path.parent) and path.exists()):
         return False
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
         theirs, done = then | {"data": then["data_sha256"]}, then.get("state", {}).get("step", 0)
         wrong = differences(cfg, state["fingerprint"], theirs, done)
         flags = vars(type(cfg)()) | then["flags"]
-        _, before, total = totals(cfg, flags, state["fingerprint"]["examples"])
+        _, old_total, total = with_old_length(cfg, flags, state["fingerprint"]["examples"])
     except UNREADABLE as error:
         raise InputError(f"{path}: damaged: {error!r}") from None
     if wrong:
         raise InputError(f"{path.parent}: another run, which is finished: {wrong}")
-    if total > before:
+    if total > old_total:
         if not checkpoints(path.parent):
             left = "no checkpoint is left to go on from; --save_steps writes some"
             raise InputError(f"{path.parent}: finished at step {done}, and {left}")
@@ -271,20 +274,24 @@ def finished(cfg: Config, state: dict) -> bool:
     return True
 
 
-def names_own(which: str | None, directory: Path) -> bool:
+def is_own_directory(which: str | None, directory: Path) -> bool:
     """Does --resume_from_checkpoint name the run's own directory?"""
     return which == "last" or bool(which) and same(which, directory)
 
 
 def same(path: str | Path, other: str | Path) -> bool:
-    """Links and ".." followed."""
+    """Do two paths lead to the same place? They may hold links and ".."."""
     return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _generators() -> dict:
-    """Device -> the module that holds its random generator, for the devices that are here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return {"cpu": torch} | {name: getattr(torch, name) for name in here if here[name]}
+    """Device -> the module of torch with its random generator."""
+    modules = {"cpu": torch}
+    if torch.cuda.is_available():
+        modules["cuda"] = torch.cuda
+    if torch.backends.mps.is_available():
+        modules["mps"] = torch.mps
+    return modules
 
 
 def _of_rank(name: str) -> str:
@@ -298,43 +305,43 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def checkpoints_named(which: str, directory: Path) -> list[Path]:
-    """The checkpoints that --resume_from_checkpoint names, oldest first: those of the run's
-    directory ("last"), those of another, or just the one."""
-    path = directory if names_own(which, directory) else Path(which)
+    """The checkpoints that --resume_from_checkpoint names, oldest first. `which` is "last" for the
+    run's directory, or another directory of checkpoints, or one checkpoint."""
+    path = directory if is_own_directory(which, directory) else Path(which)
     one = path.name.startswith("checkpoint-") or (path / "state.json").exists()
     return [path] if one and path != directory else checkpoints(path)
 
 
 def kept_in(cfg: Config, name: str) -> dict:
-    """What a file of JSON says in the checkpoint that the run goes on from; {} if nothing."""
+    """The content of a JSON file in the checkpoint that the run is resumed from; {} without one."""
     which = cfg.resume_from_checkpoint
     for path in reversed(checkpoints_named(which, Path(cfg.output_dir)) if which else []):
-        with contextlib.suppress(OSError, ValueError):  # damaged, as `resume` will say
-            said = json.loads((path / name).read_text(encoding="utf-8"))
-            return said if isinstance(said, dict) else {}
+        with contextlib.suppress(OSError, ValueError):  # `resume` will report the damage
+            content = json.loads((path / name).read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {}
     return {}
 
 
 def lies_in(checkpoint: Path, directory: Path) -> bool:
-    """Also if one of the two is named by a link."""
+    """Is the checkpoint in the directory? Either path may be a link."""
     real = Path(os.path.realpath(checkpoint))
     return same(checkpoint.parent, directory) or same(real.parent, directory)
 
 
 def continues(which: str | None, directory: Path) -> bool:
-    """Is what --resume_from_checkpoint names a run in this directory? One that was killed before
-    its first checkpoint has left its metrics only."""
-    if names_own(which, directory):
-        left = "run.json", "metrics.jsonl"
-        return bool(checkpoints(directory)) or any((directory / name).exists() for name in left)
+    """Does --resume_from_checkpoint name a run in this directory? A run that was killed before its
+    first checkpoint has left only its metrics."""
+    if is_own_directory(which, directory):
+        files = directory / "run.json", directory / "metrics.jsonl"
+        return bool(checkpoints(directory)) or any(path.exists() for path in files)
     found = checkpoints_named(which, directory) if which else []
     return any(lies_in(path, directory) for path in found)
 
 
 def prune(directory: Path, keep: int | None, step: float = math.inf, best: int = 0) -> None:
-    """Delete all but the newest `keep` checkpoints of the steps up to `step`, and but the best.
+    """Delete old checkpoints. The newest `keep` stay, and so does the one of step `best`.
 
-    Those beyond it may be damaged; they don't count, and the run will write them again.
+    Checkpoints after `step` do not count: they may be damaged, and the run writes them again.
     """
     found = [path for path in checkpoints(directory) if best != int(path.name[11:]) <= step]
     for path in [] if keep is None else found[: max(0, len(found) - keep)]:
@@ -343,11 +350,10 @@ def prune(directory: Path, keep: int | None, step: float = math.inf, best: int =
 
 
 def take_over(directory: Path, fresh: bool) -> None:
-    """Make `directory` a new run's own, or that of one that is resumed and not finished.
+    """Prepare the output directory for a run that is not finished.
 
-    At a `fresh` start what an earlier run left would be taken for this one's: its checkpoints by
-    --resume_from_checkpoint, its weights by whoever opens the directory, its events by TensorBoard.
-    Its result waits in PREVIOUS until there is a newer one.
+    A `fresh` run must not be mixed up with an earlier one there. So the earlier checkpoints and
+    TensorBoard's events are deleted. The earlier result moves to PREVIOUS until there is a new one.
     """
     with saving(directory):
         if fresh:
@@ -359,19 +365,19 @@ def take_over(directory: Path, fresh: bool) -> None:
 
 
 def set_aside(directory: Path) -> None:
-    """Move a result, which has weights, to PREVIOUS. They come last: a start that is killed in the
-    midst finds them here, and goes on."""
-    left = [path for name in RESULT for path in directory.glob(name)]
-    weights = [path for path in left if path.suffix in (".safetensors", ".bin")]
+    """Move an earlier run's result to PREVIOUS, if it has weights. They move last: if this is
+    killed halfway, the next start still finds them and moves the rest."""
+    found = [path for name in RESULT for path in directory.glob(name)]
+    weights = [path for path in found if path.suffix in (".safetensors", ".bin")]
     if weights:
         (directory / PREVIOUS).mkdir(exist_ok=True)
-        for path in sorted(left, key=weights.__contains__):
+        for path in sorted(found, key=weights.__contains__):
             os.replace(path, directory / PREVIOUS / path.name)
 
 
 def clean_up(directory: Path) -> None:
-    """After a crash: what was complete gets to its place, what was not goes, and so does an older
-    result if a newer one is there."""
+    """Repair a directory after a crash. Incomplete files are deleted and complete ones installed.
+    An earlier run's result is deleted once this run has one."""
     with saving(directory):
         for name in ("tmp-checkpoint-*", "tmp-final", "tmp-*rehearsal", "tmp-old-*"):
             for path in directory.glob(name):
@@ -383,7 +389,7 @@ def clean_up(directory: Path) -> None:
 
 def writes_over(directory: Path, path: str) -> bool:
     """Would a run in `directory` delete or overwrite this file, or one in this folder?"""
-    places = [Path(os.path.abspath(path)), Path(os.path.realpath(path))]
-    inner = [p.relative_to(directory).parts for p in places if p.is_relative_to(directory)]
+    paths = [Path(os.path.abspath(path)), Path(os.path.realpath(path))]
+    inside = [p.relative_to(directory).parts for p in paths if p.is_relative_to(directory)]
     names = *RESULT, "checkpoint-*", "tmp-*", PREVIOUS
-    return any(not parts or fnmatch(parts[0], name) for parts in inner for name in names)
+    return any(not parts or fnmatch(parts[0], name) for parts in inside for name in names)

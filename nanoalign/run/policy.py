@@ -292,10 +292,12 @@ def stop_at(model: nn.Module, ids: list[int]) -> None:
             generation.do_sample = True
 
 
-def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None) -> None:
-    """The adapter, or the whole model, and the tokenizer, as PEFT and transformers read them. The
-    model has the weights `whole`, if it does not hold them itself (ranks.whole_weights); if that
-    is {}, a model is saved without its weights."""
+def save_policy(policy: Policy, directory: str | Path, state_dict: dict | None = None) -> None:
+    """Save the adapter or the model, and the tokenizer, as PEFT and transformers read them.
+
+    `state_dict` has the model's weights where this process holds only a part of them
+    (ranks.whole_weights). With {} a model is saved without its weights.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:
@@ -304,8 +306,8 @@ def save_policy(policy: Policy, directory: str | Path, whole: dict | None = None
     else:
         stop_at(policy.model, policy.template.stop_ids)
         policy.model.set_attn_implementation(policy.attention)
-        own = whole if whole is None else dict(whole)  # which transformers empties
-        policy.model.save_pretrained(directory, state_dict=own)
+        weights_to_save = state_dict if state_dict is None else dict(state_dict)
+        policy.model.save_pretrained(directory, state_dict=weights_to_save)  # empties the dict
         policy.model.set_attn_implementation(packed())
     if heads := heads_of(policy):
         save_file({name: t.cpu().contiguous() for name, t in heads.items()}, directory / HEADS)
