@@ -69,7 +69,7 @@ from nanoalign.run import policy as run_policy  # noqa: E402
 from nanoalign.run import session  # noqa: E402
 from nanoalign.run.bytes import row_bytes, sizes_of, standing_bytes  # noqa: E402
 from nanoalign.run.command import quiet  # noqa: E402
-from nanoalign.run.device import how_of  # noqa: E402
+from nanoalign.run.device import row_of  # noqa: E402
 from nanoalign.run.flags import DPOConfig, KTOConfig, SFTConfig  # noqa: E402
 from nanoalign.train import fitting  # noqa: E402
 from train_dpo import run_dpo  # noqa: E402
@@ -263,8 +263,8 @@ def ours(case: Case, home: Path) -> dict:
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
     limit = cfg.max_row_tokens or lm.row_tokens
     batches = fitting(examples, case.batch, limit)
-    how = how_of(cfg, lm, max(len(pack(batch).input_ids) for batch in batches))
-    counted = sum((standing_bytes(lm.model) | row_bytes(sizes_of(lm.model), how)).values())
+    row = row_of(cfg, lm, max(len(pack(batch).input_ids) for batch in batches))
+    counted = sum((standing_bytes(lm.model) | row_bytes(sizes_of(lm.model), row)).values())
     settled = {"rows": limit, "checkpointing": lm.model.is_gradient_checkpointing}
     counts = {"counted_gib": round(counted / 2**30, 2)}  # by run/bytes.py
     return settled | watch.result(examples, losses) | counts

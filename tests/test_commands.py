@@ -1098,7 +1098,7 @@ def test_threads(
         (tmp_path / "checkpoint-2").mkdir()
         (tmp_path / "checkpoint-2" / "state.json").write_text(json.dumps({"threads": kept}))
         flags = flags | {"resume_from_checkpoint": "last"}
-    monkeypatch.setattr(device, "quicker", lambda most: (most - 1, "probed"))
+    monkeypatch.setattr(device, "faster", lambda most: (most - 1, "probed"))
     data = [str(world.HOME / "sft.jsonl" if built_in else "a.jsonl")]
     line = device.use_threads(SFTConfig(output_dir=str(tmp_path), dataset_name=data, **flags))
     assert torch.get_num_threads() == number and f"{number} thread" in line and why in line
@@ -1115,10 +1115,10 @@ def test_one_thread_or_all_by_a_clock(slow, number, five_threads):
         time += 0.001 * (slow if torch.get_num_threads() == 5 else 1)
         return time
 
-    got, why = device.quicker(5, now)
+    got, why = device.faster(5, now)
     assert got == number and f"{1 / slow:.1f} times" in why
     assert why.endswith("--threads 1 takes one" if number == 5 else "--threads 5 takes them")
-    assert time < 0.3 and device.quicker(1) == (1, "one core")
+    assert time < 0.3 and device.faster(1) == (1, "one core")
 
 
 def test_a_program_that_comes_later_is_spoken_of(five_threads):
@@ -1131,12 +1131,12 @@ def test_a_program_that_comes_later_is_spoken_of(five_threads):
 
 
 def test_a_run_keeps_its_number_of_threads(model_dir, script, tmp_path, five_threads, monkeypatch):
-    monkeypatch.setattr(device, "quicker", lambda most: (2, "probed"))
+    monkeypatch.setattr(device, "faster", lambda most: (2, "probed"))
     flags = dict(save_steps=1, max_steps=2, output_dir=tmp_path / "one")
     code, said, _ = script("sft", **flags)
     assert code == 0 and "2 threads (probed)" in said
     assert json.loads((tmp_path / "one" / "run.json").read_text())["settled"]["threads"] == 2
-    monkeypatch.setattr(device, "quicker", lambda most: (1, "probed"))
+    monkeypatch.setattr(device, "faster", lambda most: (1, "probed"))
     code, said, _ = script("sft", **flags | dict(
         output_dir=tmp_path / "two", resume_from_checkpoint=tmp_path / "one" / "checkpoint-1",
     ))  # fmt: skip

@@ -18,8 +18,14 @@ from nanoalign.packing import Example, pack
 from nanoalign.packing import attention as by_definition
 from nanoalign.run import device as run_device
 from nanoalign.run import ranks
-from nanoalign.run.bytes import How, sizes_of
-from nanoalign.run.device import fuses_attention, settle, settle_rows, settled, use_tf32
+from nanoalign.run.bytes import Row, sizes_of
+from nanoalign.run.device import (
+    choose_row_length,
+    effective_settings,
+    fastest_fit,
+    fuses_attention,
+    use_tf32,
+)
 from nanoalign.run.flags import DPOConfig, parse
 from nanoalign.run.policy import load_policy
 from nanoalign.run.reference import reference_of
@@ -111,17 +117,20 @@ def llama_8b():
     ],
 )
 def test_rows_and_checkpointing_fit_the_free_memory(free, dropout, expected, llama_8b):
-    how = How(0, dropout=dropout)
-    assert settle(free * 2**30, llama_8b, how, 1000, 10**6) == expected
+    row = Row(0, dropout=dropout)
+    assert fastest_fit(free * 2**30, llama_8b, row, 1000, 10**6) == expected
 
 
 def test_what_is_given_and_what_examples_are(llama_8b):
-    small, how = (9 * 2**30, llama_8b, How(0)), dict(longest=1000, most=10**6)
-    assert settle(*small, **how, rows=1024) == (1024, False)
-    assert settle(*small, **how, checkpointing=False) == (2048, False)
-    assert settle(2**29, llama_8b, How(0), **how, rows=512, checkpointing=True) == (512, True)
-    assert settle(*small, longest=500, most=1000) == (8192, False)  # a batch has no more
-    assert settle(17 * 2**30, llama_8b, How(0), longest=20_000, most=10**6) == (8192, True)
+    small, lengths = (9 * 2**30, llama_8b, Row(0)), dict(longest=1000, most=10**6)
+    assert fastest_fit(*small, **lengths, rows=1024) == (1024, False)
+    assert fastest_fit(*small, **lengths, checkpointing=False) == (2048, False)
+    assert fastest_fit(2**29, llama_8b, Row(0), **lengths, rows=512, checkpointing=True) == (
+        512,
+        True,
+    )
+    assert fastest_fit(*small, longest=500, most=1000) == (8192, False)  # a batch has no more
+    assert fastest_fit(17 * 2**30, llama_8b, Row(0), longest=20_000, most=10**6) == (8192, True)
 
 
 def pretend_a_card(monkeypatch, free):
@@ -138,14 +147,14 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     cfg = DPOConfig(model_name_or_path=model_dir, dataset_name=["any"], device="cpu")
     lm = load_policy(cfg).lm
     examples = [Example([1] * 50, [([2] * 300, [True] * 300)] * 2)]
-    settle_rows(cfg, lm, examples)
+    choose_row_length(cfg, lm, examples)
     assert lm.longest_row is None  # a CPU settles nothing
     monkeypatch.setattr(PackedLM, "device", CUDA)
     pretend_a_card(monkeypatch, free)
     capsys.readouterr()
-    settle_rows(cfg, lm, examples)
+    choose_row_length(cfg, lm, examples)
     rows = 8192 if free == 2**30 else 2048
-    assert lm.longest_row == rows and settled(cfg, lm) == {
+    assert lm.longest_row == rows and effective_settings(cfg, lm) == {
         "device": "cuda", "dtype": "float32", "max_row_tokens": rows,
         "gradient_checkpointing": checkpointing, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -154,8 +163,8 @@ def test_a_run_settles_its_rows(free, checkpointing, model_dir, monkeypatch, cap
     assert f"GiB free: rows of {rows} tokens, with" in said and said.count("\n") == 1
     assert lm.model.get_decoder().layers[0].gradient_checkpointing is checkpointing
     cfg.max_row_tokens, cfg.gradient_checkpointing = 77, checkpointing
-    settle_rows(cfg, lm, examples)
-    assert settled(cfg, lm)["max_row_tokens"] == 77 and capsys.readouterr().out == ""
+    choose_row_length(cfg, lm, examples)
+    assert effective_settings(cfg, lm)["max_row_tokens"] == 77 and capsys.readouterr().out == ""
 
 
 def test_what_else_will_need_memory(model_dir, monkeypatch):
@@ -163,7 +172,9 @@ def test_what_else_will_need_memory(model_dir, monkeypatch):
     states, and gathers a layer in bfloat16 beside one in float32, and embedding and head with their
     gradients. A reference of its own is as large as the policy."""
     found, model = [], {"model_name_or_path": model_dir, "dataset_name": ["any"], "device": "cpu"}
-    monkeypatch.setattr(run_device, "settle", lambda left, *_: found.append(left) or (2048, False))
+    monkeypatch.setattr(
+        run_device, "fastest_fit", lambda left, *_: found.append(left) or (2048, False)
+    )
     pretend_a_card(monkeypatch, 2**30)
     monkeypatch.setattr(ranks, "LAUNCHED", True)
     monkeypatch.setattr(ranks, "WORLD", 2)
@@ -171,7 +182,8 @@ def test_what_else_will_need_memory(model_dir, monkeypatch):
     lm = load_policy(DPOConfig(**model, use_peft=False)).lm
     monkeypatch.setattr(PackedLM, "device", CUDA)
     for more in {}, {"fsdp": True}, {"optim": "paged_adamw_32bit"}, {"ref_model_name_or_path": "M"}:
-        settle_rows(DPOConfig(**model, use_peft=False, **more), lm, [Example([1], [([2], [True])])])
+        cfg = DPOConfig(**model, use_peft=False, **more)
+        choose_row_length(cfg, lm, [Example([1], [([2], [True])])])
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (
         ("all", lm), ("layer", lm.model.model.layers[-1]), ("layers", lm.model.model.layers),
     )}  # fmt: skip

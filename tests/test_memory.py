@@ -15,7 +15,7 @@ from nanoalign.formats.weights import all_weights, freeze_linears, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.packing import Example, pack, packed
-from nanoalign.run.bytes import How, kept_in_a_layer, row_bytes, sizes_of, standing_bytes
+from nanoalign.run.bytes import Row, kept_in_a_layer, row_bytes, sizes_of, standing_bytes
 from nanoalign.tools import memory
 
 
@@ -90,9 +90,9 @@ def test_what_autograd_keeps_of_a_layer(kind, how):
         )
     sizes = sizes_of(model)
     size = 4 if fp32 else 2
-    how = How(256, size, dropout, train_all=train_all, cuda=False, example=128)
+    row = Row(256, size, dropout, train_all=train_all, cuda=False, example=128)
     casts = 0 if fp32 else 2 * (sizes.linears if train_all else sizes.adapters)
-    counted = 256 * sum(kept_in_a_layer(sizes, how).values()) + casts
+    counted = 256 * sum(kept_in_a_layer(sizes, row).values()) + casts
     assert kept.bytes == pytest.approx(counted, rel=0.02)
 
 
@@ -134,12 +134,12 @@ def test_what_a_step_holds(how, checkpointing, layers):
         optimizer.step()
         states = alive.now
         (-lm(examples([128, 128], 4096)).logps.sum()).backward()
-    row = alive.peak - states
+    measured = alive.peak - states
     size = 4 if how == "full" else 2
-    how = How(256, size, checkpointing=checkpointing, train_all=train_all, cuda=False, example=128)
-    counted = row_bytes(sizes_of(model), how)
+    row = Row(256, size, checkpointing=checkpointing, train_all=train_all, cuda=False, example=128)
+    counted = row_bytes(sizes_of(model), row)
     assert weights + states == pytest.approx(sum(standing_bytes(model).values()), rel=0.01)
-    assert row == pytest.approx(sum(counted.values()), rel=0.15)
+    assert measured == pytest.approx(sum(counted.values()), rel=0.15)
 
 
 # ---------------------------------------------------------------------------------- paged AdamW

@@ -31,7 +31,7 @@ from nanoalign.logps import PackedLM
 from nanoalign.lora import LoRALinear, add_lora
 from nanoalign.model import Policy, open_template, sample
 from nanoalign.packing import Example, attention, pack, packed
-from nanoalign.run.bytes import How, kept_in_a_layer, sizes_of
+from nanoalign.run.bytes import Row, kept_in_a_layer, sizes_of
 from nanoalign.run.device import compile_layers
 from nanoalign.run.flags import SFTConfig, parse
 
@@ -324,13 +324,13 @@ def test_what_one_graph_keeps_for_backward(four_bits, dropout, traced, monkeypat
     kept = Kept([*lm.parameters(), *lm.buffers(), *rotary])
     with kept:
         layer(stream, **given)
-    how, sizes = How(tokens, dropout=dropout, compiled=True), sizes_of(lm.model)
+    row, sizes = Row(tokens, dropout=dropout, compiled=True), sizes_of(lm.model)
     casts = 2 * sizes.adapters + tokens * 4  # A and B in bfloat16; and the norm's one number
     copied = tokens * sizes.query * 2  # on a GPU attention's output lies as the next layer reads it
-    counted = tokens * sum(kept_in_a_layer(sizes, how).values())
+    counted = tokens * sum(kept_in_a_layer(sizes, row).values())
     assert kept.bytes - casts - copied == pytest.approx(counted, rel=0.05)
     if not dropout:
-        eager = tokens * sum(kept_in_a_layer(sizes, replace(how, compiled=False)).values())
+        eager = tokens * sum(kept_in_a_layer(sizes, replace(row, compiled=False)).values())
         assert kept.bytes - casts - copied < 0.77 * eager
 
 

@@ -1,20 +1,21 @@
-"""What a step holds on its device, in bytes, counted from shapes before anything is computed.
+"""The memory that a training step needs, in bytes, computed from shapes before the step.
 
-Always there are the weights and, of what trains, the gradient and AdamW's two states
-(`standing_bytes`). To these comes the row of T tokens that is being computed (`row_bytes`).
-Autograd keeps a tensor from forward to backward where a gradient can't be computed without it: x of
-a product W x whose W trains (but not of a frozen one), both factors of an elementwise product.
-`kept_in_a_layer` lists these tensors. What is kept grows until the head is reached and shrinks from
-there, so a row is at its largest at one of these moments:
+Some of it is always there: the weights, the gradients of what trains, AdamW's two states
+(`standing_bytes`). The rest is for the row that is being computed (`row_bytes`).
 
-    at the head    some copies of a chunk of logits (fast/head.py) lie on top of all that is kept
-    in a layer     the gradients inside its MLP do; and with checkpointing, which kept no more than
-                   the layers' inputs, all that is kept of this one layer
-    in autocast    with checkpointing, the forward pass ends with all weights in 16 bits as well
+Autograd keeps a tensor from forward to backward if a gradient needs it. Of a product W x it keeps x
+if W trains, and of an elementwise product it keeps both factors. `kept_in_a_layer` lists these
+tensors. Their number grows up to the head, and backward frees them. So a row needs the most memory
+at one of these moments:
 
-The list is that of layers like Llama's: norms that square in fp32, an MLP with a gate. Where an
-activation is written out in several operations, as in Phi's MLP, autograd keeps more. Not counted
-are the gaps in the allocator's memory: leave it some percent.
+    at the head    all kept tensors, and some copies of a chunk of logits (fast/head.py)
+    in a layer     all kept tensors, and the gradients inside the layer's MLP. With checkpointing:
+                   the inputs of all layers, and the kept tensors of this one layer
+    in autocast    with checkpointing, at the end of forward: copies of all weights in 16 bits
+
+This is for layers like Llama's: norms that square in fp32, an MLP with a gate. Autograd keeps more
+if an activation consists of several operations, as in Phi's MLP. Gaps in the allocator's memory are
+not counted: leave some percent free.
 """
 
 import math
@@ -31,55 +32,55 @@ ATTENTION = "attention's output"
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model as widths: how many numbers a token has in the places of a decoder layer."""
+    """The sizes of a model. A width is how many numbers a token has there."""
 
     layers: int
-    hidden: int  # d, of the stream between the layers
-    query: int  # of all heads together
-    key: int  # of all key-value heads together
+    hidden: int  # width of the hidden states, d
+    query: int  # width of all heads' queries together
+    key: int  # width of all heads' keys together
     heads: int
-    mlp: int  # f; of a mixture that of all experts which a token meets
+    mlp: int  # width inside the MLP, f; in a mixture of all experts that a token uses
     gated: bool  # does the MLP have a gate, act(gate) * up?
-    norms: int  # what its norms read, together
-    readers: tuple[tuple[str, int], ...]  # what each product that trains reads: its name and width
-    ranks: int  # r of all LoRA layers together
+    norms: int  # width of the inputs of a layer's norms together
+    readers: tuple[tuple[str, int], ...]  # name and width of the input of each product that trains
+    ranks: int  # r of a layer's LoRA layers together
     adapters: int  # weights of their A and B
-    linears: int  # weights of its linear layers
-    largest: int  # weights of the largest of them
-    four_bit: bool  # are they decoded at each use?
+    linears: int  # weights of a layer's linear layers
+    largest: int  # weights of the largest of these
+    four_bit: bool  # are these stored in few bits, and decoded at each use?
     vocabulary: int
-    tied: bool
+    tied: bool  # do embedding and head share their weight?
 
 
 @dataclass(frozen=True)
-class How:
-    """How a row is computed."""
+class Row:
+    """A row of tokens, and what its computation is like."""
 
     tokens: int  # T
-    size: int = 2  # bytes of a number: bfloat16
-    dropout: float = 0.0  # before each A
+    size: int = 2  # bytes of a number in a product: 2 in bfloat16
+    dropout: float = 0.0  # LoRA's, before each A
     checkpointing: bool = False
-    compiled: bool = False  # the layers
-    train_all: bool = False  # fp32 weights; where `size` is 2, autocast computes
-    chunk: int = 1024  # rows of logits at a time: fast/head.py's chunk_rows
+    compiled: bool = False  # are the layers compiled?
+    train_all: bool = False  # all weights train, in fp32; with `size` 2 under autocast
+    chunk: int = 1024  # tokens in a chunk of logits: fast/head.py's chunk_rows
     sharded: bool = False  # --fsdp
     cuda: bool = True
-    example: int = 512  # tokens of an example: without CUDA attention is computed for each
+    example: int = 512  # tokens of an example; without CUDA attention takes them one by one
 
     @property
     def stream(self) -> int:
-        """Bytes of a number between the layers, which autocast leaves in the weights' fp32."""
+        """Bytes of a number in the hidden states. Autocast leaves these in fp32."""
         return 4 if self.train_all else self.size
 
 
 def head_size(config) -> int:
-    """How many numbers a head of attention has."""
+    """The width of one head of attention."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Of a model of transformers, with or without LoRA; what trains is what requires a gradient.
-    The parameters may be on the meta device, where they have shapes and no memory."""
+    """The sizes of a model of transformers, with or without LoRA. What requires a gradient trains.
+    The parameters may be on the meta device, where they take no memory."""
     config, layer = model.config.get_text_config(), model.get_decoder().layers[-1]
     hidden, heads, width = config.hidden_size, config.num_attention_heads, head_size(config)
     query, key = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
@@ -127,7 +128,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def standing_bytes(model: nn.Module) -> dict[str, int]:
-    """What is there from the first step to the last: bytes by kind."""
+    """Bytes by kind, of what is there from the first step to the last."""
     packed = {id(b) for m in model.modules() if isinstance(m, FrozenLinear) for b in m.buffers()}
     kinds = {"weights in few bits": 0, "other frozen weights": 0, "what trains": 0}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -138,11 +139,14 @@ def standing_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def sharded_bytes(model: nn.Module, ranks: int) -> dict[str, int]:
-    """The same with --fsdp, on each of several ranks: its part of the frozen weights or, where all
-    weights train, of all there is. While a row is computed two layers lie there gathered, one
-    that computes and the next, and embedding and head: if they are frozen, as they are stored. If
-    all train, layers are gathered in 16 bits, embedding and head in 32; the gradients of a layer
-    are there in 16 bits and once more in 32, to be summed, those of embedding and head in 32."""
+    """The same for each rank with --fsdp, where a rank stores a part of the weights.
+
+    With LoRA it has a part of the frozen weights; if all weights train, a part of everything. While
+    a row is computed, some weights are gathered whole: the layer that computes, the next one, the
+    embedding and the head. Frozen weights are gathered as they are stored. If all weights train,
+    layers are gathered in 16 bits, embedding and head in 32. Then a layer's gradients are there in
+    16 bits and, for their sum, in 32; those of embedding and head in 32.
+    """
     kinds, all_train = standing_bytes(model), all(p.requires_grad for p in model.parameters())
     for kind in kinds if all_train else ("weights in few bits", "other frozen weights"):
         kinds[kind] = math.ceil(kinds[kind] / ranks)
@@ -157,79 +161,90 @@ def sharded_bytes(model: nn.Module, ranks: int) -> dict[str, int]:
     return kinds | {"gathered weights": round(gathered)}
 
 
-def kept_in_a_layer(s: Sizes, how: How) -> dict[str, float]:
-    """What autograd keeps of one decoder layer from forward to backward, in bytes a token."""
-    size, reads = how.size, [read for read in s.readers if read[0] != ATTENTION]
-    if how.dropout and s.ranks:  # for each A: what it reads after dropout, and dropout's mask
-        inputs = sum(n for _, n in s.readers) * (size + (1 if how.cuda else size))
-    elif how.train_all and size < 4:  # autocast makes each product its own copy of the stream
+def kept_in_a_layer(s: Sizes, row: Row) -> dict[str, float]:
+    """Bytes a token, by kind, that autograd keeps of one decoder layer until backward."""
+    size, reads = row.size, [read for read in s.readers if read[0] != ATTENTION]
+    if row.dropout and s.ranks:  # for each A: its input after dropout, and the dropout mask
+        inputs = sum(n for _, n in s.readers) * (size + (1 if row.cuda else size))
+    elif row.train_all and size < 4:  # autocast copies the hidden states for each product
         inputs = sum(n for _, n in reads) * size
-    else:  # q, k and v read one tensor, gate and up another
+    else:  # q, k and v share one input, gate and up another
         inputs = sum(n for _, n in set(reads)) * size
     kept = {
-        # in fp32; compiled layers compute them again from the stream
-        "what norms read": s.norms * (how.stream if how.compiled else 4),
+        # fp32 copies of the hidden states, which compiled layers make again in backward
+        "what norms read": s.norms * (row.stream if row.compiled else 4),
         "queries, keys, values": (s.query + 2 * s.key) * size,
         ATTENTION: s.query * size + 4 * s.heads,  # and each head's log-sum-exp
-        # act(gate) * up: both factors, and gate for the slope of act; without a gate, act's input
-        "the MLP's factors": s.mlp * size * ((2 if how.compiled else 3) if s.gated else 1),
+        # of act(gate) * up both factors and gate itself; without a gate, the input of act
+        "the MLP's factors": s.mlp * size * ((2 if row.compiled else 3) if s.gated else 1),
         "what A or a trained W reads": inputs,
         "A x": s.ranks * size,
     }
-    if how.train_all and not how.compiled:
-        kept["what norms multiply with their weights"] = s.norms * how.stream
-    if not how.cuda:
-        kept["attention's weights"] = s.heads * keys_met(how.example) * size
+    if row.train_all and not row.compiled:
+        kept["what norms multiply with their weights"] = s.norms * row.stream
+    if not row.cuda:
+        kept["attention's weights"] = s.heads * keys_met(row.example) * size
     return kept
 
 
 def keys_met(example: int) -> float:
-    """With how many keys a query is multiplied where there is no CUDA (fast/attention.py): those
-    before it and in its block, on average. No weights are kept of more than SHORT keys."""
+    """For how many keys a query's attention weights are kept, on average, without CUDA.
+
+    fast/attention.py multiplies a query with the keys before it and in its block. In an example
+    of more than SHORT tokens it keeps no weights.
+    """
     return 0 if example > SHORT else (example + min(example, BLOCK)) / 2
 
 
-def in_the_mlp(s: Sizes, how: How) -> int:
-    """The gradients inside a layer's MLP: of what down reads, once through W and once through A (or
-    of act(gate) and of up), and of the stream. On the way forward it holds as much."""
-    return how.tokens * (2 * s.mlp * how.size + s.hidden * (how.stream + how.size))
+def in_the_mlp(s: Sizes, row: Row) -> int:
+    """Bytes of the gradients inside a layer's MLP. Forward needs as many.
+
+    Two have the MLP's width: the input of down has a gradient through W and one through A; later
+    there are those of act(gate) and up. The rest are gradients of the hidden states.
+    """
+    return row.tokens * (2 * s.mlp * row.size + s.hidden * (row.stream + row.size))
 
 
-def beside_a_product(s: Sizes, how: How) -> int:
-    """What a product needs beside the gradients that `in_the_mlp` counts: a weight decoded from 4
-    bits; or, where all weights train, its weight's gradient, as it is computed and in fp32, and
-    that of a head, which waits for the gradient of the embedding that it is tied to."""
-    size = s.largest * how.size if s.four_bit else 0
-    if how.train_all:
-        size += s.largest * (4 + how.size) + 4 * s.vocabulary * s.hidden * s.tied
+def beside_a_product(s: Sizes, row: Row) -> int:
+    """Bytes that a product needs in addition to `in_the_mlp`.
+
+    A 4-bit weight is decoded. If all weights train, there is the weight's gradient, as it was
+    computed and in fp32; and the gradient of a tied head, until the embedding's is added to it.
+    """
+    size = s.largest * row.size if s.four_bit else 0
+    if row.train_all:
+        size += s.largest * (4 + row.size) + 4 * s.vocabulary * s.hidden * s.tied
     return size
 
 
-def at_the_head(s: Sizes, how: How) -> int:
-    """A chunk of logits, beside the one before it, which is freed last: in one kernel a chunk's
-    gradient takes its place, else there is a buffer in fp32, and the gradient has its own memory in
-    16 bits. The hidden states and their gradient. Of a head that trains its gradient, a chunk's
-    part of it, and its weight in 16 bits."""
-    size, several = how.size, how.tokens > how.chunk
-    copies = (1 + several) * size if how.cuda else 4 + (1 + several + (size < 4)) * size
-    total = min(how.tokens, how.chunk) * s.vocabulary * copies + 2 * how.tokens * s.hidden * size
-    if how.train_all:
+def at_the_head(s: Sizes, row: Row) -> int:
+    """Bytes that the head needs: chunks of logits, the hidden states and their gradient.
+
+    A chunk is freed after the next one is made, so there may be two. On CUDA one kernel writes a
+    chunk's gradient over its logits. Elsewhere there is a buffer in fp32 as well, and in 16 bits
+    the gradient has memory of its own. A head that trains also has its gradient, a chunk's part of
+    that, and its weight in 16 bits.
+    """
+    size, several = row.size, row.tokens > row.chunk
+    copies = (1 + several) * size if row.cuda else 4 + (1 + several + (size < 4)) * size
+    total = min(row.tokens, row.chunk) * s.vocabulary * copies + 2 * row.tokens * s.hidden * size
+    if row.train_all:
         total += s.vocabulary * s.hidden * (4 + size + (size if size < 4 else 0))
     return total
 
 
-def row_bytes(s: Sizes, how: How) -> dict[str, int]:
-    """What a row adds to what is always there when it is at its largest: bytes by kind."""
-    # Of fp32 weights a copy in 16 bits is used, and kept. Sharded ones are gathered in 16 bits.
-    casts = s.linears if how.train_all else s.adapters
-    casts *= how.size if how.size < 4 and not (how.train_all and how.sharded) else 0
-    layer = how.tokens * sum(kept_in_a_layer(s, how).values()) + casts
-    inside, kept = in_the_mlp(s, how), s.layers * layer
-    moments = {"at the head": at_the_head(s, how), "in a layer": inside + beside_a_product(s, how)}
-    if how.checkpointing:
-        kept = s.layers * how.tokens * s.hidden * how.stream
+def row_bytes(s: Sizes, row: Row) -> dict[str, int]:
+    """Bytes by kind that a row needs in addition to `standing_bytes`, at its largest moment."""
+    # Autocast keeps a 16-bit copy of fp32 weights. Sharded ones are gathered in 16 bits already.
+    casts = s.linears if row.train_all else s.adapters
+    casts *= row.size if row.size < 4 and not (row.train_all and row.sharded) else 0
+    layer = row.tokens * sum(kept_in_a_layer(s, row).values()) + casts
+    inside, kept = in_the_mlp(s, row), s.layers * layer
+    moments = {"at the head": at_the_head(s, row), "in a layer": inside + beside_a_product(s, row)}
+    if row.checkpointing:
+        kept = s.layers * row.tokens * s.hidden * row.stream
         moments["in a layer"] += layer
-    if how.checkpointing and how.train_all:
+    if row.checkpointing and row.train_all:
         moments["in autocast"] = s.layers * casts + inside
     moment = max(moments, key=moments.get)
     return {"kept for backward": round(kept), moment: round(moments[moment])}

@@ -1,10 +1,9 @@
-"""What a run settles with the device that it computes on.
+"""What depends on the device: threads, precision, compiling, the length of a row.
 
-How long a row should be, and whether to keep what layers compute or compute it a second time in
-backward, depends on how much memory a card has left beside the model. With long rows products are
-large and 4-bit weights are decoded seldom; a second forward pass costs a quarter of the speed. So
-where the flags leave these two open, the quickest choice is taken that fits by the count of
-bytes.py.
+A long row is fast: its products are large, and 4-bit weights are decoded seldom. Gradient
+checkpointing makes a run slower by a quarter. How much of both is needed depends on the memory that
+the model leaves free on a GPU. If the flags leave these two open, a run takes the fastest choice
+that fits, as bytes.py counts it.
 """
 
 import os
@@ -24,7 +23,7 @@ from nanoalign.formats.weights import pick_device
 from nanoalign.logps import PackedLM
 from nanoalign.run import checkpoint, ranks
 from nanoalign.run.bytes import (
-    How,
+    Row,
     Sizes,
     head_size,
     row_bytes,
@@ -34,15 +33,15 @@ from nanoalign.run.bytes import (
 )
 from nanoalign.run.flags import Config
 
-ROWS = 8192, 4096, 2048  # tokens, from the quickest to the leanest
-SPARE = 0.1  # of the free memory: what gaps in the allocator's memory may take
-COMING = "its gradients", "AdamW's states"  # of standing_bytes: from the first step on
+ROWS = 8192, 4096, 2048  # tokens, the fastest first
+SPARE = 0.1  # share of the free memory that is left to gaps in the allocator's memory
+COMING = "its gradients", "AdamW's states"  # kinds of standing_bytes that the first step allocates
 
 
 def use_threads(cfg: Config) -> str:
-    """Set the number of a CPU's threads. -> how many there are and why, in a line.
+    """Set the number of threads on a CPU. -> a line that says the number and the reason.
 
-    With another number sums have another order, so a run that is resumed takes the one it had.
+    Sums round differently with another number, so a resumed run takes the number that it had.
     """
     most, then = torch.get_num_threads(), checkpoint.kept_in(cfg, "state.json").get("threads")
     if cfg.threads:
@@ -56,7 +55,7 @@ def use_threads(cfg: Config) -> str:
     elif world.at_home(cfg):
         number, why = 1, "the model is tiny; --threads takes more"
     else:
-        number, why = quicker(most)
+        number, why = faster(most)
         number = min(ranks.gather(number))
     torch.set_num_threads(number)
     if then not in (None, number):
@@ -64,18 +63,18 @@ def use_threads(cfg: Config) -> str:
     return f"computes on the CPU with {number} thread{'s' * (number > 1)} ({why})"
 
 
-def quicker(most: int, now=time.perf_counter) -> tuple[int, str]:
-    """`most` threads or one, by a fifth of a second of small products; and why.
+def faster(most: int, now=time.perf_counter) -> tuple[int, str]:
+    """Time small products for a fifth of a second. -> `most` or 1 threads; the reason.
 
-    Threads that share a product wait for each other, and spin meanwhile. Beside one busy program
-    each product then takes until the scheduler lets the last of them go on.
+    Threads that share a product wait for each other. If another program is busy, a product waits
+    until the scheduler runs the last thread, and one thread alone is faster.
     """
     if most == 1:
         return 1, "one core"
     a, b, done = torch.ones(256, 512), torch.ones(512, 512), Counter()
     for number in (most, 1, most, 1):
         torch.set_num_threads(number)
-        a @ b  # the threads are there
+        a @ b  # starts the threads
         begin = now()
         while now() - begin < 0.05:
             a @ b
@@ -86,8 +85,8 @@ def quicker(most: int, now=time.perf_counter) -> tuple[int, str]:
 
 
 def advice_on_threads(device: torch.device, speed: float, fastest: float) -> str | None:
-    """What to say where a run's tokens per second are no more than a part of its `fastest`: the
-    probe's choice of threads stands, but it knows nothing of a program that came later."""
+    """What to say if a run on a CPU has become slow; both numbers are tokens per second. Another
+    program may have started after `faster` chose the threads."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or speed >= fastest / 3:
         return None
@@ -96,18 +95,19 @@ def advice_on_threads(device: torch.device, speed: float, fastest: float) -> str
 
 
 def computes_in(lm: PackedLM) -> torch.dtype:
+    """The dtype of the hidden states."""
     if lm.autocast:
         return lm.autocast
     table = lm.model.get_input_embeddings()
-    trained = isinstance(table, TrainedModule)  # its weight is in fp32, whatever it computes in
+    trained = isinstance(table, TrainedModule)  # its weight is always fp32
     return table.dtype if trained else table.weight.dtype
 
 
 def use_tf32(cfg: Config, lm: PackedLM) -> None:
-    """On CUDA, let float32 products run on the tensor cores, unless the flag forbids it.
+    """On CUDA, compute float32 products on the tensor cores (TF32), unless the flag forbids it.
 
-    They read a factor's first 10 bits and add up in float32 (TF32); all 23 bits take several times
-    as long. bfloat16, in which models are trained as a rule, has 7.
+    They use the first 10 bits of a factor and add in float32. All 23 bits take several times as
+    long. bfloat16, the usual dtype for training, has 7.
     """
     if lm.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
@@ -116,17 +116,17 @@ def use_tf32(cfg: Config, lm: PackedLM) -> None:
 
 
 def fuses_attention(lm: PackedLM) -> bool:
-    """Is attention one kernel, which can be part of a compiled layer?"""
+    """Is attention a single kernel? Then it can be part of a compiled layer."""
     return flex.has_flex(lm.device, head_size(lm.model.config))
 
 
 def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
-    """Are the decoder layers compiled? By default wherever a layer becomes one graph.
+    """Are the decoder layers compiled? By default they are if a layer becomes one graph.
 
-    `one_graph`: can attention be part of the graph? On a CPU it can't, because its loops depend on
-    the row; and where checkpointing meets a broken graph, nothing is compiled. A mixture's experts
-    break the graph too, since the data decide which of them compute, and so do the hooks that
-    gather a sharded layer.
+    `one_graph`: can attention be part of that graph? On a CPU it can't: its loops depend on the
+    row. Two more things break the graph: the experts of a mixture, because the data decide which of
+    them compute, and the hooks that gather a sharded layer. With checkpointing a layer with a
+    broken graph is not compiled at all.
     """
     if cfg.plain:
         return False
@@ -137,11 +137,11 @@ def compiles(cfg: Config, model: nn.Module, one_graph: bool) -> bool:
 
 
 def compile_layers(cfg: Config, lm: PackedLM) -> None:
-    """Let torch.compile make a few kernels of each decoder layer.
+    """Compile each decoder layer with torch.compile, if `compiles` says so.
 
-    A layer is some 65 kernels, and all that are no products (norms, rotations, activations, sums)
-    do nothing but carry the hidden states to memory and back. In one graph they become a handful,
-    and backward computes anew what is cheap instead of keeping it: a quarter less is kept.
+    A layer has some 65 kernels. Norms, rotations, activations and sums are bound by memory: each
+    reads and writes all hidden states. The compiler fuses them into a few kernels. It also
+    recomputes in backward what is cheap, so a quarter less is kept.
     """
     if not compiles(cfg, lm.model, fuses_attention(lm)):
         if cfg.torch_compile:
@@ -152,14 +152,14 @@ def compile_layers(cfg: Config, lm: PackedLM) -> None:
         print("compiles the layers: a minute or two at first; --torch_compile false does without")
     for layer in lm.model.modules():
         if is_layer(layer):
-            # A reference of its own is compiled apart, and starts equal to the policy only if
-            # both round as they would without the compiler.
+            # Policy and reference may be compiled separately. They start equal only if both round
+            # as they do without the compiler.
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
-def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
-    """How a run computes a row of so many tokens."""
-    return How(
+def row_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> Row:
+    """A row of `tokens` tokens, as this run computes it."""
+    return Row(
         tokens,
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
@@ -172,63 +172,64 @@ def how_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> How:
     )
 
 
-def room(free: float, standing: dict[str, int]) -> float:
-    """Bytes that a row may take, of those that all weights leave free."""
+def bytes_for_a_row(free: float, standing: dict[str, int]) -> float:
+    """What a row may take of the bytes that the loaded weights leave free."""
     return (1 - SPARE) * free - sum(standing[kind] for kind in COMING)
 
 
-def settle(
-    free: float, sizes: Sizes, how: How, longest: int, most: int, rows=None, checkpointing=None
+def fastest_fit(
+    free: float, sizes: Sizes, row: Row, longest: int, most: int, rows=None, checkpointing=None
 ) -> tuple[int, bool]:
-    """Tokens a row, and whether to checkpoint, for `free` bytes. What is given stays as it is.
+    """-> tokens in a row, and whether to checkpoint, so that a row fits in `free` bytes. `rows` and
+    `checkpointing` are the flags; None lets this function choose.
 
-    An example of `longest` tokens is a row of its own, however short the others are; and no row has
-    more than the `most` of a micro-batch. Where nothing fits, the leanest.
+    A row has at least the `longest` example's tokens, and at most the `most` that a micro-batch
+    has. If nothing fits, the choice is the one that takes the least memory.
     """
-    open_rows = ROWS if rows is None else [rows]
-    open_ways = (False, True) if checkpointing is None else [checkpointing]
-    ways = [(tokens, way) for way in open_ways for tokens in open_rows]
-    for tokens, way in ways:
-        row = replace(how, tokens=min(max(tokens, longest), most), checkpointing=way)
+    lengths = ROWS if rows is None else [rows]
+    checkpointings = (False, True) if checkpointing is None else [checkpointing]
+    choices = [(tokens, recompute) for recompute in checkpointings for tokens in lengths]
+    for tokens, recompute in choices:
+        row = replace(row, tokens=min(max(tokens, longest), most), checkpointing=recompute)
         if sum(row_bytes(sizes, row).values()) <= free:
-            return tokens, way
-    return ways[-1]
+            return tokens, recompute
+    return choices[-1]
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Layers keep their input, and compute the rest again in backward."""
-    old = model.gradient_checkpointing_enable  # its name in older releases
+    """Make the layers keep only their input and compute the rest again in backward."""
+    old = model.gradient_checkpointing_enable  # the name in older releases
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
 
-def settle_rows(cfg: Config, lm: PackedLM, examples: Examples) -> None:
-    """On CUDA, settle what the flags leave open with the memory that the loaded model has left
-    free, do so, and say so in a line: how long rows are (lm.longest_row), and what layers keep."""
+def choose_row_length(cfg: Config, lm: PackedLM, examples: Examples) -> None:
+    """On CUDA, set lm.longest_row and gradient checkpointing where the flags leave them open. The
+    free memory decides. Prints the choice."""
     if lm.device.type != "cuda" or None not in (cfg.max_row_tokens, cfg.gradient_checkpointing):
         return
     torch.cuda.empty_cache()
-    free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest card
+    free = min(ranks.gather(torch.cuda.mem_get_info(lm.device)[0]))  # on the fullest GPU
     standing = sharded_bytes(lm.model, ranks.WORLD) if cfg.sharded else standing_bytes(lm.model)
-    taken = standing.get("gathered weights", 0)  # for the row itself
-    if vars(cfg).get("ref_model_name_or_path"):  # will be loaded: as large, as a rule
+    taken = standing.get("gathered weights", 0)  # while a row is computed
+    if vars(cfg).get("ref_model_name_or_path"):  # will be loaded; it usually has the same size
         taken += sum(size for kind, size in standing.items() if kind not in COMING)
     if cfg.optim == "paged_adamw_32bit":
         standing["AdamW's states"] = 0
     longest = max(e.tokens for e in examples)
     most = longest * cfg.per_device_train_batch_size
-    given = cfg.max_row_tokens, cfg.gradient_checkpointing
-    left, sizes = room(free - taken, standing), sizes_of(lm.model)
-    tokens, checkpointing = settle(left, sizes, how_of(cfg, lm), longest, most, *given)
-    lm.longest_row = tokens
-    way = "with" if checkpointing else "without"
-    chosen = f"rows of {tokens} tokens, {way} gradient checkpointing"
+    left, sizes = bytes_for_a_row(free - taken, standing), sizes_of(lm.model)
+    flags = cfg.max_row_tokens, cfg.gradient_checkpointing
+    choice = fastest_fit(left, sizes, row_of(cfg, lm), longest, most, *flags)
+    lm.longest_row, checkpointing = choice
+    with_or_without = "with" if checkpointing else "without"
+    chosen = f"rows of {lm.longest_row} tokens, {with_or_without} gradient checkpointing"
     print(f"{free / 2**30:.1f} GiB free: {chosen} (--max_row_tokens, --gradient_checkpointing)")
     if checkpointing:
         checkpoint_layers(lm.model)
 
 
-def settled(cfg: Config, lm: PackedLM) -> dict:
-    """What became of the flags that leave something open, under their names."""
+def effective_settings(cfg: Config, lm: PackedLM) -> dict:
+    """The values in use for flags whose default leaves the choice to the run."""
     return {
         "device": str(lm.device),
         "dtype": str(computes_in(lm)).removeprefix("torch."),

@@ -1,7 +1,7 @@
-"""Flags and a directory -> a policy; and back to a directory.
+"""Load a policy as the flags describe it, and save it.
 
-`load_policy` reads top to bottom what happens to a model here: its weights, new tokens, what of it
-trains, and how it computes.
+`load_policy` shows all that happens to a model before it trains, in order: its weights are loaded,
+new tokens get embeddings, LoRA is added, dropout and compiling are set.
 """
 
 import os
@@ -44,9 +44,9 @@ TRAINED_WITH = "nanoalign_template"  # in tokenizer_config.json: the name of the
 class Base(NamedTuple):
     """What training starts from."""
 
-    name: str  # the base model's directory, GGUF file or name on the hub
-    tokenizer: str  # where it is: the adapter's own, if that brings one
-    lora: LoRAConfig | None  # of the adapter that training goes on from
+    name: str  # the base model: a directory, a GGUF file or a name on the hub
+    tokenizer: str  # where its tokenizer is: in the adapter's directory, if there is one
+    lora: LoRAConfig | None  # the settings of the adapter that training continues
 
 
 class Reader(NamedTuple):
@@ -58,41 +58,43 @@ class Reader(NamedTuple):
 
 
 def base_of(cfg: Config) -> Base:
+    """What the flags name. An adapter names its base model itself."""
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
         name = name or base_path(lora.base_model_name_or_path, adapter)
     if os.path.exists(Path(name) / "adapter_config.json"):
         raise InputError(f"{name} is an adapter; give it as --adapter_name_or_path")
-    own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    return Base(name, adapter if own else name, lora)
+    has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    return Base(name, adapter if has_tokenizer else name, lora)
 
 
 def load_tokenizer(
     name: str, chat_template: str | None = None, trust_remote_code: bool = False,
     chat_template_kwargs: dict | None = None, resumed: dict | None = None,
 ) -> Reader:  # fmt: skip
-    """The reader of the tokenizer `name`; a printed line tells the template.
+    """Load the tokenizer `name` and choose a template. A printed line says which one, and why.
 
-    The template's name and what it is given are saved with the tokenizer. Without a `chat_template`
-    they are taken from there, or from what a `resumed` run saved, so that a chat or the next stage
-    reads what training wrote; where nothing is, it is the tokenizer's own, or else ChatML.
+    The template is the first of these: `chat_template`; the one of the `resumed` run; the one that
+    training saved with this tokenizer, so that a chat uses what the model was trained with; the
+    tokenizer's own, "native"; ChatML.
     """
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-    saved, own = tokenizer.init_kwargs, tokenizer.chat_template
-    saved.pop(DATE, None)  # of the run that made it
+    saved, native = tokenizer.init_kwargs, tokenizer.chat_template
+    saved.pop(DATE, None)  # the date of an earlier run
     saved |= resumed or {}
-    kind = chat_template or saved.get(TRAINED_WITH) or ("native" if own else "chatml")
+    kind = chat_template or saved.get(TRAINED_WITH) or ("native" if native else "chatml")
     if kind not in [*TEMPLATES]:
         fault = f"trained with the template {kind!r}, which is not known here"
         raise InputError(f"{name}: {fault}; --chat_template takes {' or '.join(TEMPLATES)}")
-    why = " (the tokenizer has none of its own)"
     if chat_template:
         why = ""
     elif saved.get(TRAINED_WITH):
         why = " (it was trained with that)"
-    elif own:
+    elif native:
         why = " (the tokenizer's own; --chat_template chatml writes ChatML instead)"
+    else:
+        why = " (the tokenizer has none of its own)"
     print(f"template: {kind}{why}")
     saved[TRAINED_WITH] = kind
     if kind != "native":
@@ -101,7 +103,7 @@ def load_tokenizer(
             print("--chat_template_kwargs has nothing to do in this run")
     elif chat_template_kwargs:
         saved[KWARGS] = chat_template_kwargs
-    if kind == "native" and "strftime_now" in str(own):
+    if kind == "native" and "strftime_now" in str(native):
         saved.setdefault(DATE, str(date.today()))
     template, added = open_template(tokenizer, TEMPLATES[kind])
     if isinstance(template, NativeTemplate) and template.opening.strip():
@@ -110,22 +112,22 @@ def load_tokenizer(
 
 
 def reader_of(cfg: Config, base: Base) -> Reader:
-    """What the run that the flags describe reads conversations with."""
+    """The tokenizer and the template of a run."""
     name, tokenizer, lora = base
     if lora and name not in (cfg.model_name_or_path, lora.base_model_name_or_path):
         print(one_line(f"{lora.base_model_name_or_path} is gone; the base is read from {name}"))
-    # What a checkpoint says of its template: with another date in it the data would be others.
+    # A resumed run keeps its first date: a template that prints today's would change the data.
     resumed = kept_in(cfg, "tokenizer_config.json")
     resumed = {key: resumed[key] for key in (TRAINED_WITH, KWARGS, DATE) if key in resumed}
-    chosen = cfg.chat_template, cfg.trust_remote_code, cfg.chat_template_kwargs
-    reader = load_tokenizer(tokenizer, *chosen, resumed)
+    flags = cfg.chat_template, cfg.trust_remote_code, cfg.chat_template_kwargs
+    reader = load_tokenizer(tokenizer, *flags, resumed)
     reader.template.train_on_thoughts = cfg.train_on_thoughts
     return reader
 
 
 def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> None:
-    """As many rows as an adapter's own embedding or head has, or its rows for new tokens need; the
-    adapter fills them."""
+    """Resize the embeddings to what an adapter brings: a table of another size, or vectors for new
+    tokens. load_adapter fills them."""
     path, table = next(iter(table_paths(model).items()))
     rows = table_rows(model, adapter)
     if rows is None and any(ending_in(name, [path]) for name in lora.trainable_token_indices):
@@ -134,26 +136,30 @@ def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> No
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def token_rows(model: nn.Module, rows: dict, whole: list[str]) -> dict[str, list[int]]:
-    """The `rows` of new tokens, {table: rows}, that train on their own: not those of a table that
-    trains whole. Tied tables part when one of them does, and then the other has rows too."""
+def token_rows(model: nn.Module, rows: dict, to_save: list[str]) -> dict[str, list[int]]:
+    """The rows of new tokens that train by themselves: {table: rows}.
+
+    `rows` are those of all new tokens. A table in `to_save` (--lora_modules_to_save) trains as a
+    whole and needs none. If it was tied to the other table it no longer is, so the other needs
+    rows too.
+    """
     paths = [*table_paths(model)]
-    trained = [path for path in paths if path.endswith(tuple(whole))]
+    trained = [path for path in paths if path.endswith(tuple(to_save))]
     if rows and trained and tied(model):
-        # the head alone: PEFT can't open such an adapter
-        if trained == paths[1:]:
+        if trained == paths[1:]:  # PEFT can't open an adapter that has the head alone
             fault = "is tied to the embedding, which has new tokens to learn; name both or neither"
-            raise InputError(f"--lora_modules_to_save {' '.join(whole)}: the output head {fault}")
+            raise InputError(f"--lora_modules_to_save {' '.join(to_save)}: the output head {fault}")
         rows = dict.fromkeys((path.rpartition(".")[2] for path in paths), *rows.values())
     return {name: ids for name, ids in rows.items() if not ending_in(name, trained)}
 
 
 def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
+    """Load the weights of the model `name`, in 4 bits if the flags say so."""
     adapter = cfg.load_in_4bit and cfg.adapter_name_or_path
     return weights.load_lm(
         name,
         dtype=cfg.computing_dtype,
-        device="cpu" if cfg.sharded else cfg.device,  # whole; `shard` moves it in parts
+        device="cpu" if cfg.sharded else cfg.device,  # `shard` moves the parts to the GPUs
         train_all=train_all,
         trust_remote_code=cfg.trust_remote_code,
         load_in_4bit=cfg.load_in_4bit,
@@ -161,8 +167,8 @@ def load_base(cfg: Config, name: str, train_all: bool = False) -> PackedLM:
     )
 
 
-def place(cfg: Config, lm: PackedLM) -> None:
-    """Cut a loaded model between the ranks, or compile its layers."""
+def shard_or_compile(cfg: Config, lm: PackedLM) -> None:
+    """Cut a loaded model between the ranks, or compile its layers, where the flags say so."""
     if cfg.sharded:
         ranks.shard(lm, weights.pick_device(cfg.device))
     compile_layers(cfg, lm)
@@ -171,12 +177,12 @@ def place(cfg: Config, lm: PackedLM) -> None:
 def load_policy(
     cfg: Config, base: Base | None = None, reader: Reader | None = None, as_base: bool = False
 ) -> Policy:
-    """The model that the flags describe, on its device, with everything frozen but what trains.
+    """The model that the flags describe, on its device. Only what trains requires a gradient.
 
-    `base` is base_of(cfg) and `reader` is reader_of(cfg, base), where the data was read first.
-    `as_base`: no new adapter is made, and one that is there is not filled yet, so that `reference`
-    is the base model. Raises InputError for whatever is wrong with the directory, the adapter or
-    the flags.
+    Pass base_of(cfg) and reader_of(cfg, base) if you have them, else they are made here. With
+    `as_base` the policy still computes what the base model does: there is no new adapter, and the
+    weights of an adapter are not loaded. Raises InputError if the model's directory, the adapter
+    or the flags are wrong.
     """
     base = base or base_of(cfg)
     tokenizer, template, added = reader or reader_of(cfg, base)
@@ -205,13 +211,13 @@ def load_policy(
         model.requires_grad_(True)
         print(f"all {sum(p.numel() for p in model.parameters()):,} weights train")
     configure(model, cfg)
-    place(cfg, lm)
+    shard_or_compile(cfg, lm)
     use_tf32(cfg, lm)
     return Policy(lm, tokenizer, template, lora)
 
 
 def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
-    """A new adapter's settings."""
+    """The settings of a new adapter, from the flags."""
     targets = cfg.lora_target_modules
     return LoRAConfig(
         r=cfg.lora_r,
@@ -227,17 +233,17 @@ def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
 
 
 def check_rows(lora: LoRAConfig, rows: dict[str, list[int]], adapter: str) -> None:
-    """Has an adapter the `rows` of the markers that its tokenizer lacks? They would be in no file,
-    and what is trained could not be opened again."""
+    """InputError if an adapter does not train the `rows` of markers that its tokenizer lacks. These
+    rows would be saved nowhere, and the trained adapter could not be opened again."""
     for table, ids in rows.items():
-        whole = any(table.endswith(name.rpartition(".")[2]) for name in lora.modules_to_save)
-        if not whole and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
+        trained = any(table.endswith(name.rpartition(".")[2]) for name in lora.modules_to_save)
+        if not trained and not set(ids).issubset(lora.trainable_token_indices.get(table, ())):
             fault = f"its {table} has no rows for the markers that the tokenizer lacks"
             raise InputError(f"{adapter}: {fault}; --chat_template native needs none")
 
 
 def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int) -> None:
-    """Of a model with an adapter, in lines."""
+    """Print what of a model with an adapter trains. `layers`: how many layers have LoRA."""
     if adapter := cfg.adapter_name_or_path:
         print(f"goes on from the adapter {adapter}")
         if weights.read_note(adapter) and not weights.frozen_layers(model):
@@ -263,7 +269,7 @@ def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int
 
 
 def configure(model: nn.Module, cfg: Config) -> None:
-    """Dropout and checkpointing, as the flags have them."""
+    """Set dropout and gradient checkpointing as the flags say."""
     if cfg.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -275,20 +281,23 @@ def configure(model: nn.Module, cfg: Config) -> None:
 
 
 def stop_at(model: nn.Module, ids: list[int]) -> None:
-    """Let transformers' own generate end a text at these tokens too: it goes by the configs, which
-    know only the end that the base model had. In some models' config.json there is room for one."""
+    """Make transformers' generate stop at these tokens too.
+
+    It reads the configs, which have the base model's end token only. In config.json some models can
+    have one end token, others a list of them.
+    """
     if not ids:
         return
     config, generation = model.config, model.generation_config
-    several = isinstance(config.eos_token_id, list)
-    config.eos_token_id = sorted({*config.eos_token_id, *ids}) if several else ids[0]
-    if generation is not None:  # a model with code of its own may have none
+    is_list = isinstance(config.eos_token_id, list)
+    config.eos_token_id = sorted({*config.eos_token_id, *ids}) if is_list else ids[0]
+    if generation is not None:  # None in some models with remote code
         old = generation.eos_token_id
         old = old if isinstance(old, list) else [old]
         generation.eos_token_id = sorted({*old, *ids} - {None})
-        try:  # transformers saves what was changed only if it is right in itself
+        try:  # transformers refuses to save a changed config that contradicts itself
             generation.validate(strict=True)
-        except ValueError:  # a temperature, say, and nothing that says to sample
+        except ValueError:  # a temperature without do_sample, for instance
             generation.do_sample = True
 
 
@@ -315,18 +324,19 @@ def save_policy(policy: Policy, directory: str | Path, state_dict: dict | None =
 
 
 def heads_of(policy: Policy) -> dict[str, Tensor]:
-    """What a script has added to `policy.lm`: no adapter and no model of transformers holds it."""
+    """The weights of modules that a script has added to `policy.lm`. Neither an adapter's file nor a
+    model's has them."""
     state = policy.lm.state_dict()
     return {name: t for name, t in state.items() if not name.startswith("model.")}
 
 
 def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False) -> None:
-    """Give a policy the weights that save_policy wrote of it."""
+    """Load into a policy the weights that save_policy has written."""
     for name, tensor in heads_of(policy).items():
         tensor.copy_(load_file(directory / HEADS)[name])
     if policy.lora is not None:
         return load_adapter(policy.model, policy.lora, directory)
     saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
     for name, parameter in policy.model.named_parameters():
-        whole = saved.get_parameter(name).detach()
-        parameter.detach().copy_(ranks.part_of(whole, parameter))
+        weight = saved.get_parameter(name).detach()
+        parameter.detach().copy_(ranks.part_of(weight, parameter))

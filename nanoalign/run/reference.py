@@ -25,7 +25,7 @@ from nanoalign.packing import Example, in_rows, packed
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
 from nanoalign.run.flags import ReferenceConfig
-from nanoalign.run.policy import Reader, base_of, load_base, load_policy, place
+from nanoalign.run.policy import Reader, base_of, load_base, load_policy, shard_or_compile
 from nanoalign.train import Batches
 
 LogpsOf = Callable[[Batches], list[Tensor]]  # (C,) log-probs of the completions of each batch
@@ -93,7 +93,7 @@ def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
     else:
         lm = load_base(cfg, name)
         lm.model.set_attn_implementation(packed())
-        place(cfg, lm)
+        shard_or_compile(cfg, lm)
     if len(lm.head().weight) < vocabulary(policy.tokenizer):
         raise InputError(f"{name}: has fewer tokens than the policy")
     return lm

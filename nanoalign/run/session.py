@@ -1,4 +1,4 @@
-"""How a run starts: from flags to its data and its policy."""
+"""The start of a run: check its directory, read its data, load its policy."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from nanoalign.formats.layouts import Layouts, describe, read_examples
 from nanoalign.model import Policy
 from nanoalign.run import checkpoint, ranks
 from nanoalign.run.advice import advice, length_advice
-from nanoalign.run.device import settle_rows, settled, use_threads
+from nanoalign.run.device import choose_row_length, effective_settings, use_threads
 from nanoalign.run.files import is_free
 from nanoalign.run.flags import Config
 from nanoalign.run.log import printable
@@ -29,11 +29,11 @@ class Run:
     policy: Policy
     examples: Examples
     held_out: Examples
-    before: dict | None = None  # the built-in world's measurement before training
+    before: dict | None = None  # what the built-in world measured before training
 
 
 def start(cfg: Config, layouts: Layouts) -> Run:
-    """Check the output directory, read the data, load the model; say what there is."""
+    """Check the output directory, read the data and load the model. Print what was found."""
     if cfg.plain:
         nanoalign.plain()
         print("computes with the lesson's definitions; no twin in fast/ is called")
@@ -51,23 +51,23 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     threads = use_threads(cfg)
-    policy = load_policy(cfg, base, reader)  # after the data: what is wrong there shows at once
+    policy = load_policy(cfg, base, reader)  # after the data: their errors come without a wait
 
     if policy.lm.device.type == "cpu":
         print(threads)
-    settle_rows(cfg, policy.lm, examples)
+    choose_row_length(cfg, policy.lm, examples)
     if ranks.WORLD > 1:
         print(f"{ranks.WORLD} processes share each step of {cfg.per_step} examples")
-    alone = ranks.RANK == 0 and not cfg.sharded  # sharded, it can't generate
-    before = world.measure(policy) if alone and world.at_home(cfg) else None
+    can_measure = ranks.RANK == 0 and not cfg.sharded  # a sharded model can't generate
+    before = world.measure(policy) if can_measure and world.at_home(cfg) else None
     return Run(policy, examples, held_out, before)
 
 
 def check_output_dir(cfg: Config, base: Base) -> None:
-    """Before anything is loaded: can the run write there, and would it write over something?"""
+    """InputError if the run can't write to its directory, or would destroy what is there."""
     if not cfg.output_dir:
         raise InputError("--output_dir: say where everything is to go")
-    directory, which, wrong = Path(cfg.output_dir), cfg.resume_from_checkpoint, None
+    directory, resumed, wrong = Path(cfg.output_dir), cfg.resume_from_checkpoint, None
     try:
         real = Path(os.path.realpath(directory))  # without links and ".."
         existing = next(path for path in (real, *real.parents) if path.exists())
@@ -77,14 +77,15 @@ def check_output_dir(cfg: Config, base: Base) -> None:
             wrong = f"{existing} is not writable"
         elif existing == real and not is_free(real):
             permitted = world.owns(cfg) or cfg.overwrite_output_dir
-            inside = [name for name in sources(cfg, base) if holds(real, name)]
+            models = base.name, cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")
+            lost = [name for name in models if name and holds(real, name)]
             data = [*cfg.dataset_name, *cfg.eval_dataset]
-            inside += [name for name in data if checkpoint.writes_over(real, name)]
-            if inside:
-                wrong = f"would overwrite what training starts from: {inside[0]}"
-            elif which and not (permitted or checkpoint.continues(which, real)):
+            lost += [name for name in data if checkpoint.writes_over(real, name)]
+            if lost:
+                wrong = f"would overwrite what training starts from: {lost[0]}"
+            elif resumed and not (permitted or checkpoint.continues(resumed, real)):
                 wrong = "not empty, and not the run to go on with; --overwrite_output_dir uses it"
-            elif not (permitted or which):
+            elif not (permitted or resumed):
                 wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
         os.fspath(real).encode()
     except OSError as error:  # a name that is too long, a directory that can't be listed
@@ -95,20 +96,14 @@ def check_output_dir(cfg: Config, base: Base) -> None:
         raise InputError(f"--output_dir {directory}: {wrong}")
 
 
-def sources(cfg: Config, base: Base) -> list[str]:
-    """The models that training starts from or compares with."""
-    names = [base.name, cfg.adapter_name_or_path, vars(cfg).get("ref_model_name_or_path")]
-    return [name for name in names if name]
-
-
 def holds(directory: Path, name: str) -> bool:
-    """Is the model `name` this directory, or somewhere below it?"""
+    """Is the model `name` this directory, or inside it?"""
     path = Path(os.path.realpath(name))
     return path.exists() and any(directory.samefile(p) for p in (path, *path.parents))
 
 
 def read_all(cfg: Config, layouts: Layouts, reader: Reader):
-    """-> examples to train on, a count of what became of them, examples to evaluate on."""
+    """-> examples to train on; how many rows became what; examples to evaluate on."""
     examples, count = read(cfg, layouts, reader, cfg.dataset_name, cfg.dataset_train_split)
     held_out = []
     if cfg.eval_dataset:
@@ -121,20 +116,14 @@ def read_all(cfg: Config, layouts: Layouts, reader: Reader):
 def read(
     cfg: Config, layouts: Layouts, reader: Reader | Policy, sources: list[str], split: str = "train"
 ):
-    """-> the examples in `sources`, and a count; what is to be said of the files is printed."""
-    limits = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode)
-    names, notes = ("input_as_system", "skip_bad_rows", "train_on"), []
-    how = {name: value for name, value in vars(cfg).items() if name in names}
+    """-> the examples in `sources`; how many rows became what. Prints notes on the files."""
+    limits, notes = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode), []
+    names = "input_as_system", "skip_bad_rows", "train_on"
+    options = {name: value for name, value in vars(cfg).items() if name in names}
+    options |= {"split": split, "notes": notes}
     try:
         examples, count = read_examples(
-            sources,
-            layouts,
-            reader.tokenizer,
-            reader.template,
-            limits,
-            split=split,
-            notes=notes,
-            **how,
+            sources, layouts, reader.tokenizer, reader.template, limits, **options
         )
     finally:
         for note in notes:
@@ -144,24 +133,26 @@ def read(
 
 
 def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
-    """-> examples to train on, and those of a share of the rows to evaluate on: KTO makes two
-    examples of a pair, and to train on one of them would be to know the other's prompt."""
+    """Split by rows of the data -> examples to train on, examples to evaluate on.
+
+    All examples of a row go to the same side. KTO makes two of a pair, which have one prompt.
+    """
     rows = list(dict.fromkeys(e.where for e in examples))
     size = max(1, round(len(rows) * cfg.eval_fraction))
     if size >= len(rows):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
     chosen = set(random.Random(cfg.seed).sample(rows, size))
-    rest, held_out = ([e for e in examples if (e.where in chosen) is out] for out in (False, True))
+    held_out = [e for e in examples if e.where in chosen]
     print(f"{len(held_out)} examples held out for evaluation")
-    return rest, held_out
+    return [e for e in examples if e.where not in chosen], held_out
 
 
 def facts(cfg: Config, run: Run, data_sha256: str) -> dict:
-    """What run.json says of a run, beside where it stands."""
+    """What run.json says about a run, beside its state and its fingerprint."""
     return {
         "method": cfg.method,
         "flags": vars(cfg),
-        "settled": settled(cfg, run.policy.lm),
+        "settled": effective_settings(cfg, run.policy.lm),
         "examples": len(run.examples),
         "data_sha256": data_sha256,
         "versions": {m.__name__: m.__version__ for m in (nanoalign, torch, transformers)},
@@ -170,8 +161,8 @@ def facts(cfg: Config, run: Run, data_sha256: str) -> dict:
 
 
 def git_commit(file: Path) -> str | None:
-    """The commit that holds a file, if one does: installed, the package may lie in somebody else's
-    repository, which doesn't."""
+    """The commit of the repository that tracks this file. None if no repository does: an installed
+    package may lie inside somebody else's."""
     ask = ["git", "-C", file.parent, "rev-parse", "HEAD", f"HEAD:./{file.name}"]
     with contextlib.suppress(OSError):  # there is no git
         done = subprocess.run(ask, capture_output=True, text=True)

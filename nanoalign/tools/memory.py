@@ -25,9 +25,9 @@ from nanoalign.formats.files import from_pretrained
 from nanoalign.formats.peft import add_adapter
 from nanoalign.formats.weights import FORMATS, all_weights, freeze_linears, skeleton
 from nanoalign.packing import ROW_TOKENS
-from nanoalign.run.bytes import How, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
+from nanoalign.run.bytes import Row, Sizes, row_bytes, sharded_bytes, sizes_of, standing_bytes
 from nanoalign.run.command import command
-from nanoalign.run.device import COMING, compiles, room, settle
+from nanoalign.run.device import COMING, bytes_for_a_row, compiles, fastest_fit
 from nanoalign.run.flags import POSITIVE, Config, DPOConfig, KTOConfig, SFTConfig, flag, parse
 from nanoalign.run.policy import adapter_of, base_of
 
@@ -137,13 +137,13 @@ class Footprint:
     """The memory of a run on a card."""
 
     kinds: dict[str, int]  # bytes by kind
-    how: How
+    row: Row
     fits: bool
 
     @property
     def line(self) -> str:
-        way = ", checkpointed" if self.how.checkpointing else ""
-        return f"rows of {self.how.tokens:,} tokens{way}: {sum(self.kinds.values()) / GIB:.1f} GiB"
+        way = ", checkpointed" if self.row.checkpointing else ""
+        return f"rows of {self.row.tokens:,} tokens{way}: {sum(self.kinds.values()) / GIB:.1f} GiB"
 
 
 def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
@@ -154,7 +154,7 @@ def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
         standing["CUDA's context"] = CONTEXT
         if cfg.optim == "paged_adamw_32bit" and cfg.ranks == 1:
             standing["AdamW's states"] = 0  # they are copied to the card when the row is freed
-    how = How(
+    row = Row(
         tokens=0,
         size=shapes.dtype.itemsize,
         dropout=shapes.dropout if cfg.lora_dropout or cfg.adapter_name_or_path else 0.0,
@@ -168,15 +168,15 @@ def footprint(cfg: Config, shapes: Shapes, card: float) -> Footprint:
     example = cfg.max_length * (2 if cfg.method == "dpo" else 1)  # at most; DPO has two replies
     batch = cfg.per_device_train_batch_size * example
     loaded = sum(size for kind, size in standing.items() if kind not in COMING)
-    left = room(card * GIB - loaded, standing)
+    left = bytes_for_a_row(card * GIB - loaded, standing)
     flags = cfg.max_row_tokens, cfg.gradient_checkpointing
     if not cuda:  # a run on a CPU does not choose by memory
         flags = cfg.max_row_tokens or ROW_TOKENS["cpu"], bool(cfg.gradient_checkpointing)
-    tokens, checkpointing = settle(left, sizes, how, example, batch, *flags)
+    tokens, checkpointing = fastest_fit(left, sizes, row, example, batch, *flags)
     tokens = min(max(tokens, example), batch)
-    how = replace(how, tokens=tokens, checkpointing=checkpointing)
-    row = row_bytes(sizes, how)
-    return Footprint(standing | row, how, sum(row.values()) <= left)
+    row = replace(row, tokens=tokens, checkpointing=checkpointing)
+    needed = row_bytes(sizes, row)
+    return Footprint(standing | needed, row, sum(needed.values()) <= left)
 
 
 def rows_of_logits(vocabulary: int, cuda: bool, card: float) -> int:
