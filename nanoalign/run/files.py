@@ -1,8 +1,8 @@
-"""Files and directories that are written whole or not at all.
+"""Write files and directories so that a crash leaves the old content or the new one, no mixture.
 
-A run can be killed, and its disk can fill up, at any moment. So whatever it writes gets another
-name first, with "tmp" in it, is flushed to the disk and then renamed, which a file system does in
-one piece. A crash leaves the old content or the new, and at worst something with "tmp" in its name.
+A run can be killed at any moment, and its disk can become full. So everything is written under
+another name first, which begins with "tmp-", then flushed to the disk and renamed. A file system
+renames in one step. A crash may leave something behind under the name with "tmp-".
 """
 
 import errno
@@ -23,16 +23,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-Write = Callable[[Path], object]  # fills the file or directory that it is given
-NO_SYNC = errno.EINVAL, errno.ENOTSUP, errno.EBADF  # of a file system that can flush no directory
-WHOLE = "tmp-whole"  # in a directory: complete files on their way into it
+Write = Callable[[Path], object]  # writes the file, or into the directory, at this path
+NO_SYNC = errno.EINVAL, errno.ENOTSUP, errno.EBADF  # the file system can't flush directories
+COMPLETE = "tmp-whole"  # a directory of complete files, which `install` moves to their places
 
 
 @contextmanager
 def saving(target: Path) -> Iterator[None]:
-    """A disk that is full, or that may not be written to, is the user's to mend: InputError.
+    """Raise InputError if the disk is full or not writable.
 
-    safetensors and tokenizers raise errors of their own for it, with "(os error N)" in their text.
+    safetensors and tokenizers raise errors of their own, with "(os error N)" in the text.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def saving(target: Path) -> Iterator[None]:
 
 
 def write_file(target: Path, write: Write) -> None:
-    """`write` fills a small file."""
+    """Write a small file."""
     beside = target.with_name(f"tmp-{target.name}")
     with saving(target):
         try:
@@ -59,17 +59,17 @@ def write_file(target: Path, write: Write) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """A name that is no UTF-8 is written with its bytes escaped."""
-    how = {"encoding": "utf-8", "errors": "backslashreplace"}
-    write_file(target, lambda beside: beside.write_text(text, **how))
+    """Write a text. Names of files that are not UTF-8 get their bytes escaped."""
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_file(target, lambda beside: beside.write_bytes(content))
 
 
 def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = False) -> None:
-    """`write` fills a directory. It appears as `target` when it is complete, or not at all; with
-    `into` it is the files that appear in a `target` that exists.
+    """Write a directory: `target` exists only when it is complete. With `into` the files go into a
+    `target` that exists already.
 
-    Raises InputError when the disk is full or not writable; what was there before stands. With
-    `rescue` the weights that could not be saved are kept, and it is said where.
+    Raises InputError if the disk is full or not writable; the old content stays. With `rescue` the
+    weights are then kept elsewhere if possible, and the message says where.
     """
     beside = target / "tmp-final" if into else target.with_name(f"tmp-{target.name}")
     try:
@@ -79,13 +79,13 @@ def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = F
             write(beside)
             for path in [*beside.rglob("*"), beside]:
                 _flush(path)
-            replace(target / WHOLE if into else target, beside)
+            replace(target / COMPLETE if into else target, beside)
             _flush(beside.parent)
             if into:
                 install(target)
     except Exception as error:
         where = rescued(beside, write) if rescue else ""
-        shutil.rmtree(beside, ignore_errors=True)  # halves, and the disk may be full
+        shutil.rmtree(beside, ignore_errors=True)  # incomplete, and the disk may be full
         if isinstance(error, InputError):
             raise InputError(f"{error}{where}") from None
         if rescue:
@@ -94,59 +94,59 @@ def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = F
 
 
 def rehearse(directory: Path, write: Write) -> None:
-    """Before long work, write what its end will write into `directory`, but for large weights: what
-    can't be saved shows now. After that only a disk that is full by then can be in the way."""
-    place = directory / "tmp-rehearsal"
+    """Write once into a directory inside `directory`, and delete it again. What can't be saved is
+    found before hours of training. `write` leaves out large weights."""
+    rehearsal = directory / "tmp-rehearsal"
     try:
-        write_whole(place, write)
+        write_whole(rehearsal, write)
     except InputError:
         raise
     except Exception as error:  # of a tokenizer, a config, a template
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{directory}: what is to be saved there can't be: {why[:300]}") from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(rehearsal, ignore_errors=True)
 
 
 def install(directory: Path) -> None:
-    """Move the files in WHOLE, if there are any, to their places: weights after configs, and last
-    run.json, which says that all are there. Who is killed here does the rest at the next start."""
-    whole = directory / WHOLE
+    """Move the files in COMPLETE to their places: configs, then weights, then run.json, which marks
+    the run as finished. If this is killed halfway, the next start moves the rest."""
+    complete = directory / COMPLETE
     order = {".safetensors": 1, "run.json": 2}
-    for path in sorted(whole.glob("*"), key=lambda p: order.get(p.name, order.get(p.suffix, 0))):
-        if path.is_dir():  # of templates: an old one would be in the way
+    for path in sorted(complete.glob("*"), key=lambda p: order.get(p.name, order.get(p.suffix, 0))):
+        if path.is_dir():  # os.replace can't replace an old directory of templates
             replace(directory / path.name)
         os.replace(path, directory / path.name)
-    if whole.exists():
+    if complete.exists():
         _flush(directory)
-        whole.rmdir()
+        complete.rmdir()
 
 
 def rescued(beside: Path, write: Write) -> str:
-    """Keep the weights of a save that failed: in `beside` if they got there whole, or else among
-    the system's temporary files, if there is room. -> where they are, in words."""
-    place = beside.with_name(beside.name.replace("tmp", "rescued", 1))
+    """Keep the weights of a save that failed. If they are complete in `beside`, it gets another
+    name. If not, they are written to the system's temporary directory. -> words that say where."""
+    kept = beside.with_name(beside.name.replace("tmp", "rescued", 1))
     with suppress(Exception):
         if has_weights(beside):
-            replace(place, beside)
+            replace(kept, beside)
         else:
             shutil.rmtree(beside, ignore_errors=True)
-            place = Path(tempfile.mkdtemp(prefix="nanoalign-"))
+            kept = Path(tempfile.mkdtemp(prefix="nanoalign-"))
             with suppress(Exception):
-                write(place)
-    if has_weights(place):
-        return f"; its weights are in {place}; older checkpoints stand"
-    shutil.rmtree(place, ignore_errors=True)
+                write(kept)
+    if has_weights(kept):
+        return f"; its weights are in {kept}; older checkpoints stand"
+    shutil.rmtree(kept, ignore_errors=True)
     return "; older checkpoints stand"
 
 
 def is_free(directory: Path) -> bool:
-    """Is nothing there but what a crash has left unfinished?"""
+    """Is there no directory, or one that holds only what a crash has left incomplete?"""
     return not directory.exists() or all(p.name.startswith("tmp-") for p in directory.iterdir())
 
 
 def has_weights(directory: Path) -> bool:
-    """Whole ones: an adapter's, or all those of a model."""
+    """Does it hold an adapter's weights, or all weights of a model?"""
     adapter = directory / "adapter_model.safetensors"
     with suppress(InputError, OSError, SafetensorError):
         if not adapter.exists():
@@ -157,12 +157,12 @@ def has_weights(directory: Path) -> bool:
 
 
 def replace(target: Path, new: Path | None = None) -> None:
-    """`new` takes the place of a directory, which is deleted if it is there. A crash in the midst
-    must not leave half of it under its own name, where it would be taken for a whole one."""
+    """Delete the directory `target`, if it exists, and rename `new` to it. It is renamed before it
+    is deleted: a crash must not leave half of it under its own name."""
     old = target.with_name(f"tmp-old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.is_symlink():
-        target.unlink()  # what it leads to is not ours
+        target.unlink()  # the directory that it leads to may belong to somebody else
     elif target.exists():
         os.rename(target, old)
     if new:
@@ -172,8 +172,10 @@ def replace(target: Path, new: Path | None = None) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory, which is made if need be. The lock ends with the process
-    that holds it, so a killed run blocks nobody. Some systems know no locks; there it is left out.
+    """Keep other runs out of a directory. InputError if another run has locked it.
+
+    The directory is created if it does not exist. The lock ends with its process, so a run that was
+    killed blocks nobody. Where the system has no locks, nothing is locked.
     """
     path, old = directory / "tmp-lock", directory.exists()
     with saving(directory):
@@ -183,7 +185,7 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            busy = not os.fstat(file.fileno()).st_nlink  # its holder has just deleted it
+            busy = not os.fstat(file.fileno()).st_nlink  # the other run has just deleted it
         except OSError as error:
             busy = error.errno in (errno.EAGAIN, errno.EACCES)
         if busy:
@@ -193,13 +195,13 @@ def locked(directory: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 path.unlink()
-                if not old and is_free(directory):  # nothing came of it
+                if not old and is_free(directory):  # the run has written nothing
                     shutil.rmtree(directory)
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk holds a file's content, or a directory's list of names. Windows can open
-    no directory, and wait for no file that is open for reading; there it is left to the system."""
+    """Wait until a file's content, or a directory's list of names, is on the disk. Not on Windows,
+    which can neither open a directory nor flush a file that is open for reading."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

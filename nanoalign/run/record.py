@@ -137,7 +137,7 @@ class Record:
         self.eval_every = self.per_epoch if cfg.eval_strategy == "epoch" else evals
         saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
         self.save_every = saves[cfg.save_strategy]
-        ranks.settle(run.policy.lm)
+        ranks.reshard(run.policy.lm)
         self.optimizer = make_optimizer(cfg, run.policy.lm)
         self.trained = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(run.policy.lm) == torch.float16
