@@ -511,13 +511,19 @@ def test_runs_of_one_name_are_drawn_apart(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- card
 
 
+def carded(lora, stop_ids, **saved):
+    """What a model card says of a policy."""
+    tokenizer, template = Namespace(init_kwargs=saved), Namespace(stop_ids=stop_ids)
+    return Namespace(lora=lora, tokenizer=tokenizer, template=template)
+
+
 @pytest.mark.parametrize("lora", [LoRAConfig(base_model_name_or_path="org/base"), None])
 def test_the_hub_reads_the_card(tmp_path, lora):
     """Its library is the judge. Files of one's own are no data sets of the hub."""
     data = ["owner/name-v1.2", "squad", "runs/x.jsonl", str(tmp_path), "../there", "x.CSV"]
     cfg = DPOConfig(model_name_or_path="org/model", dataset_name=data)
-    write_card(cfg, lora, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1}, [2, 5],
-               {"enable_thinking": False})  # fmt: skip
+    policy = carded(lora, [2, 5], nanoalign_template_kwargs={"enable_thinking": False})
+    write_card(cfg, policy, tmp_path, 7, {"step": 3, "loss": 0.5, "time": 1})
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model == ("org/base" if lora else "org/model")
     assert card.data.library_name == ("peft" if lora else "transformers")
@@ -537,7 +543,7 @@ def test_a_base_of_ones_own_is_no_model_of_the_hub(absolute, tmp_path, monkeypat
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     base = str(tmp_path / "runs" / "mine") if absolute else "runs/mine"
     cfg = SFTConfig(dataset_name=["squad"])
-    write_card(cfg, LoRAConfig(base_model_name_or_path=base), tmp_path, 7, {}, [2])
+    write_card(cfg, carded(LoRAConfig(base_model_name_or_path=base), [2]), tmp_path, 7, {})
     card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
     assert card.data.base_model is None and base not in str(card)
     assert "\nmine, trained with supervised fine-tuning" in card.text
@@ -547,7 +553,7 @@ def test_the_card_s_code_runs(model_dir, tmp_path):
     """On what a run saved."""
     policy = load_policy(SFTConfig(model_name_or_path=model_dir, use_peft=False, device="cpu"))
     save_policy(policy, tmp_path)
-    write_card(SFTConfig(model_name_or_path="m"), None, tmp_path, 7, {}, policy.template.stop_ids)
+    write_card(SFTConfig(model_name_or_path="m"), policy, tmp_path, 7, {})
     code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     seen = {}
     exec(code.replace("DIRECTORY", str(tmp_path)), seen)

@@ -1,1 +1,1 @@
-"""What keeps a run alive: flags, checkpoints, logs, and what the scripts share at both ends."""
+"""What a run needs around the lesson: flags, checkpoints, logs, ranks, memory."""

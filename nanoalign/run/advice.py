@@ -1,6 +1,6 @@
-"""Advice, once, at the start: settings that can't do what they are meant for, one line each.
+"""Advice at the start of a run: a line for each setting that will hardly work.
 
-The bounds for KTO are its authors' (arXiv 2402.01306, and the guide to their code).
+The bounds for KTO come from its authors (arXiv 2402.01306, and the guide to their code).
 """
 
 import math
@@ -18,8 +18,8 @@ ONE_LABEL = "one label only; KTO weighs thumbs up against thumbs down"
 
 
 def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iterator[str]:
-    """What somebody who has done this before would say of a run. `cut`: completions cut short;
-    `full`: rows whose prompt leaves no room for one."""
+    """Lines about a run's flags and examples. `cut`: how many completions were cut short; `full`:
+    how many rows of the data were skipped because the prompt fills max_length."""
     rate = f"--learning_rate {cfg.learning_rate:g}"
     yield from advice_on_prompts(full, cfg.max_length)
     if cut > 0.2 * len(examples):
@@ -43,22 +43,21 @@ def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iter
         yield f"a step of {step} examples: KTO works best with 16 to 128"
     if not cfg.use_peft and not 5e-7 <= cfg.learning_rate <= 5e-6:
         yield f"{rate}: KTO of all weights wants 5e-7 to 5e-6"
-    up = sum(e.label for e in examples)
-    given = cfg.desirable_weight, cfg.undesirable_weight
-    if weights := suggested_weights(up, len(examples) - up, *given):
-        yield weights
+    up, flags = sum(e.label for e in examples), (cfg.desirable_weight, cfg.undesirable_weight)
+    if line := suggested_weights(up, len(examples) - up, *flags):
+        yield line
 
 
 def advice_on_prompts(full: int, max_length: int) -> Iterator[str]:
-    """What to do about rows whose prompt leaves no room for a completion."""
+    """A line about `full` rows of the data whose prompt leaves no room for a completion."""
     if full:
         fits = "a longer one fits them, or --max_prompt_length cuts them"
         yield f"prompts fill --max_length {max_length} in {full} rows, which are skipped; {fits}"
 
 
 def length_advice(cfg: Config, name: str) -> Iterator[str]:
-    """What the positions of the model `name` say of --max_length; InputError where they can't
-    serve it."""
+    """A line if --max_length is more than the model `name` was made for. InputError if its
+    positions can't go that far."""
     config = from_pretrained(AutoConfig, name, trust_remote_code=cfg.trust_remote_code)
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
@@ -68,7 +67,7 @@ def length_advice(cfg: Config, name: str) -> Iterator[str]:
         if kind not in ("longrope", "dynamic"):
             continue
         short = part.get("original_max_position_embeddings") or limit
-        if cfg.max_length > short:  # one longer example changes the log-probs of its whole row
+        if cfg.max_length > short:  # a longer example would change the log-probs of its whole row
             fault = f"has {kind} positions, which change beyond {short} tokens"
             raise InputError(f"{asked} {fault}; give at most {short}")
     if cfg.max_length > limit and not rope:
@@ -78,17 +77,17 @@ def length_advice(cfg: Config, name: str) -> Iterator[str]:
 
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:
-    """The weights that bring (w_up * up) : (w_down * down) into 1:1 to 4:3, where it is not within
-    1:1 to 3:2.
+    """A line that suggests a weight for KTO, or None if the weights are right.
 
-    KTO's paper asks for the former in its first version, and for the latter in the fourth (eq. 9).
-    So nothing is said of what either would have, and what is advised is right by both.
+    up, down: how many thumbs; w_up, w_down: their weights. The ratio (w_up * up) : (w_down * down)
+    should be 1:1 to 4:3 by the first version of KTO's paper, 1:1 to 3:2 by the fourth (eq. 9). The
+    weights are right if one version says so; the suggestion fits both.
     """
-    if not up or not down:  # said elsewhere: KTO learns from the contrast of both
+    if not up or not down:  # train_kto.py says ONE_LABEL
         return None
     if w_down * down <= w_up * up <= 3 / 2 * w_down * down:
         return None
-    # The rarer label's weight is the one to change; but no other can make up for a weight of 0.
+    # Change the weight of the rarer label. But a weight of 0 must be changed itself.
     if w_up == 0 or (up < down and w_down > 0):
         name, low = "desirable_weight", w_down * down / up
     else:

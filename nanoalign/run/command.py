@@ -1,4 +1,4 @@
-"""A script or a tool as a command: its flags, and the one line with which it ends when it can't."""
+"""Run a script or a tool as a command: parse its flags, and end with one line on an error."""
 
 import contextlib
 import io
@@ -18,10 +18,8 @@ from nanoalign.run.flags import Config, parse
 
 
 def main(kind: type[Config], run: Callable[[Config], object], built_in: dict) -> None:
-    """A script as a command: parse its flags, which are a `kind`, and run.
-
-    `built_in` holds the settings of a run without a model of the user's; {} where there is none.
-    """
+    """Run a script: parse its flags into a `kind` and call `run`. `built_in`: its defaults if no
+    model is given."""
     with command(Path(sys.argv[0]).name), ranks.job():
         cfg = parse(kind, sys.argv[1:], built_in)
         try:
@@ -33,14 +31,14 @@ def main(kind: type[Config], run: Callable[[Config], object], built_in: dict) ->
 
 
 def out_of_memory(error: Exception) -> bool:
-    """torch has an error of its own for it on CUDA; elsewhere the text tells."""
+    """Is it an error of memory? torch has a class for it on CUDA; elsewhere the text tells."""
     words = "out of memory", "can't allocate memory", "not enough memory"
-    own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return own or any(text in str(error) for text in words)
+    by_class = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return by_class or any(text in str(error) for text in words)
 
 
 def need_less(cfg: Config, checkpointing: bool | None) -> str:
-    """The flags with which a run that ran out of memory would need less of it."""
+    """The error for a run that is out of memory, with the flags that need less."""
     less = [] if checkpointing else ["--gradient_checkpointing"]
     less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
     if cfg.use_peft and not cfg.load_in_4bit:
@@ -50,14 +48,16 @@ def need_less(cfg: Config, checkpointing: bool | None) -> str:
 
 @contextlib.contextmanager
 def command(name: str) -> Iterator[None]:
-    """What the user can mend ends the command `name` with one line and exit code 2; so does Ctrl-C,
-    outside the loop, which has its own way to stop, with code 130. A reader who has had enough, as
-    head has after ten lines, is no error. The libraries are quiet."""
+    """End the command `name` with one line and exit code 2 on an error that the user can fix.
+
+    Ctrl-C ends it with code 130; while a run trains, record.py handles it. A reader that closes the
+    pipe, such as head, is no error. The libraries print nothing.
+    """
     quiet()
     try:
         yield
     except BrokenPipeError:
-        sys.exit(141)  # as SIGPIPE would have it
+        sys.exit(141)  # the code of a process that SIGPIPE ended
     except (InputError, OSError) as error:
         why = error if isinstance(error, InputError) else InputError(os_error(error))
         print(f"{name}: error: {why}", file=sys.stderr)
@@ -70,21 +70,21 @@ def command(name: str) -> Iterator[None]:
     finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # Python would try again, and complain
+        except BrokenPipeError:  # Python would flush again at exit, and print an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def os_error(error: OSError) -> str:
-    """The file, as far as its name can be shown, and what is wrong."""
+    """The file, with its name cut to 200 characters, and what is wrong."""
     where = f"{str(error.filename):.200}: " if error.filename else ""
     return where + (error.strerror or str(error))
 
 
 def quiet() -> None:
-    """The libraries' chatter: loading bars, notes on configs, retries of the hub, warnings."""
+    """Silence the libraries: loading bars, notes on configs, retries of the hub, warnings."""
     warnings.simplefilter("ignore")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is not
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name or reply that it can't show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a character
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()

@@ -1,12 +1,12 @@
-"""The flags: one dataclass a script, one line a flag.
+"""The flags: a dataclass for each script, a field for each flag.
 
-Names and meanings are those of TRL; README has the defaults that differ. All that is known of a
-flag stands in its line: type, default, help, bounds, and when it has nothing to do. `parse` reads
-the command line: an unknown or abbreviated flag, an impossible value and two flags that contradict
-each other raise InputError; a flag that has nothing to do in this run is one printed line.
+Names and meanings are those of TRL; README lists the defaults that differ. A field says all about
+its flag: type, default, help, bounds, and when it has no effect. `parse` reads the command line. It
+raises InputError for an unknown or abbreviated flag, an impossible value, and two flags that
+contradict each other. It prints a line for a flag that has no effect in this run.
 
-TRL and transformers have flags that are none here. FOREIGN says what does the same, or why nothing
-has to be done.
+FOREIGN lists flags of TRL and transformers that do not exist here. It says which flag does the
+same, or why none is needed.
 """
 
 import difflib
@@ -32,12 +32,12 @@ from nanoalign.formats.weights import FORMATS
 from nanoalign.losses import DPO_LOSSES, INPUTS, KTO_LOSSES, compares, needs
 from nanoalign.run import ranks
 
-# What a flag's number must do, as the error says it, and whether a number does.
+# Bounds: words for the error ("must be more than 0"), and a test of the value.
 POSITIVE = "be more than 0", lambda x: x > 0
 NOT_NEGATIVE = "not be negative", lambda x: x >= 0
 SHARE = "be at least 0 and below 1", lambda x: 0 <= x < 1
 
-# The schedules, and the numbers of lr_scheduler_kwargs that each takes.
+# schedule -> the names in lr_scheduler_kwargs that it takes
 SCHEDULES = {
     "linear": (),
     "cosine": (),
@@ -49,24 +49,24 @@ SCHEDULES = {
 }
 
 # fmt: off
-# Flags of transformers and TRL that are none here: their names; the values with which there is
-# nothing to do ("any"); why that is so, or what does the same for the other values.
+# Flags of transformers and TRL that do not exist here: their names; the values that change nothing
+# ("any": all of them); why, or what to use for the other values.
 FOREIGN = [
     ("dataset_num_proc dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
      "dataloader_persistent_workers", "any", "an example is made when it is needed, in 0.1 ms"),
     ("remove_unused_columns ignore_bias_buffers eval_accumulation_steps precompute_ref_batch_size",
-     "any", "what it is for does not arise"),
+     "any", "nothing here needs it"),
     ("padding_free pad_to_multiple_of group_by_length packing_strategy eval_packing pad_token",
      "any", "a batch is one row without padding"),
     ("attn_implementation use_liger_kernel use_cache", "any", "model and device decide"),
-    ("gradient_checkpointing_kwargs", "any", "the reentrant way is never taken"),
+    ("gradient_checkpointing_kwargs", "any", "it is never reentrant"),
     ("ddp_find_unused_parameters ddp_backend ddp_timeout local_rank", "any", "torchrun's processes "
      "add their gradients up themselves"),
     ("log_level disable_tqdm logging_nan_inf_filter", "any", "a run says little"),
     ("include_num_input_tokens_seen include_tokens_per_second", "any", "both are logged"),
     ("logging_dir", "any", "TensorBoard's events go to --output_dir"),
     ("do_eval", "any", "evaluation is done where there is --eval_dataset or --eval_fraction"),
-    ("do_train average_tokens_across_devices save_safetensors", "true", "that is always so"),
+    ("do_train average_tokens_across_devices save_safetensors", "true", "this is always on"),
     ("do_predict", "false", "python -m nanoalign.chat replies"),
     ("logging_strategy", "steps", "--logging_steps says how often"),
     ("data_seed", "", "--seed is for the order of the data too"),
@@ -105,11 +105,11 @@ FOREIGN = [
 
 
 def flag(default, help: str, must=None, **more):
-    """A dataclass field with its line of --help.
+    """A dataclass field for a flag, with its line of --help.
 
-    Its number `must` be POSITIVE, say. `idle` is a function of the config that tells whether the
-    flag has nothing to do in its run. A `free` flag changes nothing that is computed but its
-    rounding, so it may change when a run is resumed. Whatever else is given goes to argparse.
+    must: bounds, such as POSITIVE. In `more`: idle, a function that says whether the flag has no
+    effect with this config; free, if a resumed run may change the flag, because results stay equal
+    but for rounding; and arguments for argparse.
     """
     meta = {"help": help, "must": must, **more}
     if isinstance(default, (list, dict)):
@@ -117,8 +117,8 @@ def flag(default, help: str, must=None, **more):
     return field(default=default, metadata=meta)
 
 
-def goes_on(cfg) -> bool:
-    """The adapter brings its own r, alpha, targets ..."""
+def has_adapter(cfg) -> bool:
+    """Is an adapter continued? It has its own r, alpha and target modules."""
     return cfg.adapter_name_or_path is not None
 
 
@@ -131,11 +131,11 @@ def no_choice(cfg) -> bool:
 
 
 def no_warmup(cfg) -> bool:
-    """transformers' "constant" is so from the first step."""
+    """transformers' schedule "constant" has no warm-up."""
     return cfg.lr_scheduler_type == "constant"
 
 
-def numbers(text: str) -> dict[str, float]:
+def floats(text: str) -> dict[str, float]:
     """'{"num_cycles": 3}' -> {"num_cycles": 3.0}"""
     try:
         read = {name: float(number) for name, number in yaml.safe_load(text).items()}
@@ -160,18 +160,18 @@ class Config:
 
     # model
     model_name_or_path: str | None = flag(None, "directory, hub id or .gguf; none: built-in")
-    adapter_name_or_path: str | None = flag(None, "adapter to go on from; also the reference")
+    adapter_name_or_path: str | None = flag(None, "adapter to continue; it is the reference too")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of the frozen weights and of computing; auto: the checkpoint's",
+        "auto", "of the frozen weights and of what is computed; auto: as in the checkpoint",
         aliases="--torch_dtype")
     bf16: bool = flag(False, "the same as --dtype bfloat16")
     fp16: bool = flag(False, "the same as --dtype float16: for GPUs without bfloat16")
-    device: str = flag("auto", "cpu, cuda, mps; auto: the best there is")
+    device: str = flag("auto", "cpu, cuda or mps; auto: a GPU if there is one")
     tf32: bool = flag(
-        True, "on CUDA, float32 products keep 10 bits of a factor: much faster",
+        True, "on CUDA, float32 products use 10 bits of a factor: much faster",
         idle=lambda c: c.device in ("cpu", "mps"), free=True)
     threads: int | None = flag(
-        None, "of a CPU; none: as OMP_NUM_THREADS has it, else one a core or one, as a probe says",
+        None, "of a CPU; none: OMP_NUM_THREADS, or else one a core or just one, by a short test",
         POSITIVE, free=True)
     chat_template: str | None = flag(
         None, "native: the tokenizer's own template; none: strings as they are; not given: what it "
@@ -182,20 +182,22 @@ class Config:
     # QLoRA
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in 4 bits (nf4.py)")
     use_bnb_nested_quant: bool = flag(
-        False, "quantize their scales too: 4.13 bits, not 4.50", idle=lambda c: not c.load_in_4bit)
+        False, "quantize the scales too: 4.13 bits a weight, not 4.50",
+        idle=lambda c: not c.load_in_4bit)
     bnb_4bit_quant_type: str = flag(
         "nf4", "the frozen format", choices=FORMATS, idle=lambda c: not c.load_in_4bit)
     # LoRA
     use_peft: bool = flag(True, "LoRA; false trains all weights")
-    lora_r: int = flag(16, "rank of the change", POSITIVE, idle=goes_on)
-    lora_alpha: float = flag(16, "its scale: alpha / r", POSITIVE, idle=goes_on)
+    lora_r: int = flag(16, "rank of LoRA", POSITIVE, idle=has_adapter)
+    lora_alpha: float = flag(16, "LoRA's scale is alpha / r", POSITIVE, idle=has_adapter)
     lora_dropout: float = flag(
-        0.05, "dropout before A", SHARE,
-        idle=lambda c: goes_on(c) or (c.disable_dropout and c.lora_dropout > 0))
-    lora_target_modules: list[str] = flag(["all-linear"], "names or a regex", idle=goes_on)
-    lora_modules_to_save: list[str] = flag([], "modules that train whole (lm_head)", idle=goes_on)
-    lora_bias: Literal["none", "lora_only", "all"] = flag("none", "biases that train", idle=goes_on)
-    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", idle=goes_on)
+        0.05, "dropout before LoRA's A", SHARE,
+        idle=lambda c: has_adapter(c) or (c.disable_dropout and c.lora_dropout > 0))
+    lora_target_modules: list[str] = flag(["all-linear"], "names or a regex", idle=has_adapter)
+    lora_modules_to_save: list[str] = flag([], "modules whose weights all train", idle=has_adapter)
+    lora_bias: Literal["none", "lora_only", "all"] = flag(
+        "none", "biases that train", idle=has_adapter)
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", idle=has_adapter)
     # data
     dataset_name: list[str] = flag([], "files (JSON, JSONL, CSV, Parquet) or a data set of the hub")
     dataset_train_split: str = flag(
@@ -207,31 +209,31 @@ class Config:
     eval_dataset: list[str] = flag([], "files to evaluate on")
     eval_fraction: float = flag(0.0, "share of the rows held out for evaluation", SHARE)
     shuffle_dataset: bool = flag(True, "a new order in each epoch")
-    input_as_system: bool = flag(False, "the column `input` holds the system turn")
-    train_on_thoughts: bool = flag(True, "false: they are context of what follows them")
+    input_as_system: bool = flag(False, "the column `input` is the system turn")
+    train_on_thoughts: bool = flag(True, "false: thoughts are context only")
     skip_bad_rows: int = flag(
-        0, "pass over up to so many rows that are refused, and name each", NOT_NEGATIVE, free=True)
+        0, "skip up to so many rows that can't be read, and name each", NOT_NEGATIVE, free=True)
     max_length: int = flag(
-        1024, "tokens of prompt and completion, whose end is cut", POSITIVE,
+        1024, "tokens of prompt and completion; a longer one loses its end", POSITIVE,
         aliases="--max_seq_length")
-    max_prompt_length: int | None = flag(None, "tokens of the prompt", POSITIVE)
+    max_prompt_length: int | None = flag(None, "tokens of the prompt; none: no limit", POSITIVE)
     truncation_mode: Literal["keep_end", "keep_start"] = flag(
         "keep_end", "what stays of a longer prompt", idle=lambda c: c.max_prompt_length is None)
     # training
     output_dir: str | None = flag(None, "where everything goes", free=True)
     resume_from_checkpoint: str | None = flag(
-        None, "go on from the newest checkpoint of output_dir, or from this one",
+        None, "continue from the newest checkpoint in output_dir, or from this one",
         nargs="?", const="last", free=True)
     overwrite_output_dir: bool = flag(
-        False, "use one that is not empty, and what an earlier run left there goes", free=True)
+        False, "use output_dir even if it has files; an earlier run's files are deleted", free=True)
     per_device_train_batch_size: int = flag(
-        8, "examples a micro-batch, on each device", POSITIVE, free=True)
+        8, "examples in a micro-batch, on each device", POSITIVE, free=True)
     per_device_eval_batch_size: int = flag(
-        8, "examples an evaluation batch", POSITIVE, idle=no_evaluation, free=True)
+        8, "examples in an evaluation batch", POSITIVE, idle=no_evaluation, free=True)
     gradient_accumulation_steps: int = flag(
-        1, "micro-batches an optimizer step, on each device", POSITIVE, free=True)
+        1, "micro-batches in an optimizer step, on each device", POSITIVE, free=True)
     max_row_tokens: int | None = flag(
-        None, "cut longer micro-batches in rows of so many; none: by a GPU's free memory", POSITIVE,
+        None, "split micro-batches with more tokens; none: by a GPU's free memory", POSITIVE,
         free=True)
     num_train_epochs: float = flag(
         3.0, "passes over the data", POSITIVE, idle=lambda c: c.max_steps > 0)
@@ -239,94 +241,94 @@ class Config:
         -1, "optimizer steps; overrides num_train_epochs",
         ("be more than 0, or -1 for epochs", lambda n: n > 0 or n == -1))
     learning_rate: float = flag(1e-6, "the highest learning rate", NOT_NEGATIVE)
-    lr_scheduler_type: str = flag("linear", "after the warm-up", choices=SCHEDULES)
+    lr_scheduler_type: str = flag("linear", "schedule after the warm-up", choices=SCHEDULES)
     lr_scheduler_kwargs: dict = flag(
-        {}, "JSON: num_cycles of cosine_with_restarts; power, lr_end of polynomial", read=numbers)
+        {}, "JSON: num_cycles of cosine_with_restarts; power, lr_end of polynomial", read=floats)
     warmup_ratio: float = flag(
         0.0, "share of the steps in which the learning rate rises from 0",
         ("be at least 0 and at most 1", lambda x: 0 <= x <= 1), idle=no_warmup)
     warmup_steps: float = flag(
-        0, "the same as a number of steps; below 1: as a share", NOT_NEGATIVE, idle=no_warmup)
+        0, "the same as a number of steps; below 1 a share", NOT_NEGATIVE, idle=no_warmup)
     optim: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"] = flag(
-        "adamw_torch", "AdamW; paged: its states in the CPU's memory, for training all weights",
+        "adamw_torch", "AdamW; paged keeps its states in the CPU's memory, for full fine-tuning",
         idle=lambda c: c.optim == "paged_adamw_32bit" and c.device == "cpu", free=True)
-    weight_decay: float = flag(0.0, "AdamW's, on matrices and vectors alike", NOT_NEGATIVE)
+    weight_decay: float = flag(0.0, "AdamW's, for all trained weights", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW's", SHARE)
     adam_beta2: float = flag(0.999, "AdamW's", SHARE)
     adam_epsilon: float = flag(1e-8, "AdamW's", NOT_NEGATIVE)
     router_aux_loss_coef: float | None = flag(
         None, "weight of a mixture's load-balancing loss; none: the model's own; 0: without it",
         NOT_NEGATIVE)
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0: don't", NOT_NEGATIVE)
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0: don't", NOT_NEGATIVE)
     gradient_checkpointing: bool | None = flag(
         None, "less memory, slower: activations are recomputed; none: by a GPU's free memory",
         nargs="?", const=True, free=True)
     fsdp: bool = flag(
-        False, "cut the model between torchrun's processes, layer by layer",
+        False, "cut the model between torchrun's processes",
         idle=lambda c: not ranks.LAUNCHED, free=True)
     torch_compile: bool | None = flag(
-        None, "compile the layers: slow first steps, then faster ones; none: on a GPU that can",
+        None, "compile the layers: slow first steps, then faster ones; none: on GPUs that can",
         nargs="?", const=True, free=True)
     disable_dropout: bool = flag(True, "no dropout anywhere")
     plain: bool = flag(
-        False, "compute with the lesson's definitions alone, line by line as they are read: slow",
+        False, "compute with the definitions of the lesson, not with the fast twins: slow",
         free=True)
-    seed: int = flag(42, "of weights, order and dropout", NOT_NEGATIVE)
+    seed: int = flag(42, "of new weights, order and dropout", NOT_NEGATIVE)
     # watching
     logging_steps: int = flag(10, "steps between two lines of metrics", POSITIVE, free=True)
     logging_first_step: bool = flag(
         False, "a line for step 1 too", idle=lambda c: c.logging_steps == 1, free=True)
     eval_strategy: Literal["no", "steps", "epoch"] | None = flag(
-        None, "when to evaluate, beside the end; none: at eval_steps; no: never", free=True,
+        None, "when to evaluate before the end; none: at eval_steps; no: never", free=True,
         aliases="--evaluation_strategy")
     eval_steps: int | None = flag(
-        None, "steps between evals; none: at the end", POSITIVE,
+        None, "steps between evaluations; none: only at the end", POSITIVE,
         idle=lambda c: no_evaluation(c) or c.eval_strategy == "epoch", free=True)
-    eval_on_start: bool = flag(False, "evaluate before step 1 too; it does not compete", free=True)
+    eval_on_start: bool = flag(False, "evaluate before step 1 too", free=True)
     load_best_model_at_end: bool = flag(
-        False, "keep the step whose evaluation was the best, not the last one", free=True)
+        False, "save the weights of the best evaluation, not the last ones", free=True)
     metric_for_best_model: str | None = flag(
-        None, "the metric of evaluations that says so; none: loss", idle=no_choice, free=True)
+        None, "the metric that decides which is the best; none: loss", idle=no_choice, free=True)
     greater_is_better: bool | None = flag(
-        None, "none: where the metric's name does not end in loss", nargs="?", const=True,
+        None, "none: if the metric's name does not end in loss", nargs="?", const=True,
         idle=no_choice, free=True)
     early_stopping_patience: int | None = flag(
-        None, "end the run after so many evaluations that were no better", POSITIVE, free=True)
+        None, "end the run after so many evaluations without a new best", POSITIVE, free=True)
     generate_during_eval: bool = flag(
-        False, "show replies to held-out prompts at evaluation", idle=no_evaluation, free=True)
+        False, "show replies to held-out prompts at each evaluation", idle=no_evaluation, free=True)
     save_strategy: Literal["no", "steps", "epoch"] = flag(
-        "steps", "when to write checkpoints; no: only where the run is stopped", free=True)
+        "steps", "when to write checkpoints; no: only if the run is stopped", free=True)
     save_steps: int = flag(
-        500, "steps between two checkpoints; 0: none, unless the run is stopped", NOT_NEGATIVE,
+        500, "steps between two checkpoints; 0: only if the run is stopped", NOT_NEGATIVE,
         idle=lambda c: c.save_strategy != "steps", free=True)
     save_total_limit: int | None = flag(None, "newest checkpoints to keep", POSITIVE, free=True)
     skip_nonfinite: int = flag(
-        0, "pass over this many steps whose loss or gradient is not finite", NOT_NEGATIVE,
+        0, "skip this many steps whose loss or gradient is not finite", NOT_NEGATIVE,
         free=True)
     report_to: Literal["none", "tensorboard", "wandb"] = flag(
-        "none", "metrics go there as well", free=True)
+        "none", "send metrics there as well", free=True)
     run_name: str | None = flag(
-        None, "its name at wandb; none: output_dir's", idle=lambda c: c.report_to != "wandb",
+        None, "the run's name at wandb; none: output_dir's", idle=lambda c: c.report_to != "wandb",
         free=True)
 
     @property
     def method(self) -> str:
-        """The method's short name, in run.json and the model card: "dpo" of DPOConfig."""
+        """"dpo" for DPOConfig. It is shown in run.json and in the model card."""
         return type(self).__name__.removesuffix("Config").lower()
 
     @property
     def per_step(self) -> int:
-        """Examples an optimizer step, on all devices."""
+        """Examples in an optimizer step, on all devices together."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks.WORLD
 
     @property
     def computing_dtype(self) -> str:
-        """--dtype, by whichever of its three flags it was given."""
+        """The dtype of --dtype, --bf16 or --fp16."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
 
     @property
     def sharded(self) -> bool:
-        """One process has no other to share the model with."""
+        """--fsdp, if there are several processes to share the model."""
         return self.fsdp and ranks.LAUNCHED
 
 
@@ -337,18 +339,18 @@ class SFTConfig(Config):
     train_on: Literal["every_reply", "last_reply"] = flag(
         "every_reply", "which of a conversation's replies train")
     neftune_noise_alpha: float = flag(
-        0.0, "noise on the embeddings, 5 say (arXiv 2310.05914)", NOT_NEGATIVE)
+        0.0, "noise on the embeddings, often 5 (arXiv 2310.05914)", NOT_NEGATIVE)
 
 
 @dataclass
 class ReferenceConfig(Config):
-    """What DPO and KTO share. A number that only some losses take is a flag of the same name."""
+    """What DPO and KTO share. The flags of a loss have the names of its parameters (losses.py)."""
 
-    beta: float = flag(0.1, "price of moving away from the reference", POSITIVE)
+    beta: float = flag(0.1, "a higher one keeps the policy closer to the reference", POSITIVE)
     ref_model_name_or_path: str | None = flag(
-        None, "another model as the reference", idle=lambda c: not compares(c.loss))
+        None, "another model or adapter as the reference", idle=lambda c: not compares(c.loss))
     precompute_ref_log_probs: bool = flag(
-        False, "reference log-probs of all data before step 1",
+        False, "compute all reference log-probs before step 1",
         idle=lambda c: not compares(c.loss) or not (c.use_peft or c.ref_model_name_or_path))
 
     @property
@@ -361,7 +363,7 @@ class DPOConfig(ReferenceConfig):
     losses = DPO_LOSSES
     loss_type: str = flag("sigmoid", "see losses.py", choices=DPO_LOSSES)
     label_smoothing: float = flag(
-        0.0, "probability that a pair is the wrong way round",
+        0.0, "probability that chosen and rejected are swapped",
         ("be at least 0 and below 0.5", lambda x: 0 <= x < 0.5))
     rpo_alpha: float = flag(0.0, "weight of the chosen reply's own SFT loss", NOT_NEGATIVE)
     simpo_gamma: float = flag(0.5, "the margin that simpo asks for", NOT_NEGATIVE)
@@ -371,18 +373,18 @@ class DPOConfig(ReferenceConfig):
 class KTOConfig(ReferenceConfig):
     losses = KTO_LOSSES
     loss_type: str = flag("kto", "see losses.py", choices=KTO_LOSSES)
-    desirable_weight: float = flag(1.0, "of thumbs up", NOT_NEGATIVE)
-    undesirable_weight: float = flag(1.0, "of thumbs down", NOT_NEGATIVE)
+    desirable_weight: float = flag(1.0, "weight of thumbs up", NOT_NEGATIVE)
+    undesirable_weight: float = flag(1.0, "weight of thumbs down", NOT_NEGATIVE)
 # fmt: on
 
 
 class Parser(HfArgumentParser):
-    def add_argument(self, *names, must=None, idle=None, free=None, read=None, **how):
-        """argparse gets what it knows of a flag."""
-        return super().add_argument(*names, **how | ({"type": read} if read else {}))
+    def add_argument(self, *names, must=None, idle=None, free=None, read=None, **more):
+        """Leave out what argparse does not know."""
+        return super().add_argument(*names, **more | ({"type": read} if read else {}))
 
-    def parse_args(self, *given):
-        """A shell leaves the ~ of --output_dir=~/out as it is; in a path it means one's home."""
+    def parse_args(self, *args):
+        """Expand ~ in paths: a shell does not do it in --output_dir=~/out."""
 
         def home(value):
             if isinstance(value, list):
@@ -390,31 +392,28 @@ class Parser(HfArgumentParser):
             path = isinstance(value, (str, Path))
             return type(value)(os.path.expanduser(value)) if path else value
 
-        args, texts = vars(super().parse_args(*given)), ("prompt", "system")
-        return Namespace(**{k: v if k in texts else home(v) for k, v in args.items()})
+        parsed, texts = vars(super().parse_args(*args)), ("prompt", "system")
+        return Namespace(**{k: v if k in texts else home(v) for k, v in parsed.items()})
 
     def error(self, message):  # argparse prints forty lines of usage before it
         raise InputError(f"{message} (--help lists the flags)")
 
 
 def add_flags(parser: ArgumentParser, *names: str) -> None:
-    """Give a tool's parser these flags of the scripts: their types, defaults, choices and help."""
+    """Add these flags of the scripts to a tool's parser, with type, default, choices and help."""
     for f in fields(SFTConfig):
         if f.name in names:
             kinds = get_args(f.type) or (f.type,)  # the words of a Literal; int of int | None
             words = kinds if get_origin(f.type) is Literal else f.metadata.get("choices")
-            how = {"choices": words} if words else {"type": f.metadata.get("read", kinds[0])}
-            if bool in kinds:  # the scripts take a value after it; here that may be a directory
-                how = {"action": "store_true"}
+            more = {"choices": words} if words else {"type": f.metadata.get("read", kinds[0])}
+            if bool in kinds:  # no value: the next word may be a tool's directory
+                more = {"action": "store_true"}
             default = {} if f.default is MISSING else f.default
-            parser.add_argument(f"--{f.name}", default=default, help=f.metadata["help"], **how)
+            parser.add_argument(f"--{f.name}", default=default, help=f.metadata["help"], **more)
 
 
 def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:
-    """argv -> a checked config.
-
-    `built_in` holds a script's own settings: they are the defaults where no model is given.
-    """
+    """argv -> a checked config. `built_in`: the defaults of a script if no model is given."""
     parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.add_argument("--config", help="a YAML file of flags; those of the command line win")
     typed, lines, places = by_flag(argv), {}, {}
@@ -424,7 +423,7 @@ def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:
     if not given.keys() & {"model_name_or_path", "adapter_name_or_path"}:
         parser.set_defaults(**built_in)
     try:
-        read = vars(parser.parse_args(own_words(kind, given)))
+        read = vars(parser.parse_args(known_words(kind, given)))
         cfg = kind(**{f.name: read[f.name] for f in fields(kind)})
         check(cfg, set(given))
     except InputError as error:
@@ -447,10 +446,10 @@ def by_flag(argv: list[str]) -> dict[str, list[str]]:
 
 
 def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """A YAML file's flags as the words of a command line, and the place of each.
+    """Read flags from a YAML file. -> each flag as words of a command line; the line it stands in.
 
-    A value is taken as it is written: YAML would make a text of 1e-5, and False of no. The file is
-    read, but nothing is built of it: a tag that asks for code does nothing.
+    Values are taken as text, because YAML reads 1e-5 as a string and no as False. No objects are
+    made, so a tag that asks for code does nothing.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -460,7 +459,7 @@ def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"--config {path}: expected lines as learning_rate: 1e-5")
     tags = [f"tag:yaml.org,2002:{t}" for t in "str int float bool timestamp null".split()]
-    nothing = {f.name for f in fields(kind) if f.default is None}  # is what null says of them
+    optional = {f.name for f in fields(kind) if f.default is None}  # null leaves these at None
     given, places = {}, {}
     for key, value in root.value:
         place = f"{path}, line {key.start_mark.line + 1}"
@@ -475,14 +474,17 @@ def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict
             raise InputError(f"{place}: {name}: expected a plain value, or a list of them")
         if name in given:
             raise InputError(f"{place}: {name} is given more than once")
-        if value.tag != tags[-1] or name in names_of(kind) - nothing:
+        if value.tag != tags[-1] or name in names_of(kind) - optional:
             given[name], places[name] = [f"--{name}", *words], place
     return given, places
 
 
-def own_words(kind: type[Config], given: dict[str, list[str]]) -> list[str]:
-    """The words of our own flags. A foreign one is a line where it changes nothing, and raises
-    InputError where it would, as an unknown one does."""
+def known_words(kind: type[Config], given: dict[str, list[str]]) -> list[str]:
+    """Keep the words of our own flags.
+
+    A flag of FOREIGN prints a line if its value changes nothing here. Any other value, and an
+    unknown flag, raises InputError.
+    """
     words = []
     for name, said in given.items():
         if name in names_of(kind) | {"", "help"}:
@@ -502,17 +504,17 @@ def own_words(kind: type[Config], given: dict[str, list[str]]) -> list[str]:
 
 
 def names_of(kind: type[Config]) -> set[str]:
-    """The names of its flags, older ones too."""
+    """The names of its flags, and their older names."""
     older = {f.metadata["aliases"][2:] for f in fields(kind) if "aliases" in f.metadata}
     return older | {f.name for f in fields(kind)}
 
 
 def unknown(kind: type[Config], name: str, said: list[str]) -> str:
-    """What there is to say of a flag that is neither ours nor in FOREIGN."""
+    """The error for a flag that is neither ours nor in FOREIGN."""
     kinds = [k().method for k in (SFTConfig, DPOConfig, KTOConfig) if name in names_of(k)]
     if kinds:
         return f"--{name} is a flag of {' and '.join(map(str.upper, kinds))} only"
-    theirs = Path(transformers.__file__).with_name("training_args.py")  # to import it takes seconds
+    theirs = Path(transformers.__file__).with_name("training_args.py")  # importing it takes seconds
     if f"\n    {name}: " in theirs.read_text(encoding="utf-8"):
         return f"--{name} is a flag of transformers' Trainer; nothing here does the same"
     near = difflib.get_close_matches(name, names_of(kind), 1)
@@ -521,7 +523,8 @@ def unknown(kind: type[Config], name: str, said: list[str]) -> str:
 
 
 def check(cfg: Config, given: set[str]) -> None:
-    """Impossible values and contradictions raise InputError; idle flags are one printed line."""
+    """Raise InputError for impossible values and contradictions. Print a line for each flag in
+    `given` that has no effect."""
     for f in fields(cfg):
         value, must = getattr(cfg, f.name), f.metadata["must"]
         if isinstance(value, float) and not math.isfinite(value):
@@ -532,19 +535,19 @@ def check(cfg: Config, given: set[str]) -> None:
         raise InputError(f"--seed {cfg.seed}: must be less than 2**63")
 
     pairs = ("bf16", "fp16"), ("warmup_ratio", "warmup_steps"), ("eval_dataset", "eval_fraction")
-    # Generation would not find the weights gathered, nor has a compiled layer room for doing it.
+    # A sharded model can't generate, and the hooks that gather a layer can't be compiled.
     pairs += ("fsdp", "generate_during_eval"), ("fsdp", "torch_compile")
     wrong = [pair for pair in pairs if all(getattr(cfg, name) for name in pair)]
     if (cfg.bf16 or cfg.fp16) and cfg.dtype not in ("auto", cfg.computing_dtype):
         wrong.append(("bf16" if cfg.bf16 else "fp16", f"dtype {cfg.dtype}"))
-    if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # which knows no parts of a weight
+    if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # it can't handle DTensors
         wrong.append(("fsdp", "optim paged_adamw_32bit"))
     if cfg.plain and cfg.torch_compile:
         wrong.append(("plain", "torch_compile"))
     if not cfg.use_peft:
         needs_lora = given & {"use_rslora", "adapter_name_or_path"}
         needs_lora |= {name for name in given if name.startswith("lora_")}
-        if cfg.load_in_4bit:  # such weights can't train
+        if cfg.load_in_4bit:  # 4-bit weights can't train
             needs_lora.add("load_in_4bit")
         wrong += [("use_peft false", name) for name in sorted(needs_lora)]
     for first, second in wrong:
@@ -560,15 +563,14 @@ def check(cfg: Config, given: set[str]) -> None:
         wish = wish or name * bool(getattr(cfg, name))
     if wish and no_evaluation(cfg):
         raise InputError(f"--{wish}: needs --eval_dataset or --eval_fraction")
-    own = SCHEDULES[cfg.lr_scheduler_type]
-    if strange := [name for name in cfg.lr_scheduler_kwargs if name not in own]:
-        takes = ", ".join(own) or "no numbers"
-        what = f"--lr_scheduler_kwargs {strange[0]}"
-        raise InputError(f"{what}: {cfg.lr_scheduler_type} takes {takes}")
+    options = SCHEDULES[cfg.lr_scheduler_type]
+    if wrong := [name for name in cfg.lr_scheduler_kwargs if name not in options]:
+        takes = f"{cfg.lr_scheduler_type} takes {', '.join(options) or 'no numbers'}"
+        raise InputError(f"--lr_scheduler_kwargs {wrong[0]}: {takes}")
     ranks.check_device(cfg.device)
 
     idle = {f.name for f in fields(cfg) if "idle" in f.metadata and f.metadata["idle"](cfg)}
-    if isinstance(cfg, ReferenceConfig):  # the numbers of losses that were not chosen
+    if isinstance(cfg, ReferenceConfig):  # flags of other losses are idle
         idle |= set().union(*map(needs, cfg.losses.values())) - needs(cfg.loss) - {"beta"}
         if unknown := needs(cfg.loss) - INPUTS - vars(cfg).keys():
             name = min(unknown)

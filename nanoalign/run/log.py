@@ -1,7 +1,7 @@
-"""What a run says while it runs.
+"""The log of a run.
 
-Every line of metrics goes to OUTPUT_DIR/metrics.jsonl as one JSON object, to the terminal in short,
-and to TensorBoard or Weights & Biases when --report_to asks for it and the package is installed.
+A line of metrics is a JSON object in OUTPUT_DIR/metrics.jsonl. The terminal shows a part of it. It
+also goes to TensorBoard or Weights & Biases, if --report_to says so and the package is installed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nanoalign.train import Step, Sums
 
 
 def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
-    """The metrics of one side, "chosen" or "rejected": (n,) rewards and their scores."""
+    """The metrics of one side, "chosen" or "rejected", from its (n,) rewards and its scores."""
     sums = {
         f"rewards/{side}": (rewards.sum(), len(rewards)),
         f"logps/{side}": (scores.logps.detach().sum(), len(rewards)),
@@ -35,7 +35,7 @@ def reward_sums(side: str, rewards: Tensor, scores: Scores) -> Sums:
 
 
 def keep_lines(path: Path, until: int) -> list[dict]:
-    """Drop the lines of metrics.jsonl after step `until`: the run will write them again. -> those
+    """Delete the lines of metrics.jsonl after step `until`: the run writes them again. -> the lines
     that stay."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and until else ""
@@ -48,31 +48,34 @@ def keep_lines(path: Path, until: int) -> list[dict]:
 
 
 def metric_of(cfg: Config) -> tuple[str, bool]:
-    """What tells which evaluation is the best: its name in their lines; is greater better?"""
+    """The metric that decides which evaluation is the best: its name; is greater better?"""
     name = "eval_" + (cfg.metric_for_best_model or "loss").removeprefix("eval_")
     greater = cfg.greater_is_better
     return name, not name.endswith("loss") if greater is None else greater
 
 
 def best_of(cfg: Config, lines: list[dict]) -> tuple[dict | None, int]:
-    """The best evaluation among lines of metrics.jsonl, if there is one, and how many came after
-    it. One before step 1 does not compete; only a strictly better one takes the place."""
+    """The best evaluation in lines of metrics.jsonl, and how many evaluations came after it.
+
+    The first of equal ones is the best. An evaluation before step 1 does not count.
+    """
     name, greater = metric_of(cfg)
     best, since = None, 0
     for line in lines:
         if any(key.startswith("eval_") for key in line) and line["step"]:
-            value = line.get(name)  # it was not finite if it is not there
-            ahead = value is not None and (best is None or value != best[name])
-            if ahead and (best is None or (value > best[name]) is greater):
-                best, since = line, 0
-            else:
-                since += 1
+            value = line.get(name)  # None: it was not finite
+            change = 0 if value is None or best is None else value - best[name]
+            first = best is None and value is not None
+            better = first or (change > 0 if greater else change < 0)
+            best, since = (line, 0) if better else (best, since + 1)
     return best, since
 
 
 class Log:
-    """For a run that has done `step` of `total` steps; `close` it at its end. A run that goes on
-    does so at Weights & Biases too, under its `run_id`. Ranks beyond the first keep no log."""
+    """The log of a run that has done `step` of `total` steps. Call `close` at the end.
+
+    `run_id` is its id at Weights & Biases, which a resumed run keeps. Only rank 0 has a log.
+    """
 
     def __init__(self, cfg: Config, total: int, step: int, run_id: str):
         directory, report_to = Path(cfg.output_dir), "none" if ranks.RANK else cfg.report_to
@@ -80,24 +83,24 @@ class Log:
         with saving(path):
             self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self.report, self.end = (lambda numbers, step: None), (lambda: None)
+        self.report, self.end = (lambda metrics, step: None), (lambda: None)
         try:
             if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                # What a killed run reported after its last checkpoint will be reported again.
+                # purge_step: the events after a checkpoint are reported again by the resumed run.
                 board = SummaryWriter(log_dir=str(directory), purge_step=step + 1)
-                self.report = lambda numbers, step: [
-                    board.add_scalar(name, value, step) for name, value in numbers.items()
+                self.report = lambda metrics, step: [
+                    board.add_scalar(name, value, step) for name, value in metrics.items()
                 ]
                 self.end = board.close
             elif report_to == "wandb":
                 import wandb
 
                 name = cfg.run_name or directory.name
-                how = dict(id=run_id, name=name, resume="allow", config=vars(cfg))
+                options = dict(id=run_id, name=name, resume="allow", config=vars(cfg))
                 try:
-                    run = wandb.init(dir=str(directory), **how)
+                    run = wandb.init(dir=str(directory), **options)
                     self.report, self.end = run.log, run.finish
                 except wandb.Error as error:  # there is no key, or no network
                     why = " ".join(str(error).split())
@@ -106,32 +109,33 @@ class Log:
             self.say(f"--report_to {report_to}: the package {report_to} is not installed; going on")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: it was said already
+        with contextlib.suppress(OSError):  # the disk is full; another error has said so
             self.file.close()
         self.bar.close()
         self.end()
 
     def advance(self, step: Step, speed: float) -> None:
-        """The bar: one step done, with its loss, and the tokens per second."""
+        """Move the progress bar by one step, and show the loss and the tokens per second."""
         loss = f"loss {step.metrics['loss']:.4f}" if step.sums else "no loss"
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} tok/s", refresh=False)
         self.bar.update()
 
     def say(self, text: str) -> None:
+        """Print a text above the progress bar."""
         self.bar.clear()
         print(text, flush=True)
 
     def line(self, metrics: dict[str, float]) -> None:
-        """`metrics` holds "step", "epoch", "time" and whatever else is known there."""
+        """Write a line of metrics everywhere. It has "step", "epoch", "time" and others."""
         with saving(Path(self.file.name)):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        numbers = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
-        self.report(numbers, metrics["step"])
+        others = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "time")}
+        self.report(others, metrics["step"])
         self.say(terminal_line(metrics, self.total))
 
 
-COLUMNS = {  # what the terminal shows of the metrics; metrics.jsonl has the others too
+COLUMNS = {  # the metrics that the terminal shows
     "loss": "loss {:7.4f}",
     "rewards/chosen": "chosen {:+6.3f}",
     "rewards/rejected": "rejected {:+6.3f}",
@@ -147,7 +151,7 @@ COLUMNS = {  # what the terminal shows of the metrics; metrics.jsonl has the oth
 
 
 def terminal_line(metrics: dict[str, float], total: int) -> str:
-    """step 10/40  epoch 0.02  loss 0.5582  chosen +0.124  ...: one aligned line."""
+    """-> "step 10/40  epoch 0.02  loss 0.5582  chosen +0.124 ..." """
     parts = [f"step {metrics['step']:>{len(str(total))}}/{total}  epoch {metrics['epoch']:4.2f}"]
     for head in ("", "eval_"):
         for name, form in COLUMNS.items():
@@ -157,7 +161,7 @@ def terminal_line(metrics: dict[str, float], total: int) -> str:
 
 
 def replies(policy: Policy, examples: list[Example]) -> str:
-    """The policy's greedy replies to held-out prompts, beside those that it gave at the start."""
+    """Greedy replies to held-out prompts, of the policy now and of the policy at the start."""
     prompts = [prompt for example in examples if (prompt := list(split(example)[0]))]
     if not prompts:
         return "--generate_during_eval: there is no prompt to reply to"
@@ -174,9 +178,9 @@ def replies(policy: Policy, examples: list[Example]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with its control and format characters escaped: all that could move the cursor, or
-    show other words in their order than a program reads. Newline and tab stay, and what Persian,
-    Arabic and Hebrew are written with: joiners, and marks of direction, which turn no letter."""
+    """Escape control and format characters: they could move the cursor, or show words in another
+    order than a program reads. Newline and tab stay. So do the joiners and direction marks that
+    Persian, Arabic and Hebrew need, which reorder nothing."""
     hidden, harmless = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}, "\n\t\u061c\u200c\u200d\u200e\u200f"
     others = {c for c in set(text) - {*harmless} if unicodedata.category(c) in hidden}
     return text.translate({ord(c): ascii(c)[1:-1] for c in others})

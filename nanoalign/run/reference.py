@@ -1,7 +1,8 @@
-"""The reference policy of DPO and KTO, as a function: batches -> log-probs.
+"""The reference policy of DPO and KTO: a function from batches to log-probs.
 
-It is the policy as it was at the start, in the same weights, so it costs no memory; or another
-model; or, when all weights train and no copy of "then" is left, a table made before step 1.
+With LoRA it is the policy as it was at the start. It uses the same base weights, so it takes no
+memory. --ref_model_name_or_path loads another model. If all weights train, the weights of the start
+are lost after step 1, so a table of log-probs is computed before.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import Reader, base_of, load_base, load_policy, shard_or_compile
 from nanoalign.train import Batches
 
-LogpsOf = Callable[[Batches], list[Tensor]]  # (C,) log-probs of the completions of each batch
+LogpsOf = Callable[[Batches], list[Tensor]]  # for each batch the (C,) log-probs of completions
 
 
 def reference_of(
@@ -36,14 +37,15 @@ def reference_of(
 ) -> LogpsOf:
     """The reference: another model (--ref_model_name_or_path), or the policy as it is now.
 
-    It computes each batch as one row, as the policy does. In bfloat16 that is what makes the two
-    start equal: a product's last bits depend on how many rows it has, so the same completion in two
-    different packings scores up to 3 nats apart.
+    It computes each batch as one row, as the policy does. Otherwise the two would not start equal
+    in bfloat16: the last bits of a product depend on the number of tokens in it. The log-probs of a
+    completion in two different rows differ by up to 3 nats.
 
-    With full fine-tuning there is no copy of "now", so the log-probs of `all_requests()`, all that
-    the run will ask for, are computed here; with --precompute_ref_log_probs too. (A table knows no
-    batches, so there the start is equal only in float32.) For a `loss` that compares with none
-    nothing is loaded or computed, and the log-probs are 0.
+    If all weights train, or with --precompute_ref_log_probs, a table is computed here. It has the
+    log-probs of `all_requests()`: all examples that the run will ask for. (The table is not
+    computed in the run's batches, so policy and reference start equal only in float32.)
+
+    A `loss` without a reference gets log-probs of 0; nothing is loaded or computed.
     """
     lm, at_start, name = policy.lm, policy.reference or nullcontext, cfg.ref_model_name_or_path
     if not compares(loss):
@@ -53,7 +55,7 @@ def reference_of(
     if name:
         lm, at_start = load_reference(cfg, name, policy), nullcontext
     if at_start is nullcontext:
-        lm.eval()  # where it is the policy, it is asked before training begins, and only then
+        lm.eval()  # another model, or the policy itself, which computes the table before it trains
 
     def reference(batches):
         with at_start():
@@ -66,20 +68,22 @@ def reference_of(
 
 
 def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Batches:
-    """Any number of examples in rows for a pass without gradient: twice as long as those of
-    backward, which keeps all that a layer computes. That makes larger products, and each weight is
-    read (from 4 bits: decoded) for more tokens."""
+    """Cut examples into batches for a pass without gradient.
+
+    Their rows are twice as long as in training, because nothing is kept for backward. Longer rows
+    make larger products, and 4-bit weights are decoded less often.
+    """
     return ranks.level(in_rows(examples, 2 * (cfg.max_row_tokens or lm.row_tokens)))
 
 
 @torch.no_grad()
 def logps_of(lm: PackedLM, batches: Batches) -> list[Tensor]:
-    """The log-probs that a model gives now, without gradient."""
+    """The log-probs of each batch under a model, without gradient."""
     return [lm(batch).logps for batch in batches]
 
 
 def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
-    """Another model, or an adapter on its base, as --ref_model_name_or_path names it."""
+    """Load the model or adapter of --ref_model_name_or_path."""
     adapter = Path(name, "adapter_config.json").exists()
     more = {"model_name_or_path": None, "adapter_name_or_path": name, "use_peft": True}
     cfg = replace(cfg, **more if adapter else {})
@@ -87,7 +91,7 @@ def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
     for line in length_advice(cfg, base.name if adapter else name):
         print(one_line(f"advice: {line}"))
     if adapter:
-        with redirect_stdout(StringIO()):  # it says what trains, and here nothing does
+        with redirect_stdout(StringIO()):  # it prints what trains, but nothing of this model does
             lm = load_policy(cfg, base, Reader(policy.tokenizer, policy.template, [])).lm
         print(one_line(f"the reference is {base.name} with the adapter {name}"))
     else:
@@ -100,8 +104,8 @@ def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
 
 
 def keys_of(examples: list[Example]) -> list[str]:
-    """A digest of each completion, with its prompt and mask: what a log-prob is a function of. With
-    the ids themselves a table would be larger than the data."""
+    """A digest for each completion, of all that its log-prob depends on: prompt, ids and mask. (A
+    table with the ids themselves would be larger than the data.)"""
     keys = []
     for e in examples:
         digests = [hashlib.sha256() for _ in range(e.count)]
@@ -115,14 +119,14 @@ def keys_of(examples: list[Example]) -> list[str]:
 def table(
     reference: LogpsOf, examples: list[Example], cfg: ReferenceConfig, lm: PackedLM
 ) -> LogpsOf:
-    """The same function, from a table: it knows prompts and completions by what they are."""
-    once = {tuple(keys_of([example])): example for example in examples}
-    rows = long_rows([*once.values()], cfg, lm)
-    mine, known = ranks.level(ranks.share(rows, lambda row: sum(e.tokens for e in row))), {}
+    """Compute the reference log-probs of all examples. -> a function that looks them up."""
+    distinct = {tuple(keys_of([example])): example for example in examples}
+    rows = long_rows([*distinct.values()], cfg, lm)
+    mine, logps = ranks.level(ranks.share(rows, lambda row: sum(e.tokens for e in row))), {}
     for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
-        known |= zip(keys_of(row), reference([row])[0].tolist())
-    known = {key: logp for part in ranks.gather(known) for key, logp in part.items()}
-    print(f"{len(known)} reference log-probs computed before the first step")
+        logps |= zip(keys_of(row), reference([row])[0].tolist())
+    logps = {key: logp for of_rank in ranks.gather(logps) for key, logp in of_rank.items()}
+    print(f"{len(logps)} reference log-probs computed before the first step")
     return lambda batches: [
-        to_device([known[k] for k in keys_of(batch)], lm.device) for batch in batches
+        to_device([logps[key] for key in keys_of(batch)], lm.device) for batch in batches
     ]

@@ -1,8 +1,8 @@
-"""What a run leaves beside its weights: its curves and a model card; and its last words.
+"""The report of a finished run: its curves, a model card, and some closing lines.
 
-The curves show what metrics.jsonl holds: the loss and, of DPO and KTO, the rewards, their margin,
-accuracies and kl. They need matplotlib (pip install 'nanoalign[plot]'). The card is README.md, in
-the convention of the hub.
+curves.png shows the metrics of metrics.jsonl: the loss and, for DPO and KTO, the rewards, their
+margin, their accuracy and the KL estimate. It needs matplotlib (pip install 'nanoalign[plot]'). The
+model card is README.md, in the form that the hub reads.
 """
 
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import nanoalign
 from nanoalign import InputError, world
-from nanoalign.formats.peft import LoRAConfig
 from nanoalign.formats.rows import storage
 from nanoalign.formats.templates import KWARGS
+from nanoalign.model import Policy
 from nanoalign.run import ranks
 from nanoalign.run.files import write_file, write_text
 from nanoalign.run.flags import Config
@@ -31,7 +31,7 @@ PANELS = {  # title -> the metrics in it
 
 
 def finish(cfg: Config, run: Run) -> Run:
-    """Beside the weights and run.json: the curves, a model card; and what there is to say."""
+    """Write curves and a model card into the run's directory, and print the closing lines."""
     if ranks.RANK:
         return run
     directory = Path(cfg.output_dir)
@@ -41,10 +41,8 @@ def finish(cfg: Config, run: Run) -> Run:
     except ImportError:
         print("no curves.png: pip install 'nanoalign[plot]' for that")
     if lines:
-        stops, saved = run.policy.template.stop_ids, run.policy.tokenizer.init_kwargs
         last = (cfg.load_best_model_at_end and best_of(cfg, lines)[0]) or lines[-1]
-        how = last, stops, saved.get(KWARGS)
-        write_card(cfg, run.policy.lora, directory, len(run.examples), *how)
+        write_card(cfg, run.policy, directory, len(run.examples), last)
     if line := afterthought(lines):
         print(line)
     if run.before:
@@ -54,7 +52,7 @@ def finish(cfg: Config, run: Run) -> Run:
 
 
 def read_run(directory: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl. InputError if it can't be read."""
     path = Path(directory) / "metrics.jsonl"
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
@@ -66,7 +64,7 @@ def read_run(directory: Path) -> list[dict]:
 
 
 def read_line(text: str, where: str) -> dict[str, float]:
-    """A line of metrics.jsonl: numbers by name, a step among them."""
+    """Parse a line of metrics.jsonl: numbers by name, with a step. `where` is for the error."""
     line = None
     with suppress(ValueError, RecursionError):
         line = json.loads(text)
@@ -77,15 +75,15 @@ def read_line(text: str, where: str) -> dict[str, float]:
 
 
 def points(lines: list[dict], name: str) -> tuple[list, list]:
-    """Where a metric was measured, in steps, and its values there."""
-    there = [line for line in lines if name in line]
-    return [line["step"] for line in there], [line[name] for line in there]
+    """A metric's curve: the steps where it was measured, and its values."""
+    measured = [line for line in lines if name in line]
+    return [line["step"] for line in measured], [line[name] for line in measured]
 
 
 def draw(runs: dict[str, list[dict]], out: Path) -> bool:
-    """One panel for each group of metrics that some run has; evaluations are dots. Was there
-    anything to draw?"""
-    from matplotlib.figure import Figure  # no pyplot: a notebook keeps its own figures
+    """Draw the curves of some runs into one file, a panel for each group of PANELS. Evaluations are
+    dots. -> False if there is nothing to draw."""
+    from matplotlib.figure import Figure  # pyplot would change the figures of a notebook
 
     seen = {n.removeprefix("eval_") for lines in runs.values() for line in lines for n in line}
     panels = {title: names for title, names in PANELS.items() if seen.intersection(names)}
@@ -94,8 +92,8 @@ def draw(runs: dict[str, list[dict]], out: Path) -> bool:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    for place, (title, names) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(rows, columns, place)
+    for number, (title, names) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, number)
         for run, lines in runs.items():
             for name in names:
                 label = [run] * (len(runs) > 1) + [name.rpartition("/")[2]] * (len(names) > 1)
@@ -112,17 +110,12 @@ def draw(runs: dict[str, list[dict]], out: Path) -> bool:
     return True
 
 
-def write_card(
-    cfg: Config,
-    lora: LoRAConfig | None,
-    directory: Path,
-    examples: int,
-    last: dict,
-    stop_ids: list[int],
-    given: dict | None = None,
-) -> None:
-    """`lora` is None when all weights trained; `last` is the last line of metrics.jsonl; at
-    `stop_ids` a reply ends, which an adapter's base does not know; `given` went to the template."""
+def write_card(cfg: Config, policy: Policy, directory: Path, examples: int, last: dict) -> None:
+    """Write the model card of a policy that was trained on so many examples. `last` is the line of
+    metrics that it shows. An adapter's base does not know where a reply ends, so the card's code
+    says it."""
+    lora, stop_ids = policy.lora, policy.template.stop_ids
+    template_kwargs = policy.tokenizer.init_kwargs.get(KWARGS) or {}
     package, opener = "transformers", "AutoModelForCausalLM"
     base, tag, trained = cfg.model_name_or_path, "", "all weights"
     if lora:
@@ -131,12 +124,12 @@ def write_card(
         trained = f"LoRA, r={lora.r}, alpha={lora.lora_alpha:g}"
     method = "supervised fine-tuning" if cfg.method == "sft" else cfg.method.upper()
     base_model, shown_base = f"base_model: {base}\n", base
-    if storage(base) != "hub":  # a path of this machine says nothing there
+    if storage(base) != "hub":  # a path on this machine means nothing there
         base_model, shown_base = "", Path(base).name
     named = [f"\n- {name}" for name in cfg.dataset_name if storage(name) == "hub"]
     datasets = "".join(["datasets:", *named, "\n"]) if named else ""
     curve = "\n![curves](curves.png)\n" if (directory / "curves.png").exists() else ""
-    more = "".join(f"    {name}={value!r},\n" for name, value in (given or {}).items())
+    more = "".join(f"    {name}={value!r},\n" for name, value in template_kwargs.items())
     shown = {k: v for k, v in last.items() if k not in ("step", "time", "tokens_per_second")}
     text = f"""\
 ---
@@ -181,7 +174,7 @@ The prompt format is the tokenizer's chat template. `run.json` holds every setti
 
 
 def afterthought(lines: list[dict]) -> str | None:
-    """What the run's metrics ask to be explained."""
+    """A line that explains the metrics, if a reader may take them for a fault."""
     rewards = [line for line in lines if "rewards/margins" in line]
     if not rewards:
         return None
