@@ -324,8 +324,8 @@ def save_policy(policy: Policy, directory: str | Path, state_dict: dict | None =
 
 
 def heads_of(policy: Policy) -> dict[str, Tensor]:
-    """The weights of modules that a script has added to `policy.lm`. Neither an adapter's file nor a
-    model's has them."""
+    """The weights of modules that a script has added to `policy.lm`. The files of an adapter or a
+    model do not have them."""
     state = policy.lm.state_dict()
     return {name: t for name, t in state.items() if not name.startswith("model.")}
 
