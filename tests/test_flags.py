@@ -1,7 +1,7 @@
 """What users of transformers and TRL type works, or one line says what does the same here."""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,17 @@ from transformers import TrainingArguments
 from transformers.training_args import SaveStrategy, SchedulerType
 
 from nanoalign import InputError
-from nanoalign.run.flags import FOREIGN, SCHEDULES, Config, names_of, parse
+from nanoalign.run.flags import (
+    FOREIGN,
+    SCHEDULES,
+    Config,
+    SFTConfig,
+    flag,
+    has_adapter,
+    names_of,
+    parse,
+)
+from nanoalign.run.policy import adapter_of
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -217,3 +227,19 @@ def test_the_command_line_is_named_where_it_is_wrong(tmp_path):
         parsed("sft", file, "--warmup_ratio=0.1")
     with pytest.raises(InputError, match="^--config is given more than once$"):
         parsed("sft", file, file)
+
+
+def test_a_setting_of_lora_needs_one_line_to_be_a_flag():
+    """It reaches the adapter by its name, and contradicts --use_peft false as the others do."""
+
+    @dataclass
+    class OwnConfig(SFTConfig):
+        layers_to_transform: list[int] = flag([], "only these layers", idle=has_adapter)
+
+    words = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--lora_bias=all"]
+    words += ["--lora_target_modules", "q_proj", "--layers_to_transform", "1", "2"]
+    lora = adapter_of(parse(OwnConfig, words, {}), "base", {})
+    assert (lora.layers_to_transform, lora.bias, lora.target_modules) == ([1, 2], "all", "q_proj")
+    words = [*words[:3], "--use_peft=false", "--layers_to_transform", "1"]
+    with pytest.raises(InputError, match="use_peft false and --layers_to_transform contradict"):
+        parse(OwnConfig, words, {})

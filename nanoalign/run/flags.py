@@ -545,8 +545,8 @@ def check(cfg: Config, given: set[str]) -> None:
     if cfg.plain and cfg.torch_compile:
         wrong.append(("plain", "torch_compile"))
     if not cfg.use_peft:
-        needs_lora = given & {"use_rslora", "adapter_name_or_path"}
-        needs_lora |= {name for name in given if name.startswith("lora_")}
+        settings = {f.name for f in fields(cfg) if f.metadata.get("idle") is has_adapter}
+        needs_lora = given & {*settings, "lora_dropout", "adapter_name_or_path"}
         if cfg.load_in_4bit:  # 4-bit weights can't train
             needs_lora.add("load_in_4bit")
         wrong += [("use_peft false", name) for name in sorted(needs_lora)]

@@ -5,6 +5,7 @@ new tokens get embeddings, LoRA is added, dropout and compiling are set.
 """
 
 import os
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -217,19 +218,13 @@ def load_policy(
 
 
 def adapter_of(cfg: Config, base: str, token_rows: dict) -> LoRAConfig:
-    """The settings of a new adapter, from the flags."""
-    targets = cfg.lora_target_modules
-    return LoRAConfig(
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=targets[0] if len(targets) == 1 else targets,
-        use_rslora=cfg.use_rslora,
-        bias=cfg.lora_bias,
-        modules_to_save=cfg.lora_modules_to_save,
-        trainable_token_indices=token_rows,
-        base_model_name_or_path=str(base),
-    )
+    """The settings of a new adapter, from the flags of the same names, with lora_ before or not."""
+    flags, names = vars(cfg), [f.name for f in fields(LoRAConfig)]
+    given = {n: flags[flag] for n in names for flag in (n, f"lora_{n}") if flag in flags}
+    given |= {"trainable_token_indices": token_rows, "base_model_name_or_path": str(base)}
+    if len(targets := given["target_modules"]) == 1:
+        given["target_modules"] = targets[0]
+    return LoRAConfig(**given)
 
 
 def check_rows(lora: LoRAConfig, rows: dict[str, list[int]], adapter: str) -> None:
