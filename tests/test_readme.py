@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import test_quantized
 import torch
-from scripts import METHODS, call, metrics
+from safetensors.torch import load_file
+from scripts import METHODS, call, metrics, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
@@ -22,6 +23,7 @@ from nanoalign.formats import layouts
 from nanoalign.model import make_policy
 from nanoalign.packing import Example, pack
 from nanoalign.run import flags as run_flags
+from nanoalign.run import record
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.train import make_optimizer
 
@@ -182,6 +184,31 @@ def test_the_format_example_is_the_tested_one():
 def test_the_layout_example_is_one_line_of_a_table():
     (line,) = [block for block in PYTHON if '"ask"' in block]
     assert eval("{" + line + "}", vars(layouts)) == {("ask", "good", "bad"): layouts.answered}
+
+
+def test_two_optimizers_as_one_are_resumed(model_dir, data, tmp_path, monkeypatch, no_curves):
+    """Muon, where torch has it, for A and B, and AdamW for a norm: bit for bit, from a checkpoint
+    with the states of both."""
+    (code,) = [block for block in PYTHON if "class Both" in block]
+    scope, kind = {"torch": torch}, getattr(torch.optim, "Muon", torch.optim.SGD)
+    exec(code, scope)
+
+    def both(cfg, lm):
+        named = {n: p for n, p in lm.named_parameters() if p.requires_grad}
+        parts = [[p for n, p in named.items() if (".lora_" in n) is lora] for lora in (True, False)]
+        matrices = kind(parts[0], lr=cfg.learning_rate, momentum=0.9)
+        return scope["Both"](matrices, torch.optim.AdamW(parts[1], lr=cfg.learning_rate))
+
+    monkeypatch.setattr(record, "make_optimizer", both)
+    given = dict(model_name_or_path=model_dir, dataset_name=str(data / "sft.jsonl"), device="cpu")
+    given |= dict(lora_modules_to_save="norm", max_steps=4, save_steps=2, learning_rate=1e-2)
+    call("sft", given | dict(output_dir=str(tmp_path / "whole")))
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    keys = {name.partition(".")[0] for name in load_file(checkpoint / "state.safetensors")}
+    assert keys >= {"momentum_buffer", "exp_avg"}
+    resumed = dict(output_dir=str(tmp_path / "other"), resume_from_checkpoint=str(checkpoint))
+    call("sft", given | resumed)
+    assert tensors(tmp_path / "other") == tensors(tmp_path / "whole")
 
 
 def test_the_head_example_finds_the_ends_of_replies(model_dir):
