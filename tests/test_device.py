@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanoalign import InputError
 from nanoalign.fast import attention, flex
-from nanoalign.formats.weights import auto_dtype, skeleton
+from nanoalign.formats.weights import dtype_of, skeleton
 from nanoalign.logps import PackedLM
 from nanoalign.lora import add_lora
 from nanoalign.losses import DPO_LOSSES
@@ -34,20 +34,24 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "stored, capability, device, expected",
+    "asked, stored, capability, device, expected, line",
     [
-        (torch.bfloat16, (7, 5), CUDA, torch.float16),
-        (torch.bfloat16, (7, 5), CPU, torch.bfloat16),
-        (torch.bfloat16, (8, 0), CUDA, torch.bfloat16),
-        (torch.float32, (7, 5), CUDA, torch.float32),
-        (None, (9, 0), CUDA, torch.float32),
+        ("auto", torch.bfloat16, (7, 5), CUDA, torch.float16, "float16 is used"),
+        ("auto", torch.bfloat16, (7, 5), CPU, torch.bfloat16, ""),
+        ("auto", torch.bfloat16, (8, 0), CUDA, torch.bfloat16, ""),
+        ("auto", torch.float32, (7, 5), CUDA, torch.float32, ""),
+        ("auto", None, (9, 0), CUDA, torch.float32, ""),
+        ("bfloat16", torch.float32, (7, 5), CUDA, torch.bfloat16, "slowly; --fp16 is for it"),
+        ("bfloat16", torch.float32, (8, 0), CUDA, torch.bfloat16, ""),
+        ("float16", torch.bfloat16, (7, 5), CUDA, torch.float16, ""),
     ],
 )
-def test_dtype_auto(stored, capability, device, expected, monkeypatch, capsys):
-    """The checkpoint's, but float16 on a card that can't multiply bfloat16; and then it says so."""
+def test_dtype(asked, stored, capability, device, expected, line, monkeypatch, capsys):
+    """As asked, or the checkpoint's; where the card can't multiply bfloat16, one line says so."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert auto_dtype("M", Namespace(dtype=stored), device) == expected
-    assert ("float16 is used" in capsys.readouterr().out) == (expected == torch.float16)
+    assert dtype_of(asked, "M", Namespace(dtype=stored), device) == expected
+    said = capsys.readouterr().out
+    assert line in said and said.count("\n") == bool(line)
 
 
 def test_heads_too_small_for_a_gpu_s_kernel_take_the_dense_way(monkeypatch):

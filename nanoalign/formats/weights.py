@@ -61,7 +61,7 @@ def load_lm(
     build = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
     scale, softcap = probe(build, config, name, unstack if in_few_bits else None)
     device = pick_device(device)
-    dtype = auto_dtype(name, config, device) if dtype == "auto" else getattr(torch, dtype)
+    dtype = dtype_of(dtype, name, config, device)
     if in_few_bits:
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
@@ -74,15 +74,16 @@ def load_lm(
     return PackedLM(model.to(device), scale, softcap, autocast)
 
 
-def auto_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """The checkpoint's; but where that is bfloat16, which NVIDIA's cards before Ampere can't
-    multiply, float16."""
-    dtype = getattr(config, "dtype", None) or torch.float32
+def dtype_of(asked: str, name: str, config, device: torch.device) -> torch.dtype:
+    """As asked. auto is the checkpoint's; but where that is bfloat16, which NVIDIA's cards before
+    Ampere can't multiply, float16. A line says so, as it does where bfloat16 is asked for there."""
+    auto = asked == "auto"
+    dtype = (getattr(config, "dtype", None) or torch.float32) if auto else getattr(torch, asked)
     if dtype == torch.bfloat16 and device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
-            text = "is in bfloat16, which this card can't multiply; float16 is used"
-            print(one_line(f"{name}: {text}"))
-            return torch.float16
+            way = "float16 is used" if auto else "emulated, slowly; --fp16 is for it"
+            print(one_line(f"{name}: is in bfloat16, which this card can't multiply; {way}"))
+            return torch.float16 if auto else dtype
     return dtype
 
 
