@@ -23,7 +23,7 @@ from nanoalign.run.flags import KTOConfig
 from nanoalign.run.log import reward_sums
 from nanoalign.run.ranks import joined
 from nanoalign.run.record import fit
-from nanoalign.run.reference import logps_of, long_rows, reference_of
+from nanoalign.run.reference import logps_of, long_rows, reference_of, without_gradient
 from nanoalign.run.report import finish
 from nanoalign.run.session import Run, start
 from nanoalign.train import plan
@@ -65,10 +65,12 @@ def run_kto(cfg: KTOConfig) -> Run:
     def kto(batches):
         """One step of KTO. z0 is computed from the step; the loss is a mean over examples."""
         z0 = torch.zeros(())
-        if with_z0:
-            rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, lm)
-            z0 = kl_baseline(joined(logps_of(lm, rows)), joined(reference(rows)))
-        for batch, ref in zip(batches, reference(batches)):
+        with without_gradient(lm):
+            if with_z0:
+                rows = long_rows([e.mismatch for batch in batches for e in batch], cfg, lm)
+                z0 = kl_baseline(joined(logps_of(lm, rows)), joined(reference(rows)))
+            references = reference(batches)
+        for batch, ref in zip(batches, references):
             scores = run.policy(batch)
             desirable = to_device([e.label for e in batch], ref.device).bool()
             losses, rewards = kto_loss(scores.logps, ref, desirable, z0, **flags)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nanoalign import InputError
 from nanoalign.fast import nf4 as fast  # `rebuild`, but quicker
-from nanoalign.fast.nf4 import in_chunks, product_with
+from nanoalign.fast.nf4 import decoded, in_chunks, product_with
 
 # fmt: off
 LEVELS = torch.tensor([  # as published; every NF4 file holds these fp32 values
@@ -126,7 +126,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return F.linear(x, layer.dequantize().to(x.dtype), bias)
+        return F.linear(x, decoded(layer, x).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):  # (..., out)

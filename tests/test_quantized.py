@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from transformers import (
     Qwen2Config,
 )
 
+import train_kto
 from nanoalign import InputError
+from nanoalign.fast import nf4
 from nanoalign.formats.bitsandbytes import save_4bit
 from nanoalign.formats.files import stored_tensors
 from nanoalign.formats.peft import LoRAConfig, add_adapter
@@ -36,7 +39,8 @@ from nanoalign.formats.weights import (
 from nanoalign.lora import LoRALinear
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 from nanoalign.packing import Example, packed
-from nanoalign.run.flags import SFTConfig, parse
+from nanoalign.run import reference
+from nanoalign.run.flags import KTOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
 from nanoalign.tools.merge import main as merge_main
 from train_sft import run_sft
@@ -411,6 +415,38 @@ def test_train_then_merge(tmp_path, capsys):
     merge(adapter, tmp_path / "merged", "--dtype", "float32")
     said = capsys.readouterr().out
     assert "NF4" in said and "largest change of a logit on" in said and "in float32" in said
+
+
+def test_passes_without_gradient_decode_once(tmp_path, data, no_curves, monkeypatch):
+    """KTO's three: the same numbers to the last bit, and each weight decoded three times a step:
+    there, forward and backward. Not of rows so short that what is kept would be larger."""
+    decodings, once = [], nf4.decoding_once
+    dequantize = NF4Linear.dequantize
+    monkeypatch.setattr(NF4Linear, "dequantize", lambda s: decodings.append(s) or dequantize(s))
+    base, results = make(tmp_path / "base"), []
+    flags = f"--model_name_or_path {base} --dataset_name {data / 'kto.jsonl'} --max_steps 2"
+    flags += " --load_in_4bit --device cpu --logging_steps 1 --output_dir "
+    for way in once, nullcontext, once:
+        monkeypatch.setattr(reference, "decoding_once", way)
+        more = ["--gradient_checkpointing"] if results[1:] else []
+        decodings.clear()
+        out = tmp_path / str(len(results))
+        train_kto.run_kto(parse(KTOConfig, [*flags.split(), str(out), *more], {}))
+        times = decodings.count(decodings[-1])  # decoded for backward, too
+        results.append((load_file(out / "adapter_model.safetensors"), times))
+    (weights, few), (others, many), (_, recomputed) = results
+    assert (few, many, recomputed) == (2 * 3, 2 * 5, 2 * 6)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert nf4.kept is None
+
+    lm = load_policy(SFTConfig(base, load_in_4bit=True, device="cpu")).lm
+    layer = next(m for n, m in frozen_layers(lm).items() if "up_proj" in n)
+    for tokens, times in (9, 2), (90, 1):  # 64 x 32 weights, 64 + 32 numbers a token
+        decodings.clear()
+        with torch.no_grad(), once(True):
+            first, second = (lm([Example([5], [([7] * tokens, [True] * tokens)])]) for _ in "ab")
+        assert torch.equal(first.logps, second.logps)
+        assert decodings.count(layer) == times
 
 
 def test_a_step_moves_only_the_adapter(tmp_path):

@@ -7,11 +7,12 @@ second-level cache. On a GPU torch.compile makes one kernel of `decode`. In a co
 product with a frozen weight is one operator of torch, which the compiler does not look into.
 
 `in_chunks` is a helper. It calls nf4.quantize for a chunk at a time: on a CPU a 4096 x 4096 weight
-is quantized three times as fast.
+is quantized three times as fast. `decoded` keeps a weight for the next pass while memory has room.
 """
 
 import functools
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,37 @@ def way_for(weights: int, device: torch.device):
     if device.type == "cpu":
         return decode_cpu
     return fused_decode() if weights >= CHUNK else decode  # small weights gain nothing by it
+
+
+kept = None  # layer -> its weight, where passes decode once
+
+
+@contextmanager
+def decoding_once(on: bool):
+    """In here, passes without gradient that follow each other: each weight is decoded by the first.
+
+    Memory's peak stays where it is, at the end of a forward pass with gradient. So a weight is kept
+    only on a CPU and while it is smaller than the x and y that this pass keeps of its layer, with
+    rows half as long. With gradient checkpointing it keeps neither, and `on` must be False.
+    """
+    global kept
+    before = kept
+    kept = {} if on and before is None else before
+    try:
+        yield
+    finally:
+        kept = before
+
+
+def decoded(layer, x):
+    """layer.dequantize() for a product with x, or what a pass before this one has kept of it."""
+    if kept is None or not x.is_cpu:
+        return layer.dequantize()
+    weight = kept[layer] if layer in kept else layer.dequantize()
+    x_and_y = x.numel() // layer.in_features * (layer.in_features + layer.out_features)
+    if weight.numel() < x_and_y / 2:
+        kept[layer] = weight
+    return weight
 
 
 def absmax_of(scales, scale_levels):

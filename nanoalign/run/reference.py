@@ -7,8 +7,8 @@ are lost after step 1, so a table of log-probs is computed before.
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoalign import InputError, one_line
+from nanoalign.fast.nf4 import decoding_once
 from nanoalign.fast.transfer import to_device
 from nanoalign.logps import PackedLM
 from nanoalign.losses import compares
@@ -76,10 +77,17 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
     return ranks.level(in_rows(examples, 2 * (cfg.max_row_tokens or lm.row_tokens)))
 
 
-@torch.no_grad()
+@contextmanager
+def without_gradient(lm: PackedLM) -> Iterator[None]:
+    """Passes of the same weights, one after the other: in 4 bits they are decoded once."""
+    with torch.no_grad(), decoding_once(not lm.model.is_gradient_checkpointing):
+        yield
+
+
 def logps_of(lm: PackedLM, batches: Batches) -> list[Tensor]:
     """The log-probs of each batch under a model, without gradient."""
-    return [lm(batch).logps for batch in batches]
+    with without_gradient(lm):
+        return [lm(batch).logps for batch in batches]
 
 
 def load_reference(cfg: ReferenceConfig, name: str, policy: Policy) -> PackedLM:
@@ -123,8 +131,9 @@ def table(
     distinct = {tuple(keys_of([example])): example for example in examples}
     rows = long_rows([*distinct.values()], cfg, lm)
     mine, logps = ranks.level(ranks.share(rows, lambda row: sum(e.tokens for e in row))), {}
-    for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
-        logps |= zip(keys_of(row), reference([row])[0].tolist())
+    with without_gradient(lm):
+        for row in tqdm(mine, "reference log-probs", disable=None, leave=False):
+            logps |= zip(keys_of(row), reference([row])[0].tolist())
     logps = {key: logp for of_rank in ranks.gather(logps) for key, logp in of_rank.items()}
     print(f"{len(logps)} reference log-probs computed before the first step")
     return lambda batches: [
