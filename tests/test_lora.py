@@ -62,8 +62,10 @@ def test_a_layer_merged_and_switched_off():
     change = 0.5 * layer.lora_B.weight @ layer.lora_A.weight
     layer.enabled = False
     assert torch.equal(layer(x.bfloat16()), base(x.bfloat16()))
+    bias = base.bias.detach().float()
     merged = layer.merge()
     assert merged.weight.dtype == torch.float32 and not merged.weight.requires_grad
+    assert torch.equal(merged(x), F.linear(x, merged.weight, bias))
     assert torch.allclose(merged.weight, start.float() + change, rtol=0, atol=1e-6)
     assert torch.equal(table.weight.bfloat16(), start)
 
