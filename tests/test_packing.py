@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from itertools import product, takewhile
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from nanoalign.packing import (
     packed,
     packed_attention,
     pairs_of,
+    shared,
 )
 
 # ------------------------------------------------------------------------------------ the row
@@ -153,6 +155,16 @@ def test_ranked_replies_by_hand():
     assert row.targets.tolist()[:8] == [20, 21, 22, 30, 31, 20, 21, 40]
     assert (example.tokens, len(example), example.count) == (7, 11, 3)
     assert pairs_of([example, example]) == ([0, 0, 1, 3, 3, 4], [1, 2, 2, 4, 5, 5])
+
+
+def test_what_texts_share_by_counting():
+    """Up to the first difference, or all of the shorter one; its last token counts, too."""
+    for a, b in product(product((1, 2), repeat=3), repeat=2):
+        for text in (list(b[:n]) for n in range(4)):
+            count = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, text))))
+            assert shared(list(a), text) == shared(text, list(a)) == count
+    inside = Example([10], [([20, 21, 22], [True] * 3), ([20, 21], [True] * 2)])
+    assert inside.tokens == 4 and Example([10], inside.texts[:1] * 2).tokens == 4
 
 
 def random_tree(rng, vocabulary=320):
