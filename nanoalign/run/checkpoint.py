@@ -275,23 +275,15 @@ def is_finished(cfg: Config, state: dict) -> bool:
 
 
 def is_own_directory(which: str | None, directory: Path) -> bool:
-    """Does --resume_from_checkpoint name the run's own directory?"""
-    return which == "last" or bool(which) and same(which, directory)
-
-
-def same(path: str | Path, other: str | Path) -> bool:
-    """Do two paths lead to the same place? They may hold links and ".."."""
-    return os.path.realpath(path) == os.path.realpath(other)
+    """Does --resume_from_checkpoint name the run's own directory? Paths may be links."""
+    return which == "last" or bool(which) and os.path.realpath(which) == os.path.realpath(directory)
 
 
 def _generators() -> dict:
     """Device -> the module of torch with its random generator."""
-    modules = {"cpu": torch}
-    if torch.cuda.is_available():
-        modules["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        modules["mps"] = torch.mps
-    return modules
+    cuda = {"cuda": torch.cuda} if torch.cuda.is_available() else {}
+    mps = {"mps": torch.mps} if torch.backends.mps.is_available() else {}
+    return {"cpu": torch, **cuda, **mps}
 
 
 def _of_rank(name: str) -> str:
@@ -324,18 +316,17 @@ def kept_in(cfg: Config, name: str) -> dict:
 
 def lies_in(checkpoint: Path, directory: Path) -> bool:
     """Is the checkpoint in the directory? Either path may be a link."""
-    real = Path(os.path.realpath(checkpoint))
-    return same(checkpoint.parent, directory) or same(real.parent, directory)
+    parents = checkpoint.parent, Path(os.path.realpath(checkpoint)).parent
+    return os.path.realpath(directory) in map(os.path.realpath, parents)
 
 
-def continues(which: str | None, directory: Path) -> bool:
+def continues(which: str, directory: Path) -> bool:
     """Does --resume_from_checkpoint name a run in this directory? A run that was killed before its
     first checkpoint has left only its metrics."""
-    if is_own_directory(which, directory):
-        files = directory / "run.json", directory / "metrics.jsonl"
-        return bool(checkpoints(directory)) or any(path.exists() for path in files)
-    found = checkpoints_named(which, directory) if which else []
-    return any(lies_in(path, directory) for path in found)
+    files = directory / "run.json", directory / "metrics.jsonl"
+    if is_own_directory(which, directory) and any(path.exists() for path in files):
+        return True
+    return any(lies_in(path, directory) for path in checkpoints_named(which, directory))
 
 
 def prune(directory: Path, keep: int | None, step: float = math.inf, best: int = 0) -> None:
@@ -353,26 +344,21 @@ def take_over(directory: Path, fresh: bool) -> None:
     """Prepare the output directory for a run that is not finished.
 
     A `fresh` run must not be mixed up with an earlier one there. So the earlier checkpoints and
-    TensorBoard's events are deleted. The earlier result moves to PREVIOUS until there is a new one.
+    TensorBoard's events are deleted. An earlier result moves to PREVIOUS until there is a new one.
+    Its weights move last: if this is killed, the next start still finds them and moves the rest.
     """
     with saving(directory):
         if fresh:
-            set_aside(directory)
+            result = [path for name in RESULT for path in directory.glob(name)]
+            weights = [path for path in result if path.suffix in (".safetensors", ".bin")]
+            if weights:
+                (directory / PREVIOUS).mkdir(exist_ok=True)
+                for path in sorted(result, key=weights.__contains__):
+                    os.replace(path, directory / PREVIOUS / path.name)
             for path in directory.glob("events.out.tfevents.*"):
                 path.unlink()
             prune(directory, keep=0)
         (directory / "run.json").unlink(missing_ok=True)
-
-
-def set_aside(directory: Path) -> None:
-    """Move an earlier run's result to PREVIOUS, if it has weights. They move last: if this is
-    killed halfway, the next start still finds them and moves the rest."""
-    found = [path for name in RESULT for path in directory.glob(name)]
-    weights = [path for path in found if path.suffix in (".safetensors", ".bin")]
-    if weights:
-        (directory / PREVIOUS).mkdir(exist_ok=True)
-        for path in sorted(found, key=weights.__contains__):
-            os.replace(path, directory / PREVIOUS / path.name)
 
 
 def clean_up(directory: Path) -> None:

@@ -59,8 +59,10 @@ def command(name: str) -> Iterator[None]:
     except BrokenPipeError:
         sys.exit(141)  # the code of a process that SIGPIPE ended
     except (InputError, OSError) as error:
-        why = error if isinstance(error, InputError) else InputError(os_error(error))
-        print(f"{name}: error: {why}", file=sys.stderr)
+        if isinstance(error, OSError):
+            where = f"{str(error.filename):.200}: " if error.filename else ""
+            error = InputError(where + (error.strerror or str(error)))
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         sys.exit(stop.code)
@@ -72,12 +74,6 @@ def command(name: str) -> Iterator[None]:
             sys.stdout.flush()
         except BrokenPipeError:  # Python would flush again at exit, and print an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def os_error(error: OSError) -> str:
-    """The file, with its name cut to 200 characters, and what is wrong."""
-    where = f"{str(error.filename):.200}: " if error.filename else ""
-    return where + (error.strerror or str(error))
 
 
 def quiet() -> None:

@@ -43,13 +43,13 @@ def use_threads(cfg: Config) -> str:
 
     Sums round differently with another number, so a resumed run takes the number that it had.
     """
-    most, then = torch.get_num_threads(), checkpoint.kept_in(cfg, "state.json").get("threads")
+    most, before = torch.get_num_threads(), checkpoint.kept_in(cfg, "state.json").get("threads")
     if cfg.threads:
         number, why = cfg.threads, "--threads"
     elif "OMP_NUM_THREADS" in os.environ:
         number, why = most, "OMP_NUM_THREADS"
-    elif isinstance(then, int) and then > 0:
-        number, why = then, "as before"
+    elif isinstance(before, int) and before > 0:
+        number, why = before, "as before"
     elif pick_device(cfg.device).type != "cpu":
         number, why = most, "one a core"
     elif world.at_home(cfg):
@@ -58,8 +58,8 @@ def use_threads(cfg: Config) -> str:
         number, why = faster(most)
         number = min(ranks.gather(number))
     torch.set_num_threads(number)
-    if then not in (None, number):
-        why += f"; before it was {then}, so sums round otherwise"
+    if before not in (None, number):
+        why += f"; before it was {before}, so sums round otherwise"
     return f"computes on the CPU with {number} thread{'s' * (number > 1)} ({why})"
 
 

@@ -47,21 +47,21 @@ def saving(target: Path) -> Iterator[None]:
 
 def write_file(target: Path, write: Write) -> None:
     """Write a small file."""
-    beside = target.with_name(f"tmp-{target.name}")
+    tmp = target.with_name(f"tmp-{target.name}")
     with saving(target):
         try:
-            write(beside)
-            _flush(beside)
-            os.replace(beside, target)
+            write(tmp)
+            _flush(tmp)
+            os.replace(tmp, target)
         finally:
             with suppress(OSError):
-                beside.unlink()
+                tmp.unlink()
 
 
 def write_text(target: Path, text: str) -> None:
     """Write a text. Names of files that are not UTF-8 get their bytes escaped."""
     content = text.encode("utf-8", errors="backslashreplace")
-    write_file(target, lambda beside: beside.write_bytes(content))
+    write_file(target, lambda tmp: tmp.write_bytes(content))
 
 
 def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = False) -> None:
@@ -71,21 +71,21 @@ def write_whole(target: Path, write: Write, into: bool = False, rescue: bool = F
     Raises InputError if the disk is full or not writable; the old content stays. With `rescue` the
     weights are then kept elsewhere if possible, and the message says where.
     """
-    beside = target / "tmp-final" if into else target.with_name(f"tmp-{target.name}")
+    tmp = target / "tmp-final" if into else target.with_name(f"tmp-{target.name}")
     try:
         with saving(target):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            write(beside)
-            for path in [*beside.rglob("*"), beside]:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            write(tmp)
+            for path in [*tmp.rglob("*"), tmp]:
                 _flush(path)
-            replace(target / COMPLETE if into else target, beside)
-            _flush(beside.parent)
+            replace(target / COMPLETE if into else target, tmp)
+            _flush(tmp.parent)
             if into:
                 install(target)
     except Exception as error:
-        where = rescued(beside, write) if rescue else ""
-        shutil.rmtree(beside, ignore_errors=True)  # incomplete, and the disk may be full
+        where = rescued(tmp, write) if rescue else ""
+        shutil.rmtree(tmp, ignore_errors=True)  # incomplete, and the disk may be full
         if isinstance(error, InputError):
             raise InputError(f"{error}{where}") from None
         if rescue:
@@ -122,15 +122,15 @@ def install(directory: Path) -> None:
         complete.rmdir()
 
 
-def rescued(beside: Path, write: Write) -> str:
-    """Keep the weights of a save that failed. If they are complete in `beside`, it gets another
+def rescued(tmp: Path, write: Write) -> str:
+    """Keep the weights of a save that failed. If they are complete in `tmp`, it gets another
     name. If not, they are written to the system's temporary directory. -> words that say where."""
-    kept = beside.with_name(beside.name.replace("tmp", "rescued", 1))
+    kept = tmp.with_name(tmp.name.replace("tmp", "rescued", 1))
     with suppress(Exception):
-        if has_weights(beside):
-            replace(kept, beside)
+        if has_weights(tmp):
+            replace(kept, tmp)
         else:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
             kept = Path(tempfile.mkdtemp(prefix="nanoalign-"))
             with suppress(Exception):
                 write(kept)

@@ -416,33 +416,33 @@ def parse(kind: type[Config], argv: list[str], built_in: dict) -> Config:
     """argv -> a checked config. `built_in`: the defaults of a script if no model is given."""
     parser = Parser(kind, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
     parser.add_argument("--config", help="a YAML file of flags; those of the command line win")
-    typed, lines, places = by_flag(argv), {}, {}
+    typed, in_file, line_of = by_flag(argv), {}, {}
     if "config" in typed:
-        lines, places = from_file(kind, parser.parse_args(typed.pop("config")).config)
-    given = lines | typed
-    if not given.keys() & {"model_name_or_path", "adapter_name_or_path"}:
+        in_file, line_of = from_file(kind, parser.parse_args(typed.pop("config")).config)
+    words = in_file | typed
+    if not words.keys() & {"model_name_or_path", "adapter_name_or_path"}:
         parser.set_defaults(**built_in)
     try:
-        read = vars(parser.parse_args(known_words(kind, given)))
-        cfg = kind(**{f.name: read[f.name] for f in fields(kind)})
-        check(cfg, set(given))
+        values = vars(parser.parse_args(known_words(kind, words)))
+        cfg = kind(**{f.name: values[f.name] for f in fields(kind)})
+        check(cfg, set(words))
     except InputError as error:
-        named = [n for n in re.findall(r"--(\w+)", str(error)) if n in places.keys() - typed]
-        raise InputError(f"{places[named[0]]}: {error}" if named else str(error)) from None
+        named = [n for n in re.findall(r"--(\w+)", str(error)) if n in line_of.keys() - typed]
+        raise InputError(f"{line_of[named[0]]}: {error}" if named else str(error)) from None
     return cfg
 
 
 def by_flag(argv: list[str]) -> dict[str, list[str]]:
     """["--max-steps=3", "--no_use_peft"] -> {"max_steps": ["--max-steps=3"], "use_peft": [...]}"""
-    given: dict[str, list[str]] = {}
-    name = ""  # of the words before the first flag
+    words: dict[str, list[str]] = {}
+    name = ""  # for words before the first flag
     for word in argv:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
-            if name in given:  # argparse would take the last one
+            if name in words:  # argparse would take the last one
                 raise InputError(f"--{name} is given more than once")
-        given.setdefault(name, []).append(word)
-    return given
+        words.setdefault(name, []).append(word)
+    return words
 
 
 def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -460,40 +460,40 @@ def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict
         raise InputError(f"--config {path}: expected lines as learning_rate: 1e-5")
     tags = [f"tag:yaml.org,2002:{t}" for t in "str int float bool timestamp null".split()]
     optional = {f.name for f in fields(kind) if f.default is None}  # null leaves these at None
-    given, places = {}, {}
+    flags, line_of = {}, {}
     for key, value in root.value:
         place = f"{path}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise InputError(f"{place}: expected a flag")
         name = key.value.replace("-", "_")
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        words = [item.value for item in items if item.tag in tags]
+        texts = [item.value for item in items if item.tag in tags]
         if isinstance(value, yaml.MappingNode):
-            words = [text[value.start_mark.index : value.end_mark.index]]
-        elif len(words) < len(items):
+            texts = [text[value.start_mark.index : value.end_mark.index]]
+        elif len(texts) < len(items):
             raise InputError(f"{place}: {name}: expected a plain value, or a list of them")
-        if name in given:
+        if name in flags:
             raise InputError(f"{place}: {name} is given more than once")
         if value.tag != tags[-1] or name in names_of(kind) - optional:
-            given[name], places[name] = [f"--{name}", *words], place
-    return given, places
+            flags[name], line_of[name] = [f"--{name}", *texts], place
+    return flags, line_of
 
 
-def known_words(kind: type[Config], given: dict[str, list[str]]) -> list[str]:
+def known_words(kind: type[Config], flags: dict[str, list[str]]) -> list[str]:
     """Keep the words of our own flags.
 
     A flag of FOREIGN prints a line if its value changes nothing here. Any other value, and an
     unknown flag, raises InputError.
     """
     words = []
-    for name, said in given.items():
+    for name, said in flags.items():
         if name in names_of(kind) | {"", "help"}:
             words += said
             continue
-        row = next((row for row in FOREIGN if name in row[0].split()), None)
-        if row is None:
+        foreign = next((entry for entry in FOREIGN if name in entry[0].split()), None)
+        if foreign is None:
             raise InputError(unknown(kind, name, said))
-        _, harmless, instead = row
+        _, harmless, instead = foreign
         value = " ".join(said).partition("=" if "=" in said[0] else " ")[2]
         value = value or ("false" if said[0].startswith(("--no_", "--no-")) else "true")
         if harmless == "any":
@@ -536,14 +536,12 @@ def check(cfg: Config, given: set[str]) -> None:
 
     pairs = ("bf16", "fp16"), ("warmup_ratio", "warmup_steps"), ("eval_dataset", "eval_fraction")
     # A sharded model can't generate, and the hooks that gather a layer can't be compiled.
-    pairs += ("fsdp", "generate_during_eval"), ("fsdp", "torch_compile")
+    pairs += ("fsdp", "generate_during_eval"), ("fsdp", "torch_compile"), ("plain", "torch_compile")
     wrong = [pair for pair in pairs if all(getattr(cfg, name) for name in pair)]
     if (cfg.bf16 or cfg.fp16) and cfg.dtype not in ("auto", cfg.computing_dtype):
         wrong.append(("bf16" if cfg.bf16 else "fp16", f"dtype {cfg.dtype}"))
     if cfg.fsdp and cfg.optim == "paged_adamw_32bit":  # it can't handle DTensors
         wrong.append(("fsdp", "optim paged_adamw_32bit"))
-    if cfg.plain and cfg.torch_compile:
-        wrong.append(("plain", "torch_compile"))
     if not cfg.use_peft:
         settings = {f.name for f in fields(cfg) if f.metadata.get("idle") is has_adapter}
         needs_lora = given & {*settings, "lora_dropout", "adapter_name_or_path"}

@@ -108,13 +108,6 @@ def once(do: Callable):
     return result[0]
 
 
-def own_dropout(seed: int) -> None:
-    """Give each rank its own random numbers from here on. Before this, all ranks must make equal
-    weights. Rank 0 keeps the numbers of a run on one process."""
-    if RANK:
-        torch.manual_seed(seed + RANK)
-
-
 def share(things: list, length: Callable = len) -> list:
     """The things of a list that this rank takes, in their order. All ranks have the same list.
 

@@ -127,22 +127,22 @@ class Record:
     """
 
     def __init__(self, cfg: Config, run: Run, signals: list[int]):
-        self.cfg, self.run, self.directory = cfg, run, Path(cfg.output_dir)
-        self.signals = signals
+        self.cfg, self.run, self.signals = cfg, run, signals
+        self.directory, lm = Path(cfg.output_dir), run.policy.lm
         self.evaluations: list[dict] = []  # their lines in metrics.jsonl
-        ranks.own_dropout(cfg.seed)  # earlier, modules that a script adds would differ by rank
+        if ranks.RANK:  # for dropout; earlier, the ranks would begin with different weights
+            torch.manual_seed(cfg.seed + ranks.RANK)
         self.per_epoch, self.total = plan(cfg, len(run.examples))
         # Steps between two evaluations, and between two checkpoints. 0: only at the end.
         evals = cfg.eval_steps or (cfg.logging_steps if cfg.eval_strategy == "steps" else 0)
         self.eval_every = self.per_epoch if cfg.eval_strategy == "epoch" else evals
         saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
         self.save_every = saves[cfg.save_strategy]
-        ranks.reshard(run.policy.lm)
-        self.optimizer = make_optimizer(cfg, run.policy.lm)
-        self.trained = {n: p for n, p in run.policy.lm.named_parameters() if p.requires_grad}
-        self.float16 = computes_in(run.policy.lm) == torch.float16
-        data = run.examples, run.held_out
-        this_run = fingerprint(cfg, *data, run.policy.lm, self.optimizer)
+        ranks.reshard(lm)
+        self.optimizer = make_optimizer(cfg, lm)
+        self.trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+        self.float16 = computes_in(lm) == torch.float16
+        this_run = fingerprint(cfg, run.examples, run.held_out, lm, self.optimizer)
         self.facts = facts(cfg, run, this_run["data"])
         self.state = {  # what state.json of a checkpoint holds
             "step": 0,

@@ -106,7 +106,7 @@ def draw(runs: dict[str, list[dict]], out: Path) -> bool:
         axis.grid(alpha=0.3)
         if len(runs) * len(names) > 1:
             axis.legend(fontsize=8, frameon=False)
-    write_file(out, lambda beside: figure.savefig(beside, dpi=120, format=out.suffix[1:]))
+    write_file(out, lambda tmp: figure.savefig(tmp, dpi=120, format=out.suffix[1:]))
     return True
 
 
