@@ -1,8 +1,8 @@
-"""The templates there are: ChatML, the tokenizer's own, none at all, or one that you add.
+"""Chat templates: ChatML, the tokenizer's own (native), none, or one that you add.
 
-What a template is stands in chatml.ChatML. The usual way with a tokenizer's own is to render a
-conversation with and without its last reply, and to train on the difference whatever it is;
-`NativeTemplate` gives the same guarantees as ChatML, or refuses.
+chatml.ChatML says what members a template has. Other tools render a conversation with its last
+reply and without it, and train on the difference, whatever that is. `NativeTemplate` checks the
+difference, and gives the guarantees of ChatML or refuses the template.
 """
 
 import json
@@ -18,9 +18,9 @@ from nanoalign.chatml import ChatML, Message, Piece, encode
 KWARGS, DATE = "nanoalign_template_kwargs", "nanoalign_date"  # in tokenizer_config.json
 THOUGHT = "reasoning_content", "reasoning", "thinking"  # a template reads one of them
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null", "function"}
-BREAK = "\udfff"  # as Marked's stand-ins, half of a surrogate pair: no text holds one
+BREAK = "\udfff"  # half of a surrogate pair, as Marked's stand-ins: in no text of a file
 DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyY"]  # of strftime
-STRFTIME_NOW = (  # transformers hands no function to a template; this is one within it
+STRFTIME_NOW = (  # a macro, because transformers passes no functions to a template
     "{%- macro strftime_now(format) -%}{%- set shown = namespace(text=format) -%}"
     "{%- for name in nanoalign_date -%}"
     "{%- set shown.text = shown.text.replace(name, nanoalign_date[name]) -%}"
@@ -29,16 +29,16 @@ STRFTIME_NOW = (  # transformers hands no function to a template; this is one wi
 
 
 class Marked:
-    """Text in which the names of added tokens stand for these tokens, its markers. White space
-    alone is none; with `signs` a word is none either: it is a word, whoever writes it."""
+    """Text with markers in it: the names of added tokens, which stand for these tokens. A token of
+    white space is no marker; with `signs_only` a word ("tool") is none either."""
 
-    def __init__(self, tokenizer, signs: bool = False):
+    def __init__(self, tokenizer, signs_only: bool = False):
         self.ids, space, sign = tokenizer.get_added_vocab(), r"\s*", r'[^\w\s"\\]'
-        name = re.compile(rf"\s*{sign}(.*{sign})?\s*" if signs else ".*", re.DOTALL)
+        name = re.compile(rf"\s*{sign}(.*{sign})?\s*" if signs_only else ".*", re.DOTALL)
         tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip(" \n\t▁")]
         tokens = [t for t in tokens if name.fullmatch(t.content)]
         tokens.sort(key=lambda t: len(t.content), reverse=True)
-        # some tokens take the white space beside them
+        # tokens with lstrip or rstrip include the white space beside them
         names = [space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens]
         self.marker = re.compile(f"({'|'.join(names) or '(?!)'})")
         self.names = "\n".join(t.content for t in tokens)
@@ -58,16 +58,16 @@ class Marked:
         return self.ids[marker if marker in self.ids else marker.strip()]
 
     def hide(self, value, schema: bool = False):
-        """A value of a conversation, however deep, so that no part of it becomes a marker when a
-        template prints it; `split` shows it as it was.
+        """A copy of a value, in which no text can become a marker or a part of one when a template
+        prints it. `split` undoes this.
 
-        The signs that markers begin and end with get stand-ins. A text that could be the middle of
-        one ("end", where a template prints "<|" and "|>" around it) is broken in two. In the
-        `schema` of a tool keys and types are not, because templates ask for them.
+        The first and last letters of markers get stand-ins. A text that is a part of a marker gets
+        a BREAK: "end" would become one where a template prints "<|" and "|>" around it. In the
+        `schema` of a tool, keys and types get none, because templates compare them.
         """
         if isinstance(value, str):
-            text, inside = value.strip(), value.strip() in self.names
-            if text and inside and not (schema and text in TYPES):
+            text = value.strip()
+            if text and text in self.names and not (schema and text in TYPES):
                 value = re.sub(r"(?<=\S)", BREAK, value, count=1)
             return value.translate(self.stand_ins)
         if isinstance(value, dict):
@@ -77,8 +77,8 @@ class Marked:
 
 
 class NoTemplate:
-    """Strings as they are, for data that hold a template already: the names of added tokens are
-    read as these tokens, and nothing is added. A reply trains whole."""
+    """For data that hold a template already. The names of added tokens in a string become these
+    tokens, and nothing is added. All of a reply trains."""
 
     markers, jinja = (), None
 
@@ -87,7 +87,7 @@ class NoTemplate:
         self.stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def pieces(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
-        """As ChatML.pieces, of a reply and the prompt before it, if there is one."""
+        """As ChatML.pieces, for a reply, or a prompt and a reply."""
         *before, reply = messages
         if len(before) > 1 or tools or reply.keys() & {"reasoning_content", "tool_calls"}:
             fault = "takes a prompt and a reply as strings, and no turns, thoughts or tools"
@@ -102,7 +102,7 @@ class NoTemplate:
                 yield piece, False
 
 
-# Turns to try a template with.
+# Messages with which a template is tried.
 ASK, ANSWER = ({"role": r, "content": c} for r, c in (("user", "Where?"), ("assistant", "Here.")))
 CALL = {"name": "find_it", "arguments": {"city": "Paris."}}
 CALL = {**ANSWER, "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
@@ -113,7 +113,7 @@ TOOLS = [{"type": "function", "function": FIND}]
 
 
 def like(message: Message, i: int) -> Message:
-    """A message of the same kind as the i-th of a conversation, whose words can't be overlooked."""
+    """A message of the same kind as the i-th of a conversation, with words that stand out."""
     calls = [
         {"name": f"call_{i}_{n}_", "arguments": {"city": f"city {i} {n}."}}
         for n in range(len(message.get("tool_calls", ())))
@@ -127,15 +127,15 @@ def like(message: Message, i: int) -> Message:
 
 
 class NativeTemplate:
-    """The tokenizer's own chat template, for a model tuned on another format than ChatML.
+    """The tokenizer's own chat template, for a model that was tuned on another format than ChatML.
 
-    A reply is what the template writes behind the prompt that generation gets, up to the marker
-    that closes it; GLM's template closes none, and there the next turn's marker does. Markers are
-    the added tokens that the template itself writes: a conversation's own strings can't forge one.
-    Refused with an InputError is a template that drops what a conversation says, that closes a
-    reply with no marker, or that shows a reply's prompt otherwise than generation would.
+    A reply is what the template writes after the prompt that generation gets, up to the marker that
+    closes the reply. GLM's template writes no such marker; there the next turn's first one closes.
+    Markers are the added tokens that the template itself writes. The strings of a conversation
+    can't forge one. InputError for a template that leaves out what a conversation says, that closes
+    no reply with a marker, or whose prompt in training differs from that in generation.
 
-    What it is given besides (--chat_template_kwargs, the date) is kept with the tokenizer.
+    --chat_template_kwargs and the date, which go to the template, are saved with the tokenizer.
     """
 
     markers, jinja = (), None  # the tokenizer has its own
@@ -144,27 +144,27 @@ class NativeTemplate:
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; use --chat_template chatml")
-        self.tokenizer, self.marked = tokenizer, Marked(tokenizer, signs=True)
-        self.rendered, self.checked = {}, set()  # a prompt is asked for repeatedly
-        self.given = tokenizer.init_kwargs.get(KWARGS, {})
+        self.tokenizer, self.marked = tokenizer, Marked(tokenizer, signs_only=True)
+        self.rendered, self.checked = {}, set()  # caches: the same prompt is rendered several times
+        self.kwargs = tokenizer.init_kwargs.get(KWARGS, {})
         day = date.fromisoformat(tokenizer.init_kwargs.get(DATE) or str(date.today()))
         self.date = {name: day.strftime(name) for name in DIRECTIVES}
 
-        answer = ANSWER
-        try:
-            self._check([ASK, answer, ASK, answer], ())
-        except InputError as fault:
-            answer = {**ANSWER, "reasoning_content": "A thought."}  # some show no other reply
+        faults = []
+        for answer in ANSWER, {**ANSWER, "reasoning_content": "A thought."}:
+            talk = [ASK, answer, ASK, answer]
             try:
-                self._check([ASK, answer, ASK, answer], ())
-            except InputError:
-                raise fault from None
-        talk = [ASK, answer, ASK, answer]
+                self._check(talk, ())
+                break
+            except InputError as fault:
+                faults.append(fault)
+        else:
+            raise faults[0]
         start, _, _ = self._written(talk, ()).rpartition(answer["content"])
-        self.opening = start if answer is ANSWER else ""  # what it writes itself before a reply
+        self.opening = start if answer is ANSWER else ""  # the template begins a reply with it
 
-        # The marker that closes a reply, None where the template writes none. Phi-3's writes one
-        # more at the end of a conversation, gpt-oss's another one there.
+        # The marker that closes a reply; None if there is none. It must be written at the end of a
+        # conversation and within one: Phi-3 adds another at the end, gpt-oss has a different one.
         tails = map(self.marked.marker.findall, self._tails(answer, answer["content"], ASK))
         end, longer = ([self.marked.id_of(marker) for marker in tail] for tail in tails)
         always = [marker for marker, other in zip(end, longer) if marker == other]
@@ -177,11 +177,11 @@ class NativeTemplate:
 
         ends = [list(self.pieces(talk))[-1][0]]
         for tools in (), TOOLS:
-            with suppress(InputError):  # it may write no calls
+            with suppress(InputError):  # some templates know no calls
                 ends.append(list(self.pieces([ASK, CALL], tools))[-1][0])
         self.stop_ids = list(dict.fromkeys(ends))
 
-        # Tell other tools what ends a reply, unless the template prints eos_token elsewhere.
+        # Other tools end a reply at eos_token. It stays if the template prints it elsewhere.
         shown, old = self._render([ASK, ANSWER], ()), tokenizer.eos_token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.rendered.clear()
@@ -201,7 +201,8 @@ class NativeTemplate:
             yield piece, True
 
     def prompt(self, messages: list[Message], tools: Sequence[dict] = ()) -> Iterator[Piece]:
-        """As ChatML.prompt. What precedes an earlier reply is split from it as it was then."""
+        """As ChatML.prompt. The text is cut where earlier replies begin and each part is encoded by
+        itself, as it was when that reply was generated."""
         text = self._render(messages, tools, prompt=True)
         earlier = [
             self._render(messages[:i], tools, prompt=True)
@@ -214,7 +215,7 @@ class NativeTemplate:
                 yield piece, False
 
     def _reply(self, messages: list[Message], tools: Sequence[dict]) -> str:
-        """What trains: what the template writes of the last turn, its closing marker the last."""
+        """The text that trains: the last turn up to the marker that closes it."""
         text, reply = self._written(messages, tools), messages[-1]
         if self.stop is None:
             text += self._next_turn("tool_calls" in reply)
@@ -228,7 +229,7 @@ class NativeTemplate:
         return text
 
     def _written(self, messages: list[Message], tools: Sequence[dict]) -> str:
-        """What the template writes of the last turn, behind the prompt."""
+        """What the template writes after the prompt of the last turn."""
         prompt = self._render(messages[:-1], tools, prompt=True)
         text = self._render(messages, tools)
         if not text.startswith(prompt):
@@ -240,20 +241,20 @@ class NativeTemplate:
         return text[len(prompt) :]
 
     def _after_thought(self, text: str, message: Message) -> int:
-        """Where a reply goes on behind its thought and the marker that closes that."""
+        """The index behind a reply's thought and the marker that closes the thought."""
         thought = self.marked.hide(message.get("reasoning_content", "")).strip()
         end = text.index(thought) + len(thought) if thought else 0
         closing = re.compile(rf"\s*{self.marked.marker.pattern}?\s*")
         return closing.match(text, end).end() if thought else 0
 
     def _tails(self, reply: Message, last: str, turn: Message) -> tuple[str, str]:
-        """What the template writes after the last words of a reply: at the end of a conversation,
-        and where a turn follows."""
+        """What the template writes after the `last` words of a reply: at the end of a conversation,
+        and before a `turn`."""
         end, longer = (self._render(talk, ()) for talk in ([ASK, reply], [ASK, reply, turn]))
         return end.rpartition(last)[2], longer.rpartition(last)[2]
 
     def _next_turn(self, calls: bool) -> str:
-        """The marker that begins the turn after a reply, which closes one that no other does."""
+        """The first marker of the turn after a reply. It closes a reply that has no marker."""
         call, answer = (CALL, "Paris.", RESULT), (ANSWER, ANSWER["content"], ASK)
         end, longer = self._tails(*(call if calls else answer))
         start = longer.removeprefix(end)
@@ -263,8 +264,8 @@ class NativeTemplate:
         return start[: marker.end()]
 
     def _check(self, messages: list[Message], tools: Sequence[dict]) -> None:
-        """Refuse a template that drops a part of what a conversation of this kind says. Earlier
-        thoughts, and words beside earlier calls, are the template's to forget."""
+        """InputError if the template leaves out a part of a conversation of this kind. It may leave
+        out earlier thoughts, and words beside earlier calls."""
         talk = [like(message, i) for i, message in enumerate(messages)]
         tools = TOOLS if tools else []
         if (kind := json.dumps([talk, tools])) in self.checked:
@@ -290,7 +291,7 @@ class NativeTemplate:
         self.checked.add(kind)
 
     def _render(self, messages: list[Message], tools: Sequence[dict], prompt=False) -> str:
-        """A conversation; with `prompt` and the header of a reply: what generation gets."""
+        """The text of a conversation; with `prompt`, as generation gets it: a reply comes next."""
         if prompt and not messages:
             raise refusal("has no prompt for a conversation that begins with the assistant")
         asked = json.dumps([messages, tools, prompt])
@@ -298,21 +299,21 @@ class NativeTemplate:
             return self.rendered[asked]
         if len(self.rendered) == 64:
             self.rendered.clear()
-        how = {"add_generation_prompt": prompt, **self.given, "tokenize": False}
+        kwargs = {"add_generation_prompt": prompt, **self.kwargs, "tokenize": False}
         hidden = list(map(self._hidden, messages))
         tools = self.marked.hide(list(tools), schema=True) or None
         try:
-            how["chat_template"] = template = self.tokenizer.get_chat_template(tools=tools)
+            kwargs["chat_template"] = template = self.tokenizer.get_chat_template(tools=tools)
             if "strftime_now" in template:
-                how |= {"chat_template": STRFTIME_NOW + template, "nanoalign_date": self.date}
-            self.rendered[asked] = self.tokenizer.apply_chat_template(hidden, tools, **how)
-        except Exception as error:  # a template is a program, and says no in its own words
+                kwargs |= {"chat_template": STRFTIME_NOW + template, "nanoalign_date": self.date}
+            self.rendered[asked] = self.tokenizer.apply_chat_template(hidden, tools, **kwargs)
+        except Exception as error:  # a template is a program, and may raise anything
             why = " ".join(str(error).split())[:200]
             raise refusal(f"says: {why!r}") from None
         return self.rendered[asked]
 
     def _hidden(self, message: Message) -> dict:
-        """A message as the template gets it."""
+        """A message as the template gets it: in no text of it is a marker."""
         hide = self.marked.hide
         hidden = {"role": message["role"], "content": hide(message["content"])}
         if thought := message.get("reasoning_content"):
