@@ -1,11 +1,11 @@
-"""Adapters in PEFT's format: what is written here opens there and the other way round.
+"""Adapters in PEFT's format. PEFT opens what is written here, and its adapters open here.
 
     adapter_model.safetensors    everything that trains, in fp32, under PEFT's names
-    adapter_config.json          where it belongs: rank, targets, scale (LoRAConfig)
+    adapter_config.json          the settings: rank, target layers, scale (LoRAConfig)
 
-PEFT warns of a missing tensor and ignores one too many; here both are errors, and a setting that
-this code does not know is refused, never left out. Where tokens were added before training, PEFT
-saves the whole embedding and head as well: such tables are read, and saved again as they came.
+PEFT warns of a missing tensor, and ignores one that it does not expect. Here both are errors, and a
+setting that this code does not know is refused. If tokens were added before training, PEFT saves
+the whole embedding and head as well; such tables are read here, and saved again unchanged.
 """
 
 import json
@@ -50,24 +50,28 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.05
     target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
-    exclude_modules: list[str] | str = field(default_factory=list)  # not these: names or a regex
-    layers_to_transform: list[int] | int = field(default_factory=list)  # only these; none: all
-    layers_pattern: list[str] | str = field(default_factory=list)  # what stands before the number
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # r of some: {name or regex: r}
+    exclude_modules: list[str] | str = field(default_factory=list)  # names or a regex: not these
+    layers_to_transform: list[int] | int = field(
+        default_factory=list
+    )  # numbers of layers; none: all
+    layers_pattern: list[str] | str = field(
+        default_factory=list
+    )  # the name before a layer's number
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # {name or regex: its r}
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
     bias: str = "none"  # none, lora_only, all: the biases that train
-    modules_to_save: list[str] = field(default_factory=list)  # modules that train whole
-    ensure_weight_tying: bool = False  # tied tables stay tied when they train whole
+    modules_to_save: list[str] = field(default_factory=list)  # all their weights train
+    ensure_weight_tying: bool = False  # tied tables stay tied if all their weights train
     trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
-    # What no file says:
-    source: str = "--lora_"  # what stands before a setting's name in errors: where it was given
+    # Not in the file:
+    source: str = "--lora_"  # where the settings are from; errors put it before a setting's name
     tables: dict[str, Tensor] = field(default_factory=dict)  # an adapter's whole tables, frozen
 
 
 def ending_in(name: str, paths: Iterable[str]) -> list[str]:
-    """The modules that a name means: `q_proj`, or as much of the path before it as you like."""
+    """The paths that end in a name: q_proj, or self_attn.q_proj."""
     return [path for path in paths if f".{path}".endswith(f".{name}")]
 
 
@@ -78,15 +82,15 @@ print(json.dumps([[path for path in paths if re.fullmatch(p, path)] for p in pat
 
 
 def matches(patterns: list[str], paths: list[str], name: str) -> list[list[str]]:
-    """The paths that each regex matches; `name` is the setting's in errors.
+    """The paths that each regex matches; `name` is that of the setting, for errors.
 
-    Some regexes try more ways to match than there is time for, and Python can't stop a search. One
-    out of somebody's file might be made for that, so a process of its own does it.
+    A regex can search for hours, Python can't stop it, and a file of somebody else's may hold such
+    a one. So another process does the search.
     """
-    command, given = [sys.executable, "-I", "-c", MATCH], json.dumps([patterns, paths])
+    command, asked = [sys.executable, "-I", "-c", MATCH], json.dumps([patterns, paths])
     try:
         done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=PATIENCE
+            command, input=asked, capture_output=True, text=True, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired:
         raise InputError(f"{name}: as a regex it takes more than {PATIENCE} seconds") from None
@@ -96,43 +100,43 @@ def matches(patterns: list[str], paths: list[str], name: str) -> list[list[str]]
 
 
 def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The names of the layers that LoRA goes on: linear layers, embedding and output head.
+    """The paths of the layers that get LoRA: linear layers, embedding and output head.
 
-    "all-linear": all but embedding and head. A name means each layer whose path ends in it; a
-    string that is no layer's name is a regex for the whole path. What a flag names and is not there
-    is an InputError; of an adapter, if nothing is there. A mixture's experts are never meant
-    (mixture.py), nor what `exclude_modules` and `modules_to_save` name.
+    "all-linear" means all linear layers but the head. A name means each layer whose path ends in
+    it. A string that is no such name is a regex for the whole path. Left out are the experts of a
+    mixture, and what `exclude_modules` and `modules_to_save` name. InputError if nothing is left,
+    or if a name of --lora_target_modules is that of no layer.
     """
     experts = [f"{path}." for path, m in model.named_modules() if isinstance(m, Experts)]
     linear = [path for path in linear_names(model) if not path.startswith(tuple(experts))]
     paths = [path for path, _ in model.named_modules() if path in {*linear, *table_paths(model)}]
-    target, name = config.target_modules, f"{config.source}target_modules"
+    target, setting = config.target_modules, f"{config.source}target_modules"
     names = [target] if isinstance(target, str) else target
     found = {each: ending_in(each, paths) for each in names}
     if target == "all-linear":
         found = {target: linear}
     elif isinstance(target, str) and not found[target]:
-        found = {target: matches([target], paths, f"{name} {target:.80}")[0]}
+        found = {target: matches([target], paths, f"{setting} {target:.80}")[0]}
     hits = set().union(*found.values())
     missing = [each for each in names if not found[each]]
     if missing and (not hits or config.source == LoRAConfig.source):
         known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
-        raise InputError(f"{name} {missing[0]:.80}: no linear layer; there are: {known}")
+        raise InputError(f"{setting} {missing[0]:.80}: no linear layer; there are: {known}")
     hits = {path for path in hits if isinstance(target, str) or in_layers(path, config)}
-    out = config.exclude_modules
-    if isinstance(out, str):
-        hits.difference_update(*matches([out], paths, f"{config.source}exclude_modules"))
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        hits.difference_update(*matches([excluded], paths, f"{config.source}exclude_modules"))
     else:
-        hits.difference_update(*(ending_in(each, paths) for each in out))
-    whole = [f".{each}." for each in config.modules_to_save]
-    hits = {path for path in hits if not any(part in f".{path}." for part in whole)}
+        hits.difference_update(*(ending_in(each, paths) for each in excluded))
+    saved = [f".{each}." for each in config.modules_to_save]
+    hits = {path for path in hits if not any(part in f".{path}." for part in saved)}
     if not hits:
-        raise InputError(f"{config.source}target_modules: no layer is left for LoRA")
+        raise InputError(f"{setting}: no layer is left for LoRA")
     return [path for path in paths if path in hits]
 
 
 def in_layers(path: str, config: LoRAConfig) -> bool:
-    """Is a path in one of the layers that `layers_to_transform` lists? The layer's number is the
+    """Is a path in one of the layers whose numbers `layers_to_transform` lists? The number is the
     first in the path, or the one after a name of `layers_pattern`."""
     wanted, before = config.layers_to_transform, config.layers_pattern
     wanted, before = ([v] if isinstance(v, (int, str)) else v for v in (wanted, before))
@@ -143,27 +147,28 @@ def in_layers(path: str, config: LoRAConfig) -> bool:
 
 
 def by_layer(pattern: dict, default: float, paths: list[str], name: str) -> dict[str, float]:
-    """Path -> the value of the first of `pattern`'s names or regexes that means it."""
+    """{path: value}, by the first name or regex of `pattern` that matches the path, or else the
+    default."""
     if all(re.fullmatch(r"[\w.]+", key) for key in pattern):
         hits = [ending_in(key, paths) for key in pattern]
     else:
         hits = matches([rf"(.*\.)?({key})" for key in pattern], paths, name)
     values = dict.fromkeys(paths, default)
-    for value, meant in reversed([*zip(pattern.values(), hits)]):
-        values |= dict.fromkeys(meant, value)
+    for value, found in reversed([*zip(pattern.values(), hits)]):
+        values |= dict.fromkeys(found, value)
     return values
 
 
 class LoRAHead(LoRALinear):
-    """LoRA on the output head. Training multiplies by a head's weight (logps.py) and does not call
-    it: so it has one here, (V, d) in fp32, which is made at each use and knows no dropout."""
+    """LoRA on the output head. Training multiplies by the weight of a head and does not call it
+    (logps.py), so the sum of weight and change is made at each use: (V, d), without dropout."""
 
     @property
     def weight(self) -> Tensor:
         weight = self.base_layer.weight
         if not self.enabled or hasattr(weight, "placements"):  # as in TokenRows.weight
             return weight
-        return (weight + self.delta()).requires_grad_()  # without gradient too: its mean changes
+        return (weight + self.delta()).requires_grad_()  # so that no mean of it is cached
 
     @property
     def bias(self) -> Tensor | None:
@@ -171,8 +176,8 @@ class LoRAHead(LoRALinear):
 
 
 class LoRAEmbedding(nn.Module):
-    """base_layer(ids) + scaling * B A[:, ids], LoRA on an embedding. A: (r, V), zero at the start;
-    B: (d, r), normal as in PEFT."""
+    """LoRA on an embedding: base_layer(ids) + scaling * B A[:, ids]. As in PEFT, A (r, V) starts at
+    zero and B (d, r) normal."""
 
     def __init__(self, base_layer: nn.Embedding, r: int, scaling: float):
         super().__init__()
@@ -199,10 +204,8 @@ class LoRAEmbedding(nn.Module):
 
 
 class TrainedModule(nn.Module):
-    """A module of which some parameters train: kept in fp32, cast to its `dtype` at each use.
-
-    PEFT's modules_to_save train whole; of a layer whose bias trains it is the bias alone.
-    """
+    """A module with trained parameters `names`, in fp32; they are cast to `dtype` at each use. In a
+    module of modules_to_save these are all parameters, otherwise a bias."""
 
     def __init__(self, module: nn.Module, names: list[str], dtype: torch.dtype):
         super().__init__()
@@ -225,15 +228,15 @@ class TrainedModule(nn.Module):
         return torch.func.functional_call(self.modules_to_save, cast, args, kwargs)
 
     def merge(self) -> nn.Module:
-        return plain(self.modules_to_save)  # what trained is in fp32 there
+        return plain(self.modules_to_save)  # its trained parameters are in fp32
 
 
 def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Freeze the model and give it what `config` lets train. Returns the names of LoRA layers."""
-    whole, names = whole_paths(model, config), target_names(model, config)
-    if both := [path for path in whole if path in names]:
+    """Freeze the model, and add what trains. Returns the paths of the layers with LoRA."""
+    saved, names = paths_to_save(model, config), target_names(model, config)
+    if both := [path for path in saved if path in names]:
         raise InputError(f"{config.source}modules_to_save {both[0]}: is a layer that LoRA trains")
-    tables, one = table_paths(model), tied(model)
+    tables, one_table = table_paths(model), tied(model)
     model.requires_grad_(False)
     ranks = by_layer(config.rank_pattern, config.r, names, f"{config.source}rank_pattern")
     alphas = by_layer(
@@ -247,13 +250,13 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
         else:
             kind = LoRAHead if name in tables else LoRALinear
             put(model, name, kind(base, r, scaling, config.lora_dropout))
-    if one and config.ensure_weight_tying and not tables.keys().isdisjoint(whole):
-        whole = [*dict.fromkeys((*whole, *tables))]
-    dtypes = {path: next(model.get_submodule(path).parameters()).dtype for path in whole}
+    if one_table and config.ensure_weight_tying and not tables.keys().isdisjoint(saved):
+        saved = [*dict.fromkeys((*saved, *tables))]
+    dtypes = {path: next(model.get_submodule(path).parameters()).dtype for path in saved}
     for path, dtype in dtypes.items():
         module = model.get_submodule(path)
         if path in tables and tied(model) and not config.ensure_weight_tying:
-            # a head that trains on its own is no longer the embedding, nor the other way round
+            # otherwise training the one of them would change the other
             module.weight = nn.Parameter(module.weight.detach().clone())
         every = [n for n, _ in module.named_parameters()]
         model.set_submodule(path, TrainedModule(module, every, dtype))
@@ -275,12 +278,12 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
 
 
-def whole_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The modules that train whole: as in PEFT, all whose path ends in a name of `modules_to_save`,
-    so that "norm" means each "input_layernorm" too. What can't train so is an InputError."""
+def paths_to_save(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The paths that end in a name of `modules_to_save`, of modules that train with all weights. As
+    in PEFT "norm" means each "input_layernorm", too. InputError for what can't train so."""
     paths = [path for path, _ in model.named_modules()]
     hits = {name: [p for p in paths if p.endswith(name)] for name in config.modules_to_save}
-    whole = [*dict.fromkeys(path for found in hits.values() for path in found)]
+    saved = [*dict.fromkeys(path for found in hits.values() for path in found)]
     for name, found in hits.items():
         modules = [m for path in found for m in model.get_submodule(path).modules()]
         inside = tuple(f"{path}." for path in found)
@@ -292,17 +295,17 @@ def whole_paths(model: nn.Module, config: LoRAConfig) -> list[str]:
             fault = "is in 4 bits, and can't train"
         elif any(not [*model.get_submodule(path).parameters()] for path in found):
             fault = "has no weights"
-        elif any(path.startswith(inside) for path in whole):
+        elif any(path.startswith(inside) for path in saved):
             fault = "holds another module that is named"
         else:
             continue
         raise InputError(f"{config.source}modules_to_save {name:.80}: {fault}")
-    return whole
+    return saved
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's name of everything that trains -> the parameter. Tied tables that train whole are
-    listed both; the rows that they train once."""
+    """{PEFT's name: parameter} of all that trains. Tied tables that train with all weights stand
+    there twice, tied tables of which rows train once."""
     found, rows = {}, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and parameter not in rows:
@@ -314,18 +317,18 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them."""
-    tensors, own = dict(config.tables), set()
+    tensors, seen = dict(config.tables), set()
     for name, parameter in trained_tensors(model).items():
         tensor = parameter.detach().cpu().contiguous()
-        tensors[name] = tensor.clone() if parameter in own else tensor  # in a file nothing is tied
-        own.add(parameter)
+        tensors[name] = tensor.clone() if parameter in seen else tensor  # in a file nothing is tied
+        seen.add(parameter)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = config.target_modules
     layers = [n for n, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))]
-    if targets == "all-linear":  # PEFT reads it too, but says what it means only after loading
+    if targets == "all-linear":  # so that the file names the layers
         targets = sorted({name.rpartition(".")[2] for name in layers})
     elif isinstance(targets, str) and ending_in(targets, layers):
-        targets = [targets]  # one name: a string by itself is a regex to PEFT
+        targets = [targets]  # PEFT would read a string as a regex
     text = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
     text |= {key: vars(config)[key] for key in FIELDS if vars(config)[key] not in ([], {}, None)}
     text["target_modules"] = targets
@@ -356,7 +359,7 @@ def _each(value, right: Callable) -> bool:
 
 NAMES = "names, or a regex", lambda v: isinstance(v, str) or _names(v)
 FLAG = "true or false", lambda v: isinstance(v, bool)
-FIELDS = {  # of adapter_config.json: what it may be, in words and in code
+FIELDS = {  # of adapter_config.json: the valid values, in words and in code
     "r": ("a whole number from 1 to 65535", _rank),
     "lora_alpha": ("a number above 0", _alpha),
     "lora_dropout": ("a number from 0 to below 1",
@@ -379,7 +382,7 @@ IDLE = ("peft_type", "task_type", "inference_mode", "peft_version", "revision", 
 
 
 def read_adapter_config(directory: Path) -> LoRAConfig:
-    """PEFT's adapter_config.json; what this file can't do is refused, never left out."""
+    """PEFT's adapter_config.json. InputError for a setting that is not known here."""
     path = Path(directory) / "adapter_config.json"
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
@@ -391,25 +394,27 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
         raise InputError(f"{path}: no JSON object; expected PEFT's adapter_config.json")
     if text.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
-    start = text.pop("init_lora_weights", True)  # PiSSA, OLoRA and others change the base as well
+    start = text.pop("init_lora_weights", True)  # PiSSA, OLoRA and others change the base, too
     if start not in (True, False, "gaussian", "orthogonal"):
         raise InputError(f"{path}: init_lora_weights {start} is not known here")
-    given = {k: v for k, v in text.items() if k in FIELDS and v is not None}
+    settings = {k: v for k, v in text.items() if k in FIELDS and v is not None}
     for key, value in text.items():
         if value and key not in FIELDS and key not in IDLE:  # use_dora, lora_bias, ...
             raise InputError(f"{path}: {key} is not known here")
-        if key in given and not FIELDS[key][1](value):
+        if key in settings and not FIELDS[key][1](value):
             raise InputError(f"{path}: {key} is {value!r:.80}; expected {FIELDS[key][0]}")
-    config = LoRAConfig(**{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **given})  # PEFT's own
+    config = LoRAConfig(
+        **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **settings}
+    )  # PEFT's defaults
     config.source = f"{path}: "
-    if isinstance(config.trainable_token_indices, list):  # of the embedding, PEFT's short form
+    if isinstance(config.trainable_token_indices, list):  # PEFT's short form, for the embedding
         config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}
     return config
 
 
 def other_tables(model: nn.Module) -> dict[str, nn.Parameter | None]:
-    """What PEFT saves of embedding and head beside what trains, where rows were added to them: its
-    name -> the frozen parameter; None: a second copy, of which nothing is needed."""
+    """What PEFT may save of embedding and head beside the trained tensors: {its name: the frozen
+    parameter}, or None for a copy of which nothing is needed."""
     found = {}
     for path, table in table_paths(model).items():
         for name, parameter in table.named_parameters():
@@ -418,35 +423,35 @@ def other_tables(model: nn.Module) -> dict[str, nn.Parameter | None]:
             name = f"{PREFIX}{path}.{name}"
             if not parameter.requires_grad:
                 found[name.replace(".modules_to_save.", ".")] = parameter
-            else:  # rows of a tied head, or a table that trains whole: as it is, and as it was
+            else:  # a table that trains, and the copy of it as it was; or the rows of a tied head
                 found[name] = found[name.replace("modules_to_save", "original_module")] = None
     return found
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """An adapter's file, mapped into memory."""
+    """The tensors of an adapter, mapped into memory."""
     path = Path(directory) / "adapter_model.safetensors"
     try:
         return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: not there") from None
-    except (SafetensorError, OSError) as error:  # an OSError of a directory, say
+    except (SafetensorError, OSError) as error:  # OSError: a directory
         raise InputError(f"{path}: damaged: {error}") from None
 
 
 def table_rows(model: nn.Module, directory: Path) -> int | None:
-    """The number of rows of an adapter's own embedding or head, if it has one whole."""
+    """The number of rows of the embedding or head in an adapter's file, if there is one."""
     starts = tuple(f"{PREFIX}{path}." for path in table_paths(model))
     for name, tensor in read_tensors(directory).items():
-        whole = name.startswith(starts) and name.endswith(".weight") and tensor.dim() == 2
-        if whole and ".lora_" not in name:
+        is_table = name.startswith(starts) and name.endswith(".weight") and tensor.dim() == 2
+        if is_table and ".lora_" not in name:
             return len(tensor)
     return None
 
 
 def load_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
-    """Fill what trains from an adapter file that holds exactly that, or raise InputError. Whole
-    tables that it has beside that fill the base's, and stay with `config`."""
+    """Fill what trains from an adapter's file. InputError if the file lacks a tensor of it, or has
+    another one. Whole tables in the file fill those of the base, and are kept in config.tables."""
     path, found = Path(directory) / "adapter_model.safetensors", read_tensors(directory)
     wanted, tables = trained_tensors(model), other_tables(model)
     extra = found.keys() - wanted.keys() - tables.keys()
