@@ -1,4 +1,4 @@
-"""Models in NF4 on disk, as bitsandbytes lays them out: its files open here, ours open there.
+"""Models in NF4 on disk, in bitsandbytes' layout: its files open here, and ours open there.
 
 A linear layer NAME is these tensors of a safetensors file:
 
@@ -8,19 +8,18 @@ A linear layer NAME is these tensors of a safetensors file:
     NAME.weight.quant_map                         the 16 levels
     NAME.weight.quant_state.bitsandbytes__nf4     shape, dtype, block size: JSON, as bytes
 
-All linear layers but the output head are quantized; embeddings, norms and the head stay dense. In
-both directions the bytes are taken as they are, and nothing is quantized again. The numbers are the
-same too, but for three traps of bitsandbytes:
+All linear layers but the output head are quantized. Bytes are read and written as they are, and
+nothing is quantized again. bitsandbytes computes the same numbers, with three exceptions:
 
-  - its CPU code rounds doubled scales through a coarser table than its CUDA code, and one code in a
-    thousand is off by one; nf4.py takes the nearest, always;
-  - on AVX512, its dequantize is wrong where a row is no multiple of the block (but is one of 16);
-  - with bf16 weights and fp32 input, its forward uses the weight before rounding to bf16 and its
-    backward the one after; here both use the one after, which is also what a merge would save.
+  - its CPU code rounds doubled scales by a coarser table than its CUDA code. So one code in a
+    thousand is off by one; nf4.py always takes the nearest;
+  - its dequantize is wrong on AVX512 if a row's length is a multiple of 16 but not of the block;
+  - with bf16 weights and fp32 input its forward uses the weight before it is rounded to bf16, and
+    its backward the rounded one. Here both use the rounded one, which a merge saves, too.
 
-A mixture's experts are linear layers here and in the files of transformers 4. In transformers 5
-they are 3-D parameters, which bitsandbytes leaves dense. Such a file opens here; a mixture that was
-saved here has its experts in 4 bits, and to open it there is an error.
+The experts of a mixture are linear layers here and in files of transformers 4. transformers 5 holds
+them in 3-D parameters, which bitsandbytes leaves dense. Both kinds of files open here. A mixture
+saved here has its experts in 4 bits, and transformers 5 can't open it.
 """
 
 import copy
@@ -36,10 +35,13 @@ from nanoalign.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # json, as a uint8 tensor
-NESTED = {"nested_blocksize": 256, "nested_dtype": "float32"}  # in it with double quantization
+NESTED = {"nested_blocksize": 256, "nested_dtype": "float32"}  # also in it, when doubled
 BUFFERS = {"packed": ".weight", "absmax": ".weight.absmax", "absmax2": ".weight.nested_absmax"}
-MAPS = {".weight.quant_map": LEVELS, ".weight.nested_quant_map": DYNAMIC_MAP}  # in each layer
-PACKED = [STATE, *BUFFERS.values(), *MAPS]  # all that may follow a layer's name
+MAPS = {
+    ".weight.quant_map": LEVELS,
+    ".weight.nested_quant_map": DYNAMIC_MAP,
+}  # also in the file
+PACKED = [STATE, *BUFFERS.values(), *MAPS]  # all endings after a layer's name
 
 
 def to_bitsandbytes(layer, name):
@@ -62,7 +64,7 @@ def to_bitsandbytes(layer, name):
 
 
 def from_bitsandbytes(tensors, name, shape=None):
-    """Such tensors (others may be among them) -> the NF4Linear, without quantizing again.
+    """The tensors of the linear layer `name`, among others -> an NF4Linear of the same bytes.
 
     `shape` is the (out, in) that the model expects, if known. An InputError names the tensor.
     """
@@ -84,8 +86,8 @@ def from_bitsandbytes(tensors, name, shape=None):
         (out_features, in_features), blocksize = state["shape"], state["blocksize"]
         n = torch.empty(out_features, in_features, device="meta").numel()
         blocks, double = math.ceil(n / blocksize), "nested_offset" in state
-        how = {"double_quant": double, "blocksize": blocksize}
-        layer = NF4Linear(in_features, out_features, DTYPES[state["dtype"]], **how)
+        layer = NF4Linear(in_features, out_features, DTYPES[state["dtype"]])
+        layer.double_quant, layer.blocksize = double, blocksize
         offset = torch.tensor(float(state["nested_offset"])) if double else None
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as e:
         raise InputError(f"{name}{STATE}: no quantization state ({e!r})") from None
@@ -127,7 +129,7 @@ def save_4bit(model: nn.Module, directory: str | Path) -> None:
     tensors = {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in layers}
     for name, layer in layers.items():
         tensors |= to_bitsandbytes(layer, name)
-    model = copy.copy(model)  # so that only what is written has this config
+    model = copy.copy(model)  # the caller's keeps its config
     model.config = copy.deepcopy(model.config)
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",

@@ -1,6 +1,6 @@
-"""The files of a model: where its tensors are, and one tensor at a time out of them.
+"""The files of a model: which tensors are where, and reading them one at a time.
 
-What goes wrong with a directory, a file or a tensor is an InputError of one line that names it.
+A fault of a directory, a file or a tensor is an InputError of one line that names it.
 """
 
 import json
@@ -28,38 +28,37 @@ class Stored(NamedTuple):
 
 
 def is_path(name: str) -> bool:
-    """Is a model's name one that the hub can't have?"""
+    """Is a model's name no possible name on the hub?"""
     return name[0] in "./~" or name.count("/") > 1 or "\\" in name
 
 
 def full_name(name: str) -> str:
-    """A model's name as it may be read in any directory: of one that lies here, the whole path."""
+    """A model's name that holds in any working directory: the absolute path, if it is one."""
     return os.path.abspath(name) if os.path.exists(name) else str(name)
 
 
 def base_path(name: str | None, adapter: str) -> str:
-    """Where the base that an adapter names is now. A relative name may count from a directory that
-    the adapter lies in; and a path that is gone may have moved together with the adapter, so its
-    last part is looked for beside it. What was a path is never asked of the hub, where somebody
-    else's model may have that name."""
+    """Where an adapter's base is now. A relative name may count from a directory above the adapter.
+    A path that is gone may have moved with the adapter: its last part is looked for beside it. But
+    no path is looked for on the hub, where a stranger's model may have that name."""
     advice = "give --model_name_or_path"
     if not name:
         raise InputError(f"{adapter}: names no base model; {advice}")
     if os.path.exists(name):
         return name
     here = Path(os.path.abspath(adapter))
-    places = [parent / name for parent in (here, *here.parents)]
-    places += [here.parent / Path(name).name] if is_path(name) else []
-    for place in places:
-        if os.path.isfile(place) or os.path.exists(place / "config.json"):
-            return str(place)
+    paths = [parent / name for parent in (here, *here.parents)]
+    paths += [here.parent / Path(name).name] if is_path(name) else []
+    for path in paths:
+        if os.path.isfile(path) or os.path.exists(path / "config.json"):
+            return str(path)
     if is_path(name):
         raise InputError(f"{adapter}: its base {name} is not there, nor beside it; {advice}")
     return name
 
 
 def from_pretrained(kind, name: str, **more):
-    """kind.from_pretrained for a directory, hub id or GGUF file; its errors as one line."""
+    """kind.from_pretrained of a directory, hub id or GGUF file, with errors of one line."""
     source = name
     if str(name).endswith(".gguf"):
         more["gguf_file"], source = Path(name).name, Path(name).parent
@@ -69,7 +68,7 @@ def from_pretrained(kind, name: str, **more):
         return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
         why = " ".join(str(error).split()) or type(error).__name__
-        if why.startswith("Weights only load failed"):  # and torch tells how to run it all the same
+        if why.startswith("Weights only load failed"):  # torch goes on: how to run the code
             why = "pickled weights that are more than tensors; expected safetensors"
         if "trust_remote_code" in why:
             why = "comes with code of its own, which runs only with --trust_remote_code"
@@ -77,7 +76,7 @@ def from_pretrained(kind, name: str, **more):
 
 
 def local_file(name: str, file: str) -> Path | None:
-    """A file of a directory, or of a hub repository, from which it is fetched if need be."""
+    """A file of a directory or a hub repository, fetched if need be; None if there is none."""
     try:
         return None if str(name).endswith(".gguf") else Path(cached_file(name, file))
     except OSError:
@@ -85,10 +84,10 @@ def local_file(name: str, file: str) -> Path | None:
 
 
 def stored_tensors(name: str) -> dict[str, Stored]:
-    """Directory or hub id -> its tensors by name; {} if there are no safetensors files."""
-    whole, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
-    file_of, held = {} if whole else read_index(name, index), set()
-    for path in {whole} if whole else set(file_of.values()):
+    """Directory or hub id -> {name: tensor}; {} if there are no safetensors files."""
+    single, index = local_file(name, "model.safetensors"), "model.safetensors.index.json"
+    file_of, held = {} if single else read_index(name, index), set()
+    for path in {single} if single else set(file_of.values()):
         try:
             with safe_open(path, framework="pt") as file:
                 held |= {Stored(path, key) for key in file.keys()}
@@ -101,9 +100,9 @@ def stored_tensors(name: str) -> dict[str, Stored]:
 
 
 def read_index(name: str, index_name: str) -> dict[str, Path]:
-    """The index of a model in shards -> {tensor: its shard}; {} if there is no such index.
+    """The index of a model in several files -> {tensor: its file}; {} if there is no index.
 
-    All shards are there, and none may lead out of the directory: transformers takes any path.
+    Each file must exist, and in the directory: transformers would open any path.
     """
     index, paths = local_file(name, index_name), {}
     if index is None:
@@ -122,11 +121,10 @@ def read_index(name: str, index_name: str) -> dict[str, Path]:
 
 
 def read_tensor(stored: Stored, device: torch.device, like: Tensor | None = None) -> Tensor:
-    """A copy of one tensor on the device, for the place of `like`: with its shape and its dtype.
+    """A copy of one tensor on the device; with `like`, in its shape, its dtype and its kind.
 
-    safetensors maps a file into memory, and what has been read through an open mapping stays
-    resident until it is gone: kept open, a 5 GB file would be 5 GB of memory by the end. So the
-    file is opened anew for each tensor.
+    The file is opened anew for each tensor. What is read of a mapped file stays in memory until the
+    file is closed, so a file of 5 GB would take 5 GB in the end.
     """
     with safe_open(stored.path, framework="pt") as file:
         tensor = file.get_tensor(stored.key)
@@ -140,5 +138,6 @@ def read_tensor(stored: Stored, device: torch.device, like: Tensor | None = None
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """By its extremes: no mask as large as the tensor, and NaN shows in them as well."""
+    """Are all numbers finite? Looks at minimum and maximum, which NaN reaches, too; a mask would be
+    as large as the tensor."""
     return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())

@@ -1,50 +1,39 @@
-"""Mixtures of experts: the loss that keeps their experts busy, and experts as linear layers.
+"""Mixtures of experts: the loss that keeps all experts busy, and experts as linear layers.
 
-Where a dense model has one feed-forward network a layer, a mixture has E, the experts, and a router
-that sends each token to the k that it gives the highest probabilities. What is sent to an expert
-trains it, and the better it gets, the more is sent to it; left alone, a few experts do all the work
-and the others none. So a mixture is trained with a second loss (Switch Transformer, Fedus et al.
-2021, arXiv 2101.03961, eq. 4 to 6), which says how uneven the routing is:
+**The loss.** A dense model has one feed-forward network a layer. A mixture has E of them, the
+experts, and a router that sends each token to the k experts to which it gives the highest
+probabilities. An expert learns from the tokens that it gets, and the better it is, the more it
+gets; left alone, a few experts do all the work. So a second loss says how uneven the routing is
+(Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6):
 
     aux = E * sum over the experts e of f_e * P_e
 
 f_e is the share of tokens that go to e (the f_e add up to k), and P_e the mean of e's probability.
-aux is k where all experts are equally busy and E where k of them are sure of everything. The
-gradient goes through P alone, which is lowered most where f is high.
+aux is k if all experts are equally busy, and E if all tokens go to the same k with certainty. Its
+gradient goes through P alone, and lowers it most where f is high.
 
-`balanced` turns any method into one whose loss is loss + router_aux_loss_coef * aux, and which
-yields aux as a metric.
+Every token of a packed row counts once in each layer, whether it trains or not. A prompt that
+chosen and rejected share counts once; the big libraries carry and count it twice. f_e * P_e is a product of
+two means, so aux is no sum over tokens: two rows of four examples give another value than one row
+of eight. As in transformers, each pass of the model (here each row) has its aux. That of a step is
+their mean, weighted by a row's count in the loss. So --max_row_tokens, the batch size and the
+number of processes change the value of aux, and nothing else. Evaluation leaves it out, so that
+eval_loss can be compared between coefficients.
 
-**What counts as a token.** aux is that of the row, as it stands: each of its tokens counts once in
-each layer, whether it trains or not. There is no padding to leave out. A prompt that chosen and
-rejected share is routed once and counts once (the big libraries, which carry it twice, count it
-twice), and the last token of a reply, which is not in the row, does not count.
-
-**What is exact.** f_e * P_e is a product of two means, so aux is no sum over tokens: two rows of
-four examples have other values than one row of eight. (f of a whole step would be known only after
-a forward pass over all of it.) As in transformers, aux belongs to one pass of the model, here to
-one row; a step's aux is the mean over its rows, each weighted by what it counts for the loss:
-trained tokens (SFT), or examples. So --max_row_tokens, the batch size and the number of processes
-change the value of aux; everything else about a step is the same in all splits.
-
-Evaluation gives the method's loss alone, so eval_loss can be compared between coefficients.
-
-**Experts as linear layers.** transformers holds all E experts of a layer in two parameters,
-gate_up_proj (E, 2 I, d) and down_proj (E, d, I). No linear layer is there to quantize, so
-bitsandbytes passes over them, and nine tenths of a Mixtral stay in 16 bits. Here an expert is once
-more what it is in the files, three linear layers under the names that they have there
-(model.layers.0.mlp.experts.3.gate_proj):
+**Experts as linear layers.** transformers holds all experts of a layer in two parameters,
+gate_up_proj (E, 2 I, d) and down_proj (E, d, I). bitsandbytes quantizes linear layers only, so nine
+tenths of a Mixtral stay in 16 bits there. Here an expert is three linear layers, under their names
+in the files (model.layers.0.mlp.experts.3.gate_proj):
 
     y = (act(x G') * x U') D'        G, U: (I, d)    D: (d, I)
 
-Whatever is done to linear layers is then done to each of them: it is streamed from the files and
-quantized by itself, decoded for the tokens that are sent to it and again in backward, and never
-kept; and `merge` gives back transformers' own module. All experts of a layer are visited in turn,
-so one is decoded at a time: little memory, but more and smaller products than transformers' grouped
-one.
+So each is streamed from the files and quantized like any linear layer, and decoded for the tokens
+that are sent to it, again in backward. Only one expert is decoded at a time. That takes little
+memory, and more and smaller products than transformers' grouped one. `merge` makes transformers'
+module again.
 
-LoRA passes over experts, in this form as in transformers': PEFT's files name linear layers of
-transformers' model, and there experts are none. So an adapter fits its base in 4 bits and in 16.
+LoRA leaves experts out, in this form and in transformers'. PEFT's files name linear layers of
+transformers' model, where experts are none; so an adapter fits its base in 4 bits and in 16.
 """
 
 from collections.abc import Iterator
@@ -70,11 +59,9 @@ def load_balancing_loss(probabilities: list[Tensor], top_k: int) -> Tensor:
 
 
 def to_probabilities(logits: Tensor) -> Tensor:
-    """What a router of transformers says, (T, E) -> probabilities in fp32.
-
-    Before 5.6 many of its routers gave probabilities under the name of logits, and transformers'
-    own loss took their softmax again (huggingface/transformers issue 45120).
-    """
+    """The "logits" of a router of transformers, (T, E) -> probabilities in fp32. Before 5.6 many
+    routers named probabilities so, and transformers' loss took the softmax of these
+    (huggingface/transformers issue 45120)."""
     if OLD and bool(((logits.sum(-1) - 1).abs() < 1e-3).all()):
         return logits
     return logits.float().softmax(-1)
@@ -82,8 +69,8 @@ def to_probabilities(logits: Tensor) -> Tensor:
 
 @contextmanager
 def routing(decoder: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each pass of the decoder adds its routers' probabilities, one (T, E) a layer.
-    A pass without gradient, such as a reference's, is not asked for them."""
+    """A list to which each pass of the decoder appends its routers' probabilities, one (T, E) a
+    layer. A pass without gradient (a reference's, say) appends nothing."""
     seen: list[Tensor] = []
 
     def ask(module, args, kwargs):
@@ -102,20 +89,19 @@ def routing(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
-    """The method with `coef` (None: the model's own) times the load-balancing loss in its loss.
-
-    Where `coef` is 0, or transformers gives the model no such loss, it is the method itself. Some
-    mixtures are balanced otherwise (DeepSeek-V3's routers by biases): InputError for a `coef`.
-    """
+    """The method, with `coef` times the load-balancing loss in its loss, and the metric aux_loss.
+    None is the model's own coefficient. The method stays as it is if the coefficient is 0, or if
+    transformers has no such loss for the model. InputError if the flag then asks for one: some
+    mixtures are balanced otherwise (DeepSeek-V3's routers by biases)."""
     of_model, kind = vars(model), model.config.model_type  # where transformers looks it up
-    own = of_model.get("router_aux_loss_coef", of_model.get("aux_loss_coef"))  # JetMoE's name
-    if own is None and coef:
+    default = of_model.get("router_aux_loss_coef", of_model.get("aux_loss_coef"))  # JetMoE's name
+    if default is None and coef:
         if {"output_router_logits", "num_experts_per_tok"} & model.config.to_dict().keys():
             fault = f"transformers gives {kind} no load-balancing loss"
             raise InputError(f"--router_aux_loss_coef {coef:g}: {fault}; leave the flag out")
         print("--router_aux_loss_coef has nothing to do in this run: the model shows no routers")
-    coef = own if coef is None else coef
-    if own is None or not coef:
+    coef = default if coef is None else coef
+    if default is None or not coef:
         return method
     print(f"the loss has {coef:g} times the routers' load-balancing loss in it")
 
@@ -135,37 +121,35 @@ def balanced(method: Method, model: nn.Module, coef: float | None) -> Method:
     return with_aux
 
 
-# Mixtral's files have kept the names of its first release; transformers renames as it loads.
+# Mixtral's files have the names of its first release; transformers renames them as it loads.
 MIXTRAL = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer: a list of modules, each with gate_proj, up_proj and down_proj."""
+    """The experts of a layer: modules with gate_proj, up_proj and down_proj. They take over the
+    weights of `dense`, transformers' module."""
 
     def __init__(self, dense: nn.Module):
-        """Of transformers' module, which this one takes the weights of."""
         super().__init__(map(Expert, dense.gate_up_proj.detach(), dense.down_proj.detach()))
         dense.gate_up_proj = dense.down_proj = None
-        self.dense = (dense,)  # in a tuple: it has no weights, and is no part of the model
+        self.dense = (dense,)  # in a tuple, so that it is no submodule
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(T, d), and the k experts of each token with their weights, (T, k) -> (T, d).
-
-        The k outputs of a token are added in fp32.
-        """
+        """x (T, d), each token's k experts and their weights (T, k) -> (T, d). The k outputs of a
+        token are added in fp32."""
         (dense,), k, chosen = self.dense, top_k_index.shape[1], top_k_index.flatten()  # (T * k,)
         by_expert = chosen.argsort(stable=True).split(chosen.bincount(minlength=len(self)).tolist())
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert, places in zip(self, by_expert):
-            if len(places):
-                tokens = places // k  # (n,)
+        for expert, slots in zip(self, by_expert):
+            if len(slots):
+                tokens = slots // k  # (n,)
                 gate, up = expert.gate_proj(x[tokens]), expert.up_proj(x[tokens])  # (n, I)
                 y = expert.down_proj(dense._apply_gate(torch.cat([gate, up], -1)))  # (n, d)
-                out.index_add_(0, tokens, (y * top_k_weights.flatten()[places, None]).float())
+                out.index_add_(0, tokens, (y * top_k_weights.flatten()[slots, None]).float())
         return out.to(x.dtype)
 
     def merge(self) -> nn.Module:
-        """transformers' own module, dense. It uses this one up."""
+        """transformers' module, dense. This one can't be used any more."""
         (dense,), pairs = self.dense, [(expert.gate_proj, expert.up_proj) for expert in self]
         gate_up = [torch.cat([plain(layer).weight for layer in pair]) for pair in pairs]
         down = [plain(expert.down_proj).weight for expert in self]
@@ -175,7 +159,7 @@ class Experts(nn.ModuleList):
 
 
 class Expert(nn.Module):
-    """The linear layers of an expert; gate_up (2 I, d) has the weights of two, one on the other."""
+    """The linear layers of an expert; gate_up (2 I, d) holds the weights of the first two."""
 
     def __init__(self, gate_up: Tensor, down: Tensor):
         super().__init__()
@@ -191,7 +175,7 @@ def linear(weight: Tensor) -> nn.Linear:
 
 
 def stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """transformers' modules that hold all experts of a layer in two parameters, as above."""
+    """{path: module} of transformers' modules that hold all experts of a layer."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -201,12 +185,12 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unstack(model: nn.Module) -> None:
-    """Make linear layers of a model's experts, in place."""
+    """Turn a model's experts into linear layers, in place."""
     for name, module in stacks(model).items():
         model.set_submodule(name, Experts(module))
 
 
 def in_model(stored: dict[str, Stored], model_type: str) -> dict[str, Stored]:
-    """Tensors in files, under the names that the model has for them."""
+    """Tensors in files by their names in the model."""
     new = MIXTRAL if model_type == "mixtral" else {}
     return {".".join(new.get(p, p) for p in key.split(".")): at for key, at in stored.items()}

@@ -51,12 +51,8 @@ class LoRAConfig:
     lora_dropout: float = 0.05
     target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
     exclude_modules: list[str] | str = field(default_factory=list)  # names or a regex: not these
-    layers_to_transform: list[int] | int = field(
-        default_factory=list
-    )  # numbers of layers; none: all
-    layers_pattern: list[str] | str = field(
-        default_factory=list
-    )  # the name before a layer's number
+    layers_to_transform: list[int] | int = field(default_factory=list)  # numbers; none: all
+    layers_pattern: list[str] | str = field(default_factory=list)  # names before the numbers
     rank_pattern: dict[str, int] = field(default_factory=dict)  # {name or regex: its r}
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (arXiv 2312.03732)
@@ -168,7 +164,7 @@ class LoRAHead(LoRALinear):
         weight = self.base_layer.weight
         if not self.enabled or hasattr(weight, "placements"):  # as in TokenRows.weight
             return weight
-        return (weight + self.delta()).requires_grad_()  # so that no mean of it is cached
+        return (weight + self.delta()).requires_grad_()  # else its mean would be cached
 
     @property
     def bias(self) -> Tensor | None:
@@ -403,9 +399,8 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
             raise InputError(f"{path}: {key} is not known here")
         if key in settings and not FIELDS[key][1](value):
             raise InputError(f"{path}: {key} is {value!r:.80}; expected {FIELDS[key][0]}")
-    config = LoRAConfig(
-        **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **settings}
-    )  # PEFT's defaults
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # PEFT's
+    config = LoRAConfig(**defaults | settings)
     config.source = f"{path}: "
     if isinstance(config.trainable_token_indices, list):  # PEFT's short form, for the embedding
         config.trainable_token_indices = {"embed_tokens": config.trainable_token_indices}

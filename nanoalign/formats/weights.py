@@ -1,15 +1,14 @@
-"""A directory, a hub id or a .gguf file -> a model of transformers, ready for examples.
+"""A directory, a hub id or a .gguf file -> a model of transformers that takes examples.
 
-`load_lm` gives it dense, as transformers loads it, or with its linear layers frozen in few bits, in
-one of FORMATS. Embeddings, norms and the head stay dense, which is bitsandbytes' choice too;
-but a mixture's experts, which it leaves dense, are linear layers here (mixture.py).
+`load_lm` loads it dense, as transformers does, or with its linear layers frozen in few bits, in one
+of FORMATS. Embeddings, norms and the head stay dense, as in bitsandbytes. The experts of a mixture
+are linear layers here (mixture.py); bitsandbytes leaves them dense.
 
-To load a model and then quantize it has its peak of memory at the dense model, which 4 bits were
-meant to avoid. Here weights stream: the model is built with its parameters on the meta device,
-where they have a shape and no memory; then each tensor is read, cast, packed, and forgotten before
-the next one is read. Where the files hold other tensors than the model, because transformers
-converts while it loads (GGUF; .bin; some kinds of models), the dense model is loaded first after
-all, and one printed line says so.
+Loading a dense model to quantize it afterwards takes the memory that 4 bits should save. So the
+model is built on the meta device, where parameters have a shape and no memory, and its tensors are
+read from the files one by one: each is cast, packed and forgotten before the next one is read. Some
+files hold other tensors than the model (GGUF, .bin, some kinds of models), and transformers
+converts them. Then the dense model is loaded first, and a printed line says so.
 """
 
 import inspect
@@ -31,8 +30,8 @@ from nanoalign.logps import PackedLM
 from nanoalign.model import probe
 from nanoalign.nf4 import FrozenLinear, NF4Linear
 
-NOTE = "base_quantization.json"  # in an adapter's directory: the frozen base it was trained on
-FORMATS = {"nf4": NF4Linear}  # --bnb_4bit_quant_type: what a frozen linear layer becomes
+NOTE = "base_quantization.json"  # in an adapter's directory: how its base was frozen
+FORMATS = {"nf4": NF4Linear}  # --bnb_4bit_quant_type
 Freeze = Callable[[nn.Linear, str], FrozenLinear]  # the string names it in errors
 
 
@@ -47,14 +46,14 @@ def load_lm(
     quant_type: str = "nf4",
     double_quant: bool = False,
 ) -> PackedLM:
-    """A model of transformers, checked, on its device.
+    """A model of transformers on its device, after the probe (model.py).
 
-    With `train_all` the weights are fp32 and `dtype` is what autocast computes in. With
-    `load_in_4bit` its linear layers are in FORMATS[quant_type]; those of a model that was saved in
-    NF4 always are. InputError names the file and the tensor that is wrong.
+    With `train_all` the weights are fp32, and products are computed in `dtype` (autocast). With
+    `load_in_4bit` the linear layers are in FORMATS[quant_type]; in a model that was saved in NF4
+    they always are. InputError names the file and the tensor at fault.
     """
-    kind, how = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
-    if load_in_4bit and not how.keys() <= inspect.signature(kind).parameters.keys():
+    kind, options = FORMATS[quant_type], {"double_quant": True} if double_quant else {}
+    if load_in_4bit and not options.keys() <= inspect.signature(kind).parameters.keys():
         raise InputError(f"--use_bnb_nested_quant: {quant_type} does not quantize its scales")
     config = files.from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     in_few_bits = load_in_4bit or is_nf4(config)
@@ -65,18 +64,18 @@ def load_lm(
     if in_few_bits:
         if train_all:
             raise InputError(f"{name}: 4-bit weights can't train; leave out --use_peft false")
-        freeze = partial(kind.from_linear, **how)
+        freeze = partial(kind.from_linear, **options)
         model = load_frozen(name, config, dtype, device, freeze, trust_remote_code)
     else:
-        own = torch.float32 if train_all else dtype
-        model = load_dense(name, own, device, trust_remote_code)
+        held_in = torch.float32 if train_all else dtype
+        model = load_dense(name, held_in, device, trust_remote_code)
     autocast = dtype if train_all and dtype != torch.float32 else None
     return PackedLM(model.to(device), scale, softcap, autocast)
 
 
 def dtype_of(asked: str, name: str, config, device: torch.device) -> torch.dtype:
-    """As asked. auto is the checkpoint's; but where that is bfloat16, which NVIDIA's cards before
-    Ampere can't multiply, float16. A line says so, as it does where bfloat16 is asked for there."""
+    """The dtype `asked` for; for "auto" the checkpoint's, but float16 in place of a bfloat16 that
+    the card can't multiply (NVIDIA's before Ampere). A printed line tells of such a card."""
     auto = asked == "auto"
     dtype = (getattr(config, "dtype", None) or torch.float32) if auto else getattr(torch, asked)
     if dtype == torch.bfloat16 and device.type == "cuda":
@@ -98,19 +97,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_dense(name: str, dtype: torch.dtype, device="cpu", trust_remote_code=False) -> nn.Module:
-    """What transformers loads; what it would only warn of is an InputError."""
+    """The model as transformers loads it. InputError for what transformers would only warn of."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         files.read_index(name, index)  # checks the shards that it names
-    how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    how["ignore_mismatched_sizes"] = True  # refused below, by name
-    model, info = files.from_pretrained(AutoModelForCausalLM, name, **how)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # refused below, by name
+    model, info = files.from_pretrained(AutoModelForCausalLM, name, **options)
     if str(name).endswith(".gguf"):  # the weights are dense now, and can be saved
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
     faults = [f"missing keys in the weights: {key}" for key in sorted(info["missing_keys"])]
     for key, found, expected in sorted(info["mismatched_keys"]):
         faults.append(f"{key}: shape {tuple(found)}, expected {tuple(expected)}")
-    named = model.to(device).named_parameters()  # a GPU looks through them in no time
+    named = model.to(device).named_parameters()  # on a GPU the search for NaN is quick
     faults += [f"{key} holds NaN or infinity" for key, t in named if not files.is_finite(t)]
     if faults:
         raise InputError(f"{name}: {faults[0]}")
@@ -121,7 +120,7 @@ def load_dense(name: str, dtype: torch.dtype, device="cpu", trust_remote_code=Fa
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is frozen in few bits: all linear layers but the output head."""
+    """The layers to freeze in few bits: all linear layers but the output head."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
 
@@ -131,10 +130,10 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 
 
 def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) -> nn.Module:
-    """The model with its linear layers frozen, streamed from its files where that can be. `dtype`
-    is that of all other weights, and what frozen ones are rounded to."""
+    """The model with its linear layers frozen, streamed from its files if that can be. All other
+    weights are in `dtype`; a frozen layer's weights are rounded to it."""
     if in_nf4 := is_nf4(config):
-        del config.quantization_config  # it would call for bitsandbytes' own layers
+        del config.quantization_config  # transformers would ask for bitsandbytes
     elif getattr(config, "quantization_config", None):
         raise InputError(f"{name}: quantized already, and not by bitsandbytes in NF4")
     model = skeleton(config, dtype, trust_remote_code)
@@ -174,16 +173,15 @@ def all_weights(model: nn.Module) -> int:
 
 
 def freeze_linears(model: nn.Module, device, freeze: Freeze = NF4Linear.from_linear) -> None:
-    """A dense model's linear layers, those of experts too, in place, one after the other."""
+    """Freeze the linear layers of a dense model, those of experts too, one by one, in place."""
     unstack(model)
     for name, linear in linears(model).items():
         model.set_submodule(name, freeze(linear.to(device), f"{name}.weight"))
 
 
 def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The model with its parameters on meta. Its buffers, which are in no file (rotary frequencies,
-    say), are computed; so meta takes each parameter in the moment in which a module registers it.
-    """
+    """The model with its parameters on the meta device. Buffers (rotary frequencies, say) are in no
+    file and must be computed, so only parameters go to meta, when a module registers them."""
 
     def to_meta(module, name, parameter):
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"))
@@ -196,10 +194,11 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
 
 
 def mismatch(model: nn.Module, places: dict, stored: dict[str, files.Stored]) -> str | None:
-    """Why the files can't be streamed into a skeleton, where transformers may know a conversion.
+    """Why files can't be streamed into a skeleton, and transformers may know a conversion; None if
+    they can.
 
-    Tensors that are only missing, or only too many, are an InputError. Computed buffers, which
-    transformers used to save, don't count; a tied tensor may stand under either of its names.
+    Tensors that are only missing, or only too many, raise an InputError. Buffers in the files don't
+    count. A tied tensor may have either of its names.
     """
     if not stored:
         return "has no safetensors files"
@@ -217,13 +216,13 @@ def mismatch(model: nn.Module, places: dict, stored: dict[str, files.Stored]) ->
 
 
 def stream(model: nn.Module, places: dict, stored: dict, device, freeze) -> None:
-    """Fill a skeleton, tensor by tensor, and freeze its linear layers. Where the files are in
-    bitsandbytes' layout, those that are in NF4 there are taken as they stand, and no others."""
+    """Fill a skeleton, tensor by tensor, and freeze its linear layers. From files in bitsandbytes'
+    layout the layers in NF4 are taken as they are, and no others are frozen."""
     packed = [name for name in linears(model) if name + STATE in stored]
     frozen = packed or list(linears(model))
     for like, keys in places.items():
         if keys[0].removesuffix(".weight") in frozen:
-            continue  # see below
+            continue  # read below
         first = None
         for key in filter(stored.get, keys):
             tensor = files.read_tensor(stored[key], device, like)
@@ -237,7 +236,7 @@ def stream(model: nn.Module, places: dict, stored: dict, device, freeze) -> None
     for name in frozen:
         linear, key = model.get_submodule(name), f"{name}.weight"
         if packed:
-            where = f"{stored[name + STATE].path}: "  # errors name the tensors as this dict does
+            where = f"{stored[name + STATE].path}: "  # errors show these names
             keys = [name + suffix for suffix in PACKED if name + suffix in stored]
             tensors = {where + key: files.read_tensor(stored[key], device) for key in keys}
             layer = from_bitsandbytes(tensors, where + name, linear.weight.shape)
@@ -245,19 +244,19 @@ def stream(model: nn.Module, places: dict, stored: dict, device, freeze) -> None
         else:
             linear.weight = files.read_tensor(stored[key], device, linear.weight)
             layer = freeze(linear, str(stored[key]))
-            linear.weight = None  # whoever still holds the old layer, nothing dense is kept
+            linear.weight = None  # free it, whoever holds the old layer
         model.set_submodule(name, layer)
 
 
 def write_note(model: nn.Module, directory: Path) -> None:
-    """Say beside an adapter in which format its base was frozen, if it was.
+    """Write beside an adapter how its base was frozen, if it was.
 
-    An adapter learns to live with the rounding of its base, so a merge has to know of it. PEFT's
-    adapter_config.json has no place for that (it warns of each key it does not know), hence a file.
+    An adapter is trained to fit the rounding of its base, so a merge must use the same. It is a
+    file of its own because PEFT warns of keys in adapter_config.json that it does not know.
     """
     path, layer = Path(directory) / NOTE, next(iter(frozen_layers(model).values()), None)
     if layer is None:
-        return path.unlink(missing_ok=True)  # of another adapter, which is overwritten
+        return path.unlink(missing_ok=True)  # an older adapter's, which is overwritten
     note = {
         "bnb_4bit_quant_type": next(name for name, kind in FORMATS.items() if type(layer) is kind),
         "bnb_4bit_use_double_quant": vars(layer).get("double_quant", False),
@@ -267,7 +266,7 @@ def write_note(model: nn.Module, directory: Path) -> None:
 
 
 def read_note(directory: str | Path) -> dict | None:
-    """What write_note wrote, as load_lm's quant_type, double_quant and dtype; None without one."""
+    """The note as load_lm's quant_type, double_quant and dtype; None if there is none."""
     path = Path(directory) / NOTE
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
@@ -282,8 +281,8 @@ def read_note(directory: str | Path) -> dict | None:
 
 
 def format_for(adapter: str | None, quant_type: str, double_quant: bool) -> dict:
-    """The quant_type and double_quant to load an adapter's base with: what its note says, and else
-    the flags. A flag that is not at its default and says otherwise is an InputError."""
+    """load_lm's quant_type and double_quant for an adapter's base: those of the adapter's note, or
+    else the flags. InputError if flags were set and the note says otherwise."""
     asked = {"quant_type": quant_type, "double_quant": double_quant}
     note = adapter and read_note(adapter) or asked
     if quant_type not in ("nf4", note["quant_type"]) or double_quant > note["double_quant"]:
