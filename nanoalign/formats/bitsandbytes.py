@@ -86,8 +86,8 @@ def from_bitsandbytes(tensors, name, shape=None):
         (out_features, in_features), blocksize = state["shape"], state["blocksize"]
         n = torch.empty(out_features, in_features, device="meta").numel()
         blocks, double = math.ceil(n / blocksize), "nested_offset" in state
-        layer = NF4Linear(in_features, out_features, DTYPES[state["dtype"]])
-        layer.double_quant, layer.blocksize = double, blocksize
+        sizes = in_features, out_features, DTYPES[state["dtype"]]
+        layer = NF4Linear(*sizes, double_quant=double, blocksize=blocksize)
         offset = torch.tensor(float(state["nested_offset"])) if double else None
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as e:
         raise InputError(f"{name}{STATE}: no quantization state ({e!r})") from None

@@ -13,12 +13,12 @@ aux is k if all experts are equally busy, and E if all tokens go to the same k w
 gradient goes through P alone, and lowers it most where f is high.
 
 Every token of a packed row counts once in each layer, whether it trains or not. A prompt that
-chosen and rejected share counts once; the big libraries carry and count it twice. f_e * P_e is a product of
-two means, so aux is no sum over tokens: two rows of four examples give another value than one row
-of eight. As in transformers, each pass of the model (here each row) has its aux. That of a step is
-their mean, weighted by a row's count in the loss. So --max_row_tokens, the batch size and the
-number of processes change the value of aux, and nothing else. Evaluation leaves it out, so that
-eval_loss can be compared between coefficients.
+chosen and rejected share counts once; the big libraries carry and count it twice. f_e * P_e is a
+product of two means, so aux is no sum over tokens: two rows of four examples give another value
+than one row of eight. As in transformers, each pass of the model (here each row) has its aux. That
+of a step is their mean, weighted by a row's count in the loss. So --max_row_tokens, the batch size
+and the number of processes change the value of aux, and nothing else. Evaluation leaves it out, so
+that eval_loss can be compared between coefficients.
 
 **Experts as linear layers.** transformers holds all experts of a layer in two parameters,
 gate_up_proj (E, 2 I, d) and down_proj (E, d, I). bitsandbytes quantizes linear layers only, so nine
