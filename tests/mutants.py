@@ -11,6 +11,7 @@ this file; test_mutants.py looks whether each old text is still in its file, onc
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -62,7 +63,7 @@ def passes(tests: str, copy: Path) -> bool:
     sys.path.remove(str(HOME / "tests"))
     for stream in (1, 2):
         os.dup2(os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    given = [f"tests/{word}" if ".py" in word else word for word in tests.split()]
+    given = [f"tests/{word}" if ".py" in word else word for word in shlex.split(tests)]
     os._exit(import_module("pytest").main(["-x", "-q", "-p", "no:xdist", *given]))
 
 

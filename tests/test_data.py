@@ -21,6 +21,7 @@ from nanoalign.data import (
     Case,
     Limits,
     epoch_order,
+    make_example,
     make_examples,
     with_mismatches,
 )
@@ -488,6 +489,27 @@ def test_chosen_equal_to_rejected_is_counted(read):
         assert describe(count).endswith("examples; 1 skipped: chosen equal to rejected")
 
 
+def test_pairs_of_ranked_replies_by_hand():
+    """Replies 5, 6, 7, 8 and 6 again; the fourth does not fit. Of the others 6 and 7 are tied, and
+    6 is no better than 6."""
+    texts = [([1, 2, reply], [False, False, True]) for reply in (5, 6, 7, 8, 6)]
+    texts[3] = [1, 2, 3, 4, 8], [False] * 4 + [True]
+    case, count = Case([], [[]] * 5, ranks=[3, 1, 1, 0, 2]), Counter()
+    found = make_example(case, [[text] for text in texts], Limits(4), count)
+    assert found.prompt == [1, 2] and found.completions is None
+    assert found.texts == [([reply], [True]) for reply in (5, 6, 7, 6)]
+    assert found.pairs == [(1, 0), (2, 0), (2, 3), (3, 0)]
+    assert count["replies with no trained token left"] == 1 and count["pairs tied or equal"] == 2
+
+
+def test_a_prompt_ends_where_the_texts_part():
+    """Before what trains, where thoughts do not: 3 and 4 are in the texts and not in the prompt."""
+    texts = ([1, 2, 3, 9, 10], [False] * 3 + [True] * 2), ([1, 2, 4, 11], [False] * 3 + [True])
+    found = make_example(Case([], [[], []]), [[text] for text in texts], Limits(), Counter())
+    assert found.prompt == [1, 2]
+    assert found.texts == [([3, 9, 10], [False, True, True]), ([4, 11], [False, True])]
+
+
 def test_no_row_left_is_an_error(read):
     with pytest.raises(InputError) as caught:
         read(SFT, [{"prompt": "Q", "completion": ""}] * 3)
@@ -908,6 +930,14 @@ def test_mismatches_worked():
     assert partners(paired) == [5, 5, 1, 1, 3, 4]
     assert [e.number for e in paired] == [0, 1, 2, 3, 4, 5]
     assert all(e.mismatch is None for e in order)  # copies: the data stays as it was
+
+
+def test_a_mismatch_asks_with_all_that_precedes_a_reply():
+    """x is 1 2 3, though 2 and 3 stand in the text."""
+    order = [Example([1], [([2, 3, 4, 5], [False, False, True, True])]), example(9)]
+    first, second = with_mismatches(order)
+    assert (first.mismatch.prompt, first.mismatch.texts) == ([1, 2, 3], [([9], [True])])
+    assert (second.mismatch.prompt, second.mismatch.texts) == ([9], [([4, 5], [True, True])])
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -15,6 +15,7 @@ from nanoalign.fast import head as fast
 from nanoalign.fast.head import token_logps
 from nanoalign.logps import Head, PackedLM, Scores
 from nanoalign.logps import token_logps as definition
+from nanoalign.lora import add_token_rows
 from nanoalign.packing import Example, pack, packed
 
 N, D, V = 37, 24, 97
@@ -172,7 +173,9 @@ def test_in_bfloat16(chunk, trains):
     our_weight = weight.clone().requires_grad_(trains)
     got = token_logps(ours, Head(our_weight), targets, chunk)
     assert got.dtype == torch.float32
-    assert torch.allclose(got, plain(h, weight, None, targets), atol=1e-5)
+    expected = plain(h, weight, None, targets)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.equal(definition(h, Head(weight), targets), expected)
 
     exact, exact_weight = (t.double().requires_grad_() for t in (h, weight))
     (plain(exact, exact_weight, None, targets) * upstream).sum().backward()
@@ -297,9 +300,32 @@ def test_the_mean_logits_follow_a_head_that_trains():
     assert lm.mean_weight is mean
 
 
-def test_no_mean_logits_for_heads_that_do_more():
+def test_the_mean_logits_follow_rows_that_train_in_a_frozen_head():
     lm = a_model()
-    lm.softcap = 5.0
+    lm.model.requires_grad_(False)
+    add_token_rows(lm.model, {"lm_head": [5, 96]})
+    for size in (0.0, 3.0):
+        with torch.no_grad():
+            lm.head().row_weight.add_(size)
+            row = pack(SEQUENCES)
+            z = lm.head().logits(lm.hidden(row)[row.predictors]).mean(-1)
+        expected = torch.zeros(3).index_add(0, row.completion, z)
+        assert torch.allclose(lm(SEQUENCES).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_over_a_vocabulary_is_taken_in_fp32():
+    weight = tensors(torch.bfloat16)[1]
+    expected = weight.double().mean(0)
+    assert torch.allclose(fast.mean_weight(Head(weight)).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", ["scale", "softcap", "bias"])
+def test_no_mean_logits_for_heads_that_do_more(more):
+    lm = a_model()
+    if more == "bias":
+        lm.model.lm_head.bias = nn.Parameter(torch.ones(320))
+    else:
+        setattr(lm, more, 5.0)
     assert lm(SEQUENCES).logits is None
 
 

@@ -11,14 +11,16 @@ import torch
 import transformers as t
 from conftest import make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from nanoalign import InputError, packing
 from nanoalign import model as model_file
 from nanoalign.fast.miniature import miniature
 from nanoalign.formats.mixture import OLD
+from nanoalign.lora import LoRALinear
 from nanoalign.losses import sigmoid
-from nanoalign.model import generate, generation, make_policy, probe, sample
+from nanoalign.model import generate, generation, make_policy, probe, sample, vocabulary
 from nanoalign.packing import Example, packed
 from nanoalign.run.flags import DPOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy, save_policy
@@ -155,6 +157,30 @@ def test_a_notebook_s_policy_is_that_of_the_command_line(kind, r, tmp_path):
     assert torch.equal(policy(SEQUENCES).logps, theirs(SEQUENCES).logps)
 
 
+def test_a_notebook_trains_what_the_command_line_trains(tmp_path):
+    """LoRA at alpha / r, with rows for markers that the tokenizer lacks; or all weights, and then
+    there is no reference in them."""
+    save_model(tmp_path, tiny(LlamaConfig), make_tokenizer(["<|endoftext|>"]))
+    for r, flags in ((4, ["--lora_r=4"]), (None, ["--use_peft=false"])):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        ours = make_policy(model, make_tokenizer(["<|endoftext|>"]), r)
+        theirs = load_policy(config(tmp_path, *flags))
+        mine, other = (
+            {name: p.shape for name, p in policy.model.named_parameters() if p.requires_grad}
+            for policy in (ours, theirs)
+        )
+        assert mine == other and any("trainable_tokens" in name for name in mine) == (r == 4)
+        layers = [m for m in ours.model.modules() if isinstance(m, LoRALinear)]
+        assert {layer.scaling for layer in layers} == ({16 / 4} if r else set())
+        assert (ours.reference is None) == (theirs.reference is None) == (r is None)
+
+
+def test_a_vocabulary_may_skip_ids():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words)
+    assert vocabulary(tokenizer) == 8 and len(tokenizer) == 2
+
+
 def test_a_notebook_trains_all_weights_in_fp32(tmp_path):
     """Those of a bfloat16 model would not move by a small step; it computes in bfloat16."""
     save_model(tmp_path, tiny(LlamaConfig, dtype=torch.bfloat16))
@@ -242,6 +268,19 @@ def test_the_probe_finds_what_attention_forgets(kind, forgotten, monkeypatch):
     monkeypatch.setattr(model_file, "packed", lambda: "forgetful")
     with pytest.raises(InputError, match=SHARED):
         probe(BUILD, ACCEPTED[kind][0], "M")
+
+
+def test_the_probe_finds_texts_of_one_example_that_see_each_other(monkeypatch):
+    """The second text of its first example, 6 tokens of prompt and 7 of the first text on."""
+
+    def leaks(*given, geometry, **how):
+        runs = [(depth and 12, new) for depth, new in geometry.runs]
+        return packing.packed_attention(*given, geometry=replace(geometry, runs=runs), **how)
+
+    t.AttentionInterface.register("leaks", leaks)
+    monkeypatch.setattr(model_file, "packed", lambda: "leaks")
+    with pytest.raises(InputError, match=SHARED):
+        probe(BUILD, ACCEPTED["llama"][0], "M")
 
 
 def test_the_probe_leaves_the_generator_of_random_numbers_alone():
@@ -396,6 +435,17 @@ def test_sampling_follows_the_seed_and_training_goes_on_after_it(policy):
     assert policy.model.training
     policy.lm(SEQUENCES).logps.sum().backward()  # packed attention again
     policy.lm.zero_grad()
+
+
+def test_generation_has_no_dropout(tmp_path):
+    """Though the model is training before and after."""
+    save_model(tmp_path, tiny(LlamaConfig, attention_dropout=0.9))
+    policy, replies = load_policy(config(tmp_path)), []
+    for training in (True, False):
+        policy.lm.train(training)
+        replies.append(generate(policy, TALK, max_new_tokens=12))
+        assert policy.model.training is training
+    assert replies[0] == replies[1]
 
 
 def slowly(policy, prompt, n, temperature, top_p):
