@@ -423,9 +423,9 @@ def other_tables(model: nn.Module) -> dict[str, nn.Parameter | None]:
     return found
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path, name="adapter_model.safetensors") -> dict[str, Tensor]:
     """The tensors of an adapter, mapped into memory."""
-    path = Path(directory) / "adapter_model.safetensors"
+    path = Path(directory) / name
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -26,6 +26,7 @@ from nanoalign.formats.peft import (
     ending_in,
     load_adapter,
     read_adapter_config,
+    read_tensors,
     save_adapter,
     table_rows,
 )
@@ -327,8 +328,10 @@ def heads_of(policy: Policy) -> dict[str, Tensor]:
 
 def load_saved(policy: Policy, directory: Path, trust_remote_code: bool = False) -> None:
     """Load into a policy the weights that save_policy has written."""
-    for name, tensor in heads_of(policy).items():
-        tensor.copy_(load_file(directory / HEADS)[name])
+    if heads := heads_of(policy):
+        saved = read_tensors(directory, HEADS)
+        for name, tensor in heads.items():
+            tensor.copy_(saved[name])
     if policy.lora is not None:
         return load_adapter(policy.model, policy.lora, directory)
     saved = weights.load_dense(str(directory), torch.float32, trust_remote_code=trust_remote_code)
