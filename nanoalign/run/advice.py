@@ -87,7 +87,7 @@ def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0
         return None
     if w_down * down <= w_up * up <= 3 / 2 * w_down * down:
         return None
-    # Change the weight of the rarer label. But a weight of 0 must be changed itself.
+    # Change the weight of the rarer label. But if one is 0, change that one.
     if w_up == 0 or (up < down and w_down > 0):
         name, low = "desirable_weight", w_down * down / up
     else:

@@ -54,7 +54,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of tokens, and what its computation is like."""
+    """A row of tokens, and how the model computes it."""
 
     tokens: int  # T
     size: int = 2  # bytes of a number in a product: 2 in bfloat16
@@ -199,8 +199,8 @@ def keys_met(example: int) -> float:
 def in_the_mlp(s: Sizes, row: Row) -> int:
     """Bytes of the gradients inside a layer's MLP. Forward needs as many.
 
-    Two have the MLP's width: the input of down has a gradient through W and one through A; later
-    there are those of act(gate) and up. The rest are gradients of the hidden states.
+    Two of the MLP's width are there at a time: of the input of down through W and through A; later
+    of act(gate) and of up. The others are gradients of the hidden states.
     """
     return row.tokens * (2 * s.mlp * row.size + s.hidden * (row.stream + row.size))
 
@@ -208,8 +208,8 @@ def in_the_mlp(s: Sizes, row: Row) -> int:
 def beside_a_product(s: Sizes, row: Row) -> int:
     """Bytes that a product needs in addition to `in_the_mlp`.
 
-    A 4-bit weight is decoded. If all weights train, there is the weight's gradient, as it was
-    computed and in fp32; and the gradient of a tied head, until the embedding's is added to it.
+    A 4-bit weight is decoded. If all weights train, there is the weight's gradient, in the dtype of
+    the product and in fp32; and the gradient of a tied head, until the embedding's is added to it.
     """
     size = s.largest * row.size if s.four_bit else 0
     if row.train_all:

@@ -76,8 +76,10 @@ def sum_of_bits(tensor: Tensor) -> int:
     """The sum of a tensor's numbers, with their bits read as integers.
 
     It is the same in any order. A sum of floats is not: it depends on the device and on the number
-    of threads. It is made part by part because torch copies to int64 what it sums as int64.
+    of threads. The tensor is summed in parts, because torch makes an int64 copy of what it sums.
     """
+    if ranks.is_part(tensor):
+        return sum(ranks.gather(sum_of_bits(tensor.to_local())))
     bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).flatten()
     return sum(part.sum(dtype=torch.int64).item() for part in bits.split(2**24))
 
@@ -86,7 +88,7 @@ def weights_fingerprint(model: nn.Module) -> dict[str, str]:
     """SHA-256 of the frozen weights, "base", and of those that train, "starting weights"."""
     weights = {True: hashlib.sha256(), False: hashlib.sha256()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        line = f"{name} {tuple(tensor.shape)} {ranks.over_parts(sum_of_bits, tensor)}\n"
+        line = f"{name} {tuple(tensor.shape)} {sum_of_bits(tensor)}\n"
         weights[tensor.requires_grad].update(line.encode())
     return {"base": weights[False].hexdigest(), "starting weights": weights[True].hexdigest()}
 
@@ -177,7 +179,7 @@ def state_tensors(trained: dict[str, nn.Parameter], optimizer) -> dict[str, Tens
 
 
 def save_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """state.safetensors and state.json."""
+    """Write state.safetensors and state.json."""
     save_file(tensors, directory / "state.safetensors")
     (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
@@ -249,8 +251,8 @@ def resume(cfg: Config, trained: dict, optimizer, state: dict) -> Path | None:
 
 
 def is_finished(cfg: Config, state: dict) -> bool:
-    """Is the run that is to be resumed finished? If so, `state` becomes that of its end. A run that
-    now has more steps is not finished. InputError if run.json belongs to another run."""
+    """Is the run that is to be resumed finished? If so, `state` is updated to its end. A run that
+    now gets more steps is not finished. InputError if run.json belongs to another run."""
     path = Path(cfg.output_dir, "run.json")
     if not (is_own_directory(cfg.resume_from_checkpoint, path.parent) and path.exists()):
         return False

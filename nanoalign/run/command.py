@@ -80,7 +80,7 @@ def quiet() -> None:
     """Silence the libraries: loading bars, notes on configs, retries of the hub, warnings."""
     warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a character
+        sys.stdout.reconfigure(errors="backslashreplace")  # some terminals lack characters
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()

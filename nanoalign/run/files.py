@@ -101,7 +101,7 @@ def rehearse(directory: Path, write: Write) -> None:
         write_whole(rehearsal, write)
     except InputError:
         raise
-    except Exception as error:  # of a tokenizer, a config, a template
+    except Exception as error:  # a tokenizer, config or template is at fault
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{directory}: what is to be saved there can't be: {why[:300]}") from error
     finally:
@@ -157,8 +157,8 @@ def has_weights(directory: Path) -> bool:
 
 
 def replace(target: Path, new: Path | None = None) -> None:
-    """Delete the directory `target`, if it exists, and rename `new` to it. It is renamed before it
-    is deleted: a crash must not leave half of it under its own name."""
+    """Delete the directory `target`, if it exists, and rename `new` to it. The old one is renamed
+    before it is deleted: a crash must not leave half of it under its name."""
     old = target.with_name(f"tmp-old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.is_symlink():

@@ -107,9 +107,9 @@ FOREIGN = [
 def flag(default, help: str, must=None, **more):
     """A dataclass field for a flag, with its line of --help.
 
-    must: bounds, such as POSITIVE. In `more`: idle, a function that says whether the flag has no
-    effect with this config; free, if a resumed run may change the flag, because results stay equal
-    but for rounding; and arguments for argparse.
+    must: bounds, such as POSITIVE. idle: a function that says whether the flag has no effect with a
+    config. free: a resumed run may change the flag, because it changes results only by rounding.
+    Other keywords go to argparse.
     """
     meta = {"help": help, "must": must, **more}
     if isinstance(default, (list, dict)):

@@ -60,7 +60,7 @@ class Reader(NamedTuple):
 
 
 def base_of(cfg: Config) -> Base:
-    """What the flags name. An adapter names its base model itself."""
+    """Find the base model, its tokenizer and the adapter's settings. An adapter names its base."""
     name, adapter, lora = cfg.model_name_or_path, cfg.adapter_name_or_path, None
     if adapter:
         lora = read_adapter_config(adapter)
@@ -142,8 +142,7 @@ def token_rows(model: nn.Module, rows: dict, to_save: list[str]) -> dict[str, li
     """The rows of new tokens that train by themselves: {table: rows}.
 
     `rows` are those of all new tokens. A table in `to_save` (--lora_modules_to_save) trains as a
-    whole and needs none. If it was tied to the other table it no longer is, so the other needs
-    rows too.
+    whole and needs none. That unties it from the other table, which then needs rows too.
     """
     paths = [*table_paths(model)]
     trained = [path for path in paths if path.endswith(tuple(to_save))]

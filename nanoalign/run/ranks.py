@@ -38,7 +38,7 @@ LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.ke
 RANK, WORLD = [int(os.environ[n]) for n in ("RANK", "WORLD_SIZE")] if LAUNCHED else (0, 1)
 # In torch 2.7 4-bit weights can't be cut, and gradient norms are those of a part. 2.13 is tested.
 CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-MESSAGE = 2**26  # at most so many numbers of gradients in a message
+MESSAGE = 2**26  # gradients are exchanged in messages of at most so many numbers
 SHARDED: list[PackedLM] = []  # the models that `shard` has cut
 FILLER = [Example([0], [([0], [True])])]  # stands in for an empty batch
 PATIENCE = timedelta(hours=1)  # for rank 0 to read the data; torchrun sees a dead rank at once
@@ -167,8 +167,8 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Is the tensor a DTensor, this rank's part of a whole one? To import that module takes a
-    second. If nobody has imported it, there is no DTensor."""
+    """Is the tensor a DTensor, this rank's part of a whole one? Its module takes a second to import;
+    if nobody has imported it, there is no DTensor."""
     kind = sys.modules.get("torch.distributed.tensor")
     return kind is not None and isinstance(tensor, kind.DTensor)
 
@@ -255,13 +255,6 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
         tensor = tensor.to(parameter.device)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor.to(parameter.device)
-
-
-def over_parts(count: Callable[[Tensor], int], tensor: Tensor) -> int:
-    """The sum of `count(part)` over all ranks' parts of a tensor."""
-    if is_part(tensor):
-        return sum(gather(count(tensor.to_local())))
-    return count(tensor)
 
 
 def whole_weights(lm: PackedLM) -> dict[str, Tensor] | None:

@@ -51,7 +51,7 @@ def start(cfg: Config, layouts: Layouts) -> Run:
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     threads = use_threads(cfg)
-    policy = load_policy(cfg, base, reader)  # after the data: their errors come without a wait
+    policy = load_policy(cfg, base, reader)  # the data come first: their errors are quick
 
     if policy.lm.device.type == "cpu":
         print(threads)
@@ -103,7 +103,7 @@ def holds(directory: Path, name: str) -> bool:
 
 
 def read_all(cfg: Config, layouts: Layouts, reader: Reader):
-    """-> examples to train on; how many rows became what; examples to evaluate on."""
+    """-> examples to train on; counts of what became of the rows; examples to evaluate on."""
     examples, count = read(cfg, layouts, reader, cfg.dataset_name, cfg.dataset_train_split)
     held_out = []
     if cfg.eval_dataset:
@@ -116,7 +116,7 @@ def read_all(cfg: Config, layouts: Layouts, reader: Reader):
 def read(
     cfg: Config, layouts: Layouts, reader: Reader | Policy, sources: list[str], split: str = "train"
 ):
-    """-> the examples in `sources`; how many rows became what. Prints notes on the files."""
+    """-> the examples in `sources`; counts of what became of the rows. Prints notes on the files."""
     limits, notes = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode), []
     names = "input_as_system", "skip_bad_rows", "train_on"
     options = {name: value for name, value in vars(cfg).items() if name in names}
