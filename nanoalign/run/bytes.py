@@ -189,28 +189,22 @@ def kept_in_a_layer(s: Sizes, row: Row) -> dict[str, float]:
 
 def keys_met(example: int) -> float:
     """For how many keys a query's attention weights are kept, on average, without CUDA.
-
-    fast/attention.py multiplies a query with the keys before it and in its block. In an example
-    of more than SHORT tokens it keeps no weights.
-    """
+    fast/attention.py multiplies a query with the keys before it and in its block. In an example of
+    more than SHORT tokens it keeps no weights."""
     return 0 if example > SHORT else (example + min(example, BLOCK)) / 2
 
 
 def in_the_mlp(s: Sizes, row: Row) -> int:
-    """Bytes of the gradients inside a layer's MLP. Forward needs as many.
-
-    Two of the MLP's width are there at a time: of the input of down through W and through A; later
-    of act(gate) and of up. The others are gradients of the hidden states.
-    """
+    """Bytes of the gradients inside a layer's MLP. Forward needs as many. Two of the MLP's width
+    are there at a time: of the input of down through W and through A; later of act(gate) and of up.
+    The others are gradients of the hidden states."""
     return row.tokens * (2 * s.mlp * row.size + s.hidden * (row.stream + row.size))
 
 
 def beside_a_product(s: Sizes, row: Row) -> int:
-    """Bytes that a product needs in addition to `in_the_mlp`.
-
-    A 4-bit weight is decoded. If all weights train, there is the weight's gradient, in the dtype of
-    the product and in fp32; and the gradient of a tied head, until the embedding's is added to it.
-    """
+    """Bytes that a product needs in addition to `in_the_mlp`. A 4-bit weight is decoded. If all
+    weights train, there is the weight's gradient, in the dtype of the product and in fp32; and the
+    gradient of a tied head, until the embedding's is added to it."""
     size = s.largest * row.size if s.four_bit else 0
     if row.train_all:
         size += s.largest * (4 + row.size) + 4 * s.vocabulary * s.hidden * s.tied

@@ -73,11 +73,9 @@ def data_fingerprint(examples: Examples) -> str:
 
 
 def sum_of_bits(tensor: Tensor) -> int:
-    """The sum of a tensor's numbers, with their bits read as integers.
-
-    It is the same in any order. A sum of floats is not: it depends on the device and on the number
-    of threads. The tensor is summed in parts, because torch makes an int64 copy of what it sums.
-    """
+    """The sum of a tensor's numbers, with their bits read as integers. It is the same in any order.
+    A sum of floats is not: it depends on the device and on the number of threads. The tensor is
+    summed in parts, because torch makes an int64 copy of what it sums."""
     if ranks.is_part(tensor):
         return sum(ranks.gather(sum_of_bits(tensor.to_local())))
     bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).flatten()
@@ -333,9 +331,7 @@ def continues(which: str, directory: Path) -> bool:
 
 def prune(directory: Path, keep: int | None, step: float = math.inf, best: int = 0) -> None:
     """Delete old checkpoints. The newest `keep` stay, and so does the one of step `best`.
-
-    Checkpoints after `step` do not count: they may be damaged, and the run writes them again.
-    """
+    Checkpoints after `step` do not count: they may be damaged, and the run writes them again."""
     found = [path for path in checkpoints(directory) if best != int(path.name[11:]) <= step]
     for path in [] if keep is None else found[: max(0, len(found) - keep)]:
         with contextlib.suppress(OSError):  # a checkpoint too many must not end a run

@@ -49,10 +49,8 @@ def need_less(cfg: Config, checkpointing: bool | None) -> str:
 @contextlib.contextmanager
 def command(name: str) -> Iterator[None]:
     """End the command `name` with one line and exit code 2 on an error that the user can fix.
-
     Ctrl-C ends it with code 130; while a run trains, record.py handles it. A reader that closes the
-    pipe, such as head, is no error. The libraries print nothing.
-    """
+    pipe, such as head, is no error. The libraries print nothing."""
     quiet()
     try:
         yield

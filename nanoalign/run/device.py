@@ -39,10 +39,8 @@ COMING = "its gradients", "AdamW's states"  # kinds of standing_bytes that the f
 
 
 def use_threads(cfg: Config) -> str:
-    """Set the number of threads on a CPU. -> a line that says the number and the reason.
-
-    Sums round differently with another number, so a resumed run takes the number that it had.
-    """
+    """Set the number of threads on a CPU. -> a line that says the number and the reason. Sums round
+    differently with another number, so a resumed run takes the number that it had."""
     most, before = torch.get_num_threads(), checkpoint.kept_in(cfg, "state.json").get("threads")
     if cfg.threads:
         number, why = cfg.threads, "--threads"
@@ -64,11 +62,9 @@ def use_threads(cfg: Config) -> str:
 
 
 def faster(most: int, now=time.perf_counter) -> tuple[int, str]:
-    """Time small products for a fifth of a second. -> `most` or 1 threads; the reason.
-
-    Threads that share a product wait for each other. If another program is busy, a product waits
-    until the scheduler runs the last thread, and one thread alone is faster.
-    """
+    """Time small products for a fifth of a second. -> `most` or 1 threads; the reason. Threads that
+    share a product wait for each other. If another program is busy, a product waits until the
+    scheduler runs the last thread, and one thread alone is faster."""
     if most == 1:
         return 1, "one core"
     a, b, done = torch.ones(256, 512), torch.ones(512, 512), Counter()
@@ -105,10 +101,8 @@ def computes_in(lm: PackedLM) -> torch.dtype:
 
 def use_tf32(cfg: Config, lm: PackedLM) -> None:
     """On CUDA, compute float32 products on the tensor cores (TF32), unless the flag forbids it.
-
     They use the first 10 bits of a factor and add in float32. All 23 bits take several times as
-    long. bfloat16, the usual dtype for training, has 7.
-    """
+    long. bfloat16, the usual dtype for training, has 7."""
     if lm.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         if cfg.tf32 and computes_in(lm) == torch.float32:

@@ -30,10 +30,8 @@ COMPLETE = "tmp-whole"  # a directory of complete files, which `install` moves t
 
 @contextmanager
 def saving(target: Path) -> Iterator[None]:
-    """Raise InputError if the disk is full or not writable.
-
-    safetensors and tokenizers raise errors of their own, with "(os error N)" in the text.
-    """
+    """Raise InputError if the disk is full or not writable. safetensors and tokenizers raise errors
+    of their own, with "(os error N)" in the text."""
     try:
         yield
     except InputError:
@@ -172,11 +170,9 @@ def replace(target: Path, new: Path | None = None) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory. InputError if another run has locked it.
-
-    The directory is created if it does not exist. The lock ends with its process, so a run that was
-    killed blocks nobody. Where the system has no locks, nothing is locked.
-    """
+    """Keep other runs out of a directory. InputError if another run has locked it. The directory is
+    created if it does not exist. The lock ends with its process, so a run that was killed blocks
+    nobody. Where the system has no locks, nothing is locked."""
     path, old = directory / "tmp-lock", directory.exists()
     with saving(directory):
         directory.mkdir(parents=True, exist_ok=True)

@@ -447,10 +447,8 @@ def by_flag(argv: list[str]) -> dict[str, list[str]]:
 
 def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Read flags from a YAML file. -> each flag as words of a command line; the line it stands in.
-
     Values are taken as text, because YAML reads 1e-5 as a string and no as False. No objects are
-    made, so a tag that asks for code does nothing.
-    """
+    made, so a tag that asks for code does nothing."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -480,11 +478,8 @@ def from_file(kind: type[Config], path: str) -> tuple[dict[str, list[str]], dict
 
 
 def known_words(kind: type[Config], flags: dict[str, list[str]]) -> list[str]:
-    """Keep the words of our own flags.
-
-    A flag of FOREIGN prints a line if its value changes nothing here. Any other value, and an
-    unknown flag, raises InputError.
-    """
+    """Keep the words of our own flags. A flag of FOREIGN prints a line if its value changes nothing
+    here. Any other value, and an unknown flag, raises InputError."""
     words = []
     for name, said in flags.items():
         if name in names_of(kind) | {"", "help"}:

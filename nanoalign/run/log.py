@@ -55,10 +55,8 @@ def metric_of(cfg: Config) -> tuple[str, bool]:
 
 
 def best_of(cfg: Config, lines: list[dict]) -> tuple[dict | None, int]:
-    """The best evaluation in lines of metrics.jsonl, and how many evaluations came after it.
-
-    The first of equal ones is the best. An evaluation before step 1 does not count.
-    """
+    """The best evaluation in lines of metrics.jsonl, and how many evaluations came after it. The
+    first of equal ones is the best. An evaluation before step 1 does not count."""
     name, greater = metric_of(cfg)
     best, since = None, 0
     for line in lines:
@@ -72,10 +70,8 @@ def best_of(cfg: Config, lines: list[dict]) -> tuple[dict | None, int]:
 
 
 class Log:
-    """The log of a run that has done `step` of `total` steps. Call `close` at the end.
-
-    `run_id` is its id at Weights & Biases, which a resumed run keeps. Only rank 0 has a log.
-    """
+    """The log of a run that has done `step` of `total` steps. Call `close` at the end. `run_id` is
+    its id at Weights & Biases, which a resumed run keeps. Only rank 0 has a log."""
 
     def __init__(self, cfg: Config, total: int, step: int, run_id: str):
         directory, report_to = Path(cfg.output_dir), "none" if ranks.RANK else cfg.report_to

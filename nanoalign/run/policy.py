@@ -139,11 +139,9 @@ def make_room(model: nn.Module, tokenizer, lora: LoRAConfig, adapter: str) -> No
 
 
 def token_rows(model: nn.Module, rows: dict, to_save: list[str]) -> dict[str, list[int]]:
-    """The rows of new tokens that train by themselves: {table: rows}.
-
-    `rows` are those of all new tokens. A table in `to_save` (--lora_modules_to_save) trains as a
-    whole and needs none. That unties it from the other table, which then needs rows too.
-    """
+    """The rows of new tokens that train by themselves: {table: rows}. `rows` are those of all new
+    tokens. A table in `to_save` (--lora_modules_to_save) trains as a whole and needs none. That
+    unties it from the other table, which then needs rows too."""
     paths = [*table_paths(model)]
     trained = [path for path in paths if path.endswith(tuple(to_save))]
     if rows and trained and tied(model):
@@ -276,11 +274,9 @@ def configure(model: nn.Module, cfg: Config) -> None:
 
 
 def stop_at(model: nn.Module, ids: list[int]) -> None:
-    """Make transformers' generate stop at these tokens too.
-
-    It reads the configs, which have the base model's end token only. In config.json some models can
-    have one end token, others a list of them.
-    """
+    """Make transformers' generate stop at these tokens too. It reads the configs, which have the
+    base model's end token only. In config.json some models can have one end token, others a list of
+    them."""
     if not ids:
         return
     config, generation = model.config, model.generation_config
@@ -298,10 +294,8 @@ def stop_at(model: nn.Module, ids: list[int]) -> None:
 
 def save_policy(policy: Policy, directory: str | Path, state_dict: dict | None = None) -> None:
     """Save the adapter or the model, and the tokenizer, as PEFT and transformers read them.
-
     `state_dict` has the model's weights where this process holds only a part of them
-    (ranks.whole_weights). With {} a model is saved without its weights.
-    """
+    (ranks.whole_weights). With {} a model is saved without its weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if policy.lora is not None:

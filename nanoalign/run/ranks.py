@@ -46,11 +46,9 @@ PATIENCE = timedelta(hours=1)  # for rank 0 to read the data; torchrun sees a de
 
 @contextlib.contextmanager
 def job() -> Iterator[None]:
-    """Connect the processes that torchrun has started, and disconnect them at the end.
-
-    An error on one rank ends the job: torchrun stops the others. If several ranks fail, for the
-    same reason or because one is gone, only the first says why.
-    """
+    """Connect the processes that torchrun has started, and disconnect them at the end. An error on
+    one rank ends the job: torchrun stops the others. If several ranks fail, for the same reason or
+    because one is gone, only the first says why."""
     if not LAUNCHED:
         yield
         return
@@ -109,10 +107,8 @@ def once(do: Callable):
 
 
 def share(things: list, length: Callable = len) -> list:
-    """The things of a list that this rank takes, in their order. All ranks have the same list.
-
-    The longest is dealt first, each to the rank with the least so far, so all take about as long.
-    """
+    """The things of a list that this rank takes, in their order. All ranks have the same list. The
+    longest is dealt first, each to the rank with the least so far, so all take about as long."""
     loads, mine = [0] * WORLD, []
     for i in sorted(range(len(things)), key=lambda i: -length(things[i])):
         rank = loads.index(min(loads))
@@ -167,8 +163,8 @@ def total(sums: Sums, parameters: list[nn.Parameter] = ()) -> Sums:
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Is the tensor a DTensor, this rank's part of a whole one? Its module takes a second to import;
-    if nobody has imported it, there is no DTensor."""
+    """Is the tensor a DTensor, this rank's part of a whole one? The class takes a second to import.
+    If nobody has imported it, there is none."""
     kind = sys.modules.get("torch.distributed.tensor")
     return kind is not None and isinstance(tensor, kind.DTensor)
 

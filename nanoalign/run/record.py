@@ -101,10 +101,8 @@ def begun(cfg: Config, run: Run, signals: list[int]) -> Iterator["Record"]:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that gets the number of each SIGINT and SIGTERM. A second signal ends the run at once.
-
     Under torchrun it does not: on Ctrl-C torchrun sends a second signal by itself. It kills its
-    processes after 30 seconds.
-    """
+    processes after 30 seconds."""
     noted: list[int] = []
 
     def note(number, frame):
@@ -122,9 +120,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 class Record:
     """The state of a run, and its log. To make one resumes the run if the flags ask for that.
-
-    `signals` is the list of `stop_signals`.
-    """
+    `signals` is the list of `stop_signals`."""
 
     def __init__(self, cfg: Config, run: Run, signals: list[int]):
         self.cfg, self.run, self.signals = cfg, run, signals
@@ -292,12 +288,9 @@ class Record:
             raise InputError(f"--metric_for_best_model {name}: expected one of {', '.join(known)}")
 
     def evaluate(self, method: Method) -> None:
-        """Evaluate the held-out examples, if that is due.
-
-        The time is not counted in tokens per second. A signal interrupts the evaluation; the
-        resumed run does it again. On several ranks it is not interrupted: they may be at different
-        batches.
-        """
+        """Evaluate the held-out examples, if that is due. The time is not counted in tokens per
+        second. A signal interrupts the evaluation; the resumed run does it again. On several ranks
+        it is not interrupted: they may be at different batches."""
         started, cfg, lm, state = self.seconds(), self.cfg, self.run.policy.lm, self.state
         if not self.must_evaluate or self.signal:
             return

@@ -69,11 +69,9 @@ def reference_of(
 
 
 def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Batches:
-    """Cut examples into batches for a pass without gradient.
-
-    Their rows are twice as long as in training, because nothing is kept for backward. Longer rows
-    make larger products, and 4-bit weights are decoded less often.
-    """
+    """Cut examples into batches for a pass without gradient. Their rows are twice as long as in
+    training, because nothing is kept for backward. Longer rows make larger products, and 4-bit
+    weights are decoded less often."""
     return ranks.level(in_rows(examples, 2 * (cfg.max_row_tokens or lm.row_tokens)))
 
 

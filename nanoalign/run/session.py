@@ -116,7 +116,7 @@ def read_all(cfg: Config, layouts: Layouts, reader: Reader):
 def read(
     cfg: Config, layouts: Layouts, reader: Reader | Policy, sources: list[str], split: str = "train"
 ):
-    """-> the examples in `sources`; counts of what became of the rows. Prints notes on the files."""
+    """-> the examples in `sources`; counts of what became of the rows. Prints notes on files."""
     limits, notes = Limits(cfg.max_length, cfg.max_prompt_length, cfg.truncation_mode), []
     names = "input_as_system", "skip_bad_rows", "train_on"
     options = {name: value for name, value in vars(cfg).items() if name in names}
@@ -133,10 +133,8 @@ def read(
 
 
 def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
-    """Split by rows of the data -> examples to train on, examples to evaluate on.
-
-    All examples of a row go to the same side. KTO makes two of a pair, which have one prompt.
-    """
+    """Split by rows of the data -> examples to train on, examples to evaluate on. All examples of a
+    row go to the same side. KTO makes two of a pair, which have one prompt."""
     rows = list(dict.fromkeys(e.where for e in examples))
     size = max(1, round(len(rows) * cfg.eval_fraction))
     if size >= len(rows):
