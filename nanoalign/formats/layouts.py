@@ -43,8 +43,8 @@ BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in eve
 
 
 def answered(row: dict, asked: str, *replies: str) -> Case:
-    """A column with the prompt, then a column for each reply. A reply may begin with the whole
-    prompt, after a system turn, too. Alpaca's instruction goes on in `input`, after a newline."""
+    """A column with the prompt, then a column for each reply. Replies may repeat the prompt, with
+    or without a system turn before it. Alpaca's instruction goes on in `input`, after a newline."""
     prompt = turns_of(row, asked, "user")
     if asked == "instruction" and (extra := text_of(row, "input")):
         if (last := prompt.pop())["role"] != "user":
@@ -52,9 +52,9 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
         content = f"{last['content']}\n{extra}" if last["content"] else extra
         prompt.append({"role": "user", "content": content})
     completions = [turns_of(row, reply, "assistant") for reply in replies]
-    led = completions[0][:1] + prompt
-    if led[0]["role"] == "system" and all(c[: len(led)] == led for c in completions):
-        prompt = led
+    longer = completions[0][:1] + prompt
+    if longer[0]["role"] == "system" and all(c[: len(longer)] == longer for c in completions):
+        prompt = longer
     n = len(prompt)
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
@@ -285,8 +285,9 @@ def read_cases(
 
 def passed_over(source: str, left: Counter) -> Iterator[str]:
     """A line for what was not read in a file, and one for roles that were read as others."""
-    for said in "not read", "read":
-        names = [name for name in left if name.startswith("role ") == (said == "read")]
+    roles = [name for name in left if name.startswith("role ")]
+    others = [name for name in left if name not in roles]
+    for said, names in ("not read", others), ("read", roles):
         if names:
             listing = ", ".join(f"{name[:60]} ({left[name]})" for name in names[:12])
             yield f"{source}: {said}: {listing}{', ...' * (len(names) > 12)}"
@@ -336,7 +337,7 @@ def read_row(
     for case in cases:
         if "label" in columns:
             case.label = label_of(row["label"], csv)
-        elif "label" in row and len(case.completions) == 1:  # SFT skips a thumb down
+        elif "label" in row and len(case.completions) == 1:  # for SFT, which skips a thumb down
             with suppress(InputError):
                 case.label = label_of(row["label"], csv)
         case.tools = case.tools or tools
@@ -369,8 +370,8 @@ def _check_turns(prompt: list[str], completion: list[str]) -> None:
 
 
 def worth_training(case: Case, labelled: bool, count: Counter) -> Iterator[Case]:
-    """A case without the replies that teach nothing; nothing, if too few are left. If `labelled`, a
-    pair becomes two cases. What is left out is counted."""
+    """Yields the case without replies that teach nothing, if enough are left. With `labelled` a
+    pair becomes two cases. `count` counts what is left out."""
     faults = []
     for completion in case.completions:
         replies = [m for m in completion if m["role"] == "assistant" and "train" not in m]

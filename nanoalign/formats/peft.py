@@ -300,8 +300,8 @@ def paths_to_save(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{PEFT's name: parameter} of all that trains. Tied tables that train with all weights stand
-    there twice, tied tables of which rows train once."""
+    """{PEFT's name: parameter} of all that trains. Tied tables are there twice if all their weights
+    train, and once if only rows do."""
     found, rows = {}, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and parameter not in rows:
@@ -325,10 +325,10 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
         targets = sorted({name.rpartition(".")[2] for name in layers})
     elif isinstance(targets, str) and ending_in(targets, layers):
         targets = [targets]  # PEFT would read a string as a regex
-    text = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    text |= {key: vars(config)[key] for key in FIELDS if vars(config)[key] not in ([], {}, None)}
-    text["target_modules"] = targets
-    (directory / "adapter_config.json").write_text(json.dumps(text, indent=2) + "\n")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    settings |= {k: v for k, v in vars(config).items() if k in FIELDS and v not in ([], {}, None)}
+    settings["target_modules"] = targets
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _names(value) -> bool:
@@ -381,20 +381,20 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
     """PEFT's adapter_config.json. InputError for a setting that is not known here."""
     path = Path(directory) / "adapter_config.json"
     try:
-        text = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{directory}: no adapter_config.json: not an adapter directory") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(text, dict):
+    if not isinstance(found, dict):
         raise InputError(f"{path}: no JSON object; expected PEFT's adapter_config.json")
-    if text.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type {text.get('peft_type')}; only LORA is known here")
-    start = text.pop("init_lora_weights", True)  # PiSSA, OLoRA and others change the base, too
+    if found.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {found.get('peft_type')}; only LORA is known here")
+    start = found.pop("init_lora_weights", True)  # PiSSA, OLoRA and others change the base, too
     if start not in (True, False, "gaussian", "orthogonal"):
         raise InputError(f"{path}: init_lora_weights {start} is not known here")
-    settings = {k: v for k, v in text.items() if k in FIELDS and v is not None}
-    for key, value in text.items():
+    settings = {k: v for k, v in found.items() if k in FIELDS and v is not None}
+    for key, value in found.items():
         if value and key not in FIELDS and key not in IDLE:  # use_dora, lora_bias, ...
             raise InputError(f"{path}: {key} is not known here")
         if key in settings and not FIELDS[key][1](value):

@@ -28,14 +28,12 @@ from typing import BinaryIO, TextIO
 
 from nanoalign import InputError
 
-# How files begin that are not plain text, whatever their name says.
+# The first bytes of files that are no plain text, whatever their names say.
 MAGIC = {
     b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)",
     b"\x80": "binary, perhaps a pickle",
 }  # fmt: skip
-
-
 Rows = Iterator[tuple[str, dict | InputError]]  # (where, row)
 SUFFIXES = ".json", ".jsonl", ".csv", ".gz", ".parquet"
 GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its records have no `value`
@@ -51,7 +49,7 @@ def files_of(sources: list[str]) -> list[str]:
 
 
 def rows_of(source: str, split: str) -> Rows:
-    """(where, row) for each row of a source; a row that is refused is its InputError."""
+    """(where, row) for each row of a source. In place of a refused row there is the InputError."""
     kind = storage(source)
     if kind == "file" and not source.lower().endswith(".parquet"):
         return read_rows(source, yield_errors=True)

@@ -50,12 +50,9 @@ class Marked:
         """Texts, and the ids of the markers between them."""
         for i, part in enumerate(self.marker.split(text)):
             if i % 2:
-                yield self.id_of(part)
+                yield self.ids[part if part in self.ids else part.strip()]
             elif part:
                 yield part.translate(self.signs)
-
-    def id_of(self, marker: str) -> int:
-        return self.ids[marker if marker in self.ids else marker.strip()]
 
     def hide(self, value, schema: bool = False):
         """A copy of a value, in which no text can become a marker or a part of one when a template
@@ -165,8 +162,8 @@ class NativeTemplate:
 
         # The marker that closes a reply; None if there is none. It must be written at the end of a
         # conversation and within one: Phi-3 adds another at the end, gpt-oss has a different one.
-        tails = map(self.marked.marker.findall, self._tails(answer, answer["content"], ASK))
-        end, longer = ([self.marked.id_of(marker) for marker in tail] for tail in tails)
+        tails = map(self.marked.split, self._tails(answer, answer["content"], ASK))
+        end, longer = ([piece for piece in tail if isinstance(piece, int)] for tail in tails)
         always = [marker for marker, other in zip(end, longer) if marker == other]
         self.stop = (always or end[:1] or [None])[-1]
 
@@ -221,7 +218,7 @@ class NativeTemplate:
             text += self._next_turn("tool_calls" in reply)
         else:
             markers = list(self.marked.marker.finditer(text))
-            closing = [m for m in markers if self.marked.id_of(m[0]) == self.stop] or markers
+            closing = [m for m in markers if [*self.marked.split(m[0])] == [self.stop]] or markers
             text = text[: closing[-1].end()] if closing else ""
         for words in (reply["content"], reply.get("reasoning_content", "")):
             if self.marked.hide(words).strip() not in text:
