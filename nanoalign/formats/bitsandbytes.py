@@ -35,7 +35,7 @@ from nanoalign.nf4 import DYNAMIC_MAP, LEVELS, NF4Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # json, as a uint8 tensor
-NESTED = {"nested_blocksize": 256, "nested_dtype": "float32"}  # also in it, when doubled
+NESTED = {"nested_blocksize": 256, "nested_dtype": "float32"}  # in the json, if doubled
 BUFFERS = {"packed": ".weight", "absmax": ".weight.absmax", "absmax2": ".weight.nested_absmax"}
 MAPS = {
     ".weight.quant_map": LEVELS,

@@ -28,12 +28,12 @@ class Stored(NamedTuple):
 
 
 def is_path(name: str) -> bool:
-    """Is a model's name no possible name on the hub?"""
+    """Is a model's name a path? On the hub names are NAME or OWNER/NAME."""
     return name[0] in "./~" or name.count("/") > 1 or "\\" in name
 
 
 def full_name(name: str) -> str:
-    """A model's name that holds in any working directory: the absolute path, if it is one."""
+    """A model's name for any working directory: an existing path becomes absolute."""
     return os.path.abspath(name) if os.path.exists(name) else str(name)
 
 
@@ -68,7 +68,7 @@ def from_pretrained(kind, name: str, **more):
         return kind.from_pretrained(source, **more)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError (gguf) ...
         why = " ".join(str(error).split()) or type(error).__name__
-        if why.startswith("Weights only load failed"):  # torch goes on: how to run the code
+        if why.startswith("Weights only load failed"):  # torch goes on with how to run them
             why = "pickled weights that are more than tensors; expected safetensors"
         if "trust_remote_code" in why:
             why = "comes with code of its own, which runs only with --trust_remote_code"
@@ -102,7 +102,7 @@ def stored_tensors(name: str) -> dict[str, Stored]:
 def read_index(name: str, index_name: str) -> dict[str, Path]:
     """The index of a model in several files -> {tensor: its file}; {} if there is no index.
 
-    Each file must exist, and in the directory: transformers would open any path.
+    Each file must exist and lie in the directory. transformers would open any path.
     """
     index, paths = local_file(name, index_name), {}
     if index is None:

@@ -300,8 +300,8 @@ def only_last(completion: list[Message]) -> list[Message]:
 
 
 def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
-    """The columns of the first layout that has all its columns in the row. If the `known` ones of
-    the file's first row are given, they must be there. A column kto_tag is renamed to label."""
+    """The columns of the first layout that has all its columns in the row; or the `known` ones of
+    the file's first row, which must be there. A column kto_tag is renamed to label."""
     if isinstance(row, InputError):
         raise row
     if "kto_tag" in row and "label" not in row:

@@ -18,7 +18,7 @@ from nanoalign.chatml import ChatML, Message, Piece, encode
 KWARGS, DATE = "nanoalign_template_kwargs", "nanoalign_date"  # in tokenizer_config.json
 THOUGHT = "reasoning_content", "reasoning", "thinking"  # a template reads one of them
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null", "function"}
-BREAK = "\udfff"  # half of a surrogate pair, as Marked's stand-ins: in no text of a file
+BREAK = "\udfff"  # half of a surrogate pair, as Marked's stand-ins; no text holds one
 DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyY"]  # of strftime
 STRFTIME_NOW = (  # a macro, because transformers passes no functions to a template
     "{%- macro strftime_now(format) -%}{%- set shown = namespace(text=format) -%}"
@@ -29,8 +29,8 @@ STRFTIME_NOW = (  # a macro, because transformers passes no functions to a templ
 
 
 class Marked:
-    """Text with markers in it: the names of added tokens, which stand for these tokens. A token of
-    white space is no marker; with `signs_only` a word ("tool") is none either."""
+    """Splits text at its markers, the names of added tokens, and hides them in other text. A token
+    of white space is no marker; with `signs_only` a word ("tool") is none either."""
 
     def __init__(self, tokenizer, signs_only: bool = False):
         self.ids, space, sign = tokenizer.get_added_vocab(), r"\s*", r'[^\w\s"\\]'
@@ -59,8 +59,8 @@ class Marked:
         prints it. `split` undoes this.
 
         The first and last letters of markers get stand-ins. A text that is a part of a marker gets
-        a BREAK: "end" would become one where a template prints "<|" and "|>" around it. In the
-        `schema` of a tool, keys and types get none, because templates compare them.
+        a BREAK ("end" would become a marker where a template prints "<|" and "|>" around it). In
+        the `schema` of a tool, keys and types get none, because templates compare them.
         """
         if isinstance(value, str):
             text = value.strip()
@@ -160,8 +160,9 @@ class NativeTemplate:
         start, _, _ = self._written(talk, ()).rpartition(answer["content"])
         self.opening = start if answer is ANSWER else ""  # the template begins a reply with it
 
-        # The marker that closes a reply; None if there is none. It must be written at the end of a
-        # conversation and within one: Phi-3 adds another at the end, gpt-oss has a different one.
+        # The marker that closes a reply; None if there is none. It is written at the end of a
+        # conversation and before a next turn. Phi-3 adds another one at the end. gpt-oss writes
+        # another one there, which is taken then.
         tails = map(self.marked.split, self._tails(answer, answer["content"], ASK))
         end, longer = ([piece for piece in tail if isinstance(piece, int)] for tail in tails)
         always = [marker for marker, other in zip(end, longer) if marker == other]
@@ -251,7 +252,7 @@ class NativeTemplate:
         return end.rpartition(last)[2], longer.rpartition(last)[2]
 
     def _next_turn(self, calls: bool) -> str:
-        """The first marker of the turn after a reply. It closes a reply that has no marker."""
+        """The first marker of the turn after a reply. It closes a reply that no marker closes."""
         call, answer = (CALL, "Paris.", RESULT), (ANSWER, ANSWER["content"], ASK)
         end, longer = self._tails(*(call if calls else answer))
         start = longer.removeprefix(end)
@@ -310,7 +311,7 @@ class NativeTemplate:
         return self.rendered[asked]
 
     def _hidden(self, message: Message) -> dict:
-        """A message as the template gets it: in no text of it is a marker."""
+        """A message as the template gets it, without markers in its texts."""
         hide = self.marked.hide
         hidden = {"role": message["role"], "content": hide(message["content"])}
         if thought := message.get("reasoning_content"):

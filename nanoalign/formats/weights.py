@@ -74,8 +74,8 @@ def load_lm(
 
 
 def dtype_of(asked: str, name: str, config, device: torch.device) -> torch.dtype:
-    """The dtype `asked` for; for "auto" the checkpoint's, but float16 in place of a bfloat16 that
-    the card can't multiply (NVIDIA's before Ampere). A printed line tells of such a card."""
+    """The dtype `asked` for. "auto" is the checkpoint's dtype, but float16 if that is bfloat16 and
+    the card can't multiply it (NVIDIA's before Ampere). A printed line tells of such a card."""
     auto = asked == "auto"
     dtype = (getattr(config, "dtype", None) or torch.float32) if auto else getattr(torch, asked)
     if dtype == torch.bfloat16 and device.type == "cuda":
@@ -139,10 +139,10 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
     model = skeleton(config, dtype, trust_remote_code)
     unstack(model)
     stored = in_model(files.stored_tensors(name), config.model_type)
-    places = {}  # of each tensor, its names: where two are tied, both
+    keys_of = {}  # {tensor: its names in the model}; a tied tensor has two
     for key, tensor in model.state_dict(keep_vars=True).items():
-        places.setdefault(tensor, []).append(key)
-    reason = mismatch(model, places, stored)
+        keys_of.setdefault(tensor, []).append(key)
+    reason = mismatch(model, keys_of, stored)
     if reason and in_nf4:
         raise InputError(f"{name}: can't be read in 4 bits: it {reason}")
     if reason:
@@ -151,7 +151,7 @@ def load_frozen(name, config, dtype, device, freeze: Freeze, trust_remote_code) 
         model = load_dense(name, dtype, trust_remote_code=trust_remote_code)
         freeze_linears(model, device, freeze)
     else:
-        stream(model, places, stored, device, freeze)
+        stream(model, keys_of, stored, device, freeze)
         if files.local_file(name, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(name)
     layers = list(frozen_layers(model).values())
@@ -193,19 +193,19 @@ def skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.
         hook.remove()
 
 
-def mismatch(model: nn.Module, places: dict, stored: dict[str, files.Stored]) -> str | None:
-    """Why files can't be streamed into a skeleton, and transformers may know a conversion; None if
-    they can.
+def mismatch(model: nn.Module, keys_of: dict, stored: dict[str, files.Stored]) -> str | None:
+    """What in the files differs from the skeleton, if transformers may know to convert it; None if
+    nothing does.
 
     Tensors that are only missing, or only too many, raise an InputError. Buffers in the files don't
     count. A tied tensor may have either of its names.
     """
     if not stored:
         return "has no safetensors files"
-    missing = [keys[0] for keys in places.values() if stored.keys().isdisjoint(keys)]
+    missing = [keys[0] for keys in keys_of.values() if stored.keys().isdisjoint(keys)]
     packed = {name + suffix for name in linears(model) for suffix in PACKED}
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    extra = sorted(stored.keys() - packed.union(*places.values()))
+    extra = sorted(stored.keys() - packed.union(*keys_of.values()))
     extra = [key for key in extra if key.rpartition(".")[2] not in computed]
     if missing and extra:
         return f"has {extra[0]} and not {missing[0]}"
@@ -215,12 +215,12 @@ def mismatch(model: nn.Module, places: dict, stored: dict[str, files.Stored]) ->
         raise InputError(f"{stored[extra[0]]} is not in the model")
 
 
-def stream(model: nn.Module, places: dict, stored: dict, device, freeze) -> None:
+def stream(model: nn.Module, keys_of: dict, stored: dict, device, freeze) -> None:
     """Fill a skeleton, tensor by tensor, and freeze its linear layers. From files in bitsandbytes'
     layout the layers in NF4 are taken as they are, and no others are frozen."""
     packed = [name for name in linears(model) if name + STATE in stored]
     frozen = packed or list(linears(model))
-    for like, keys in places.items():
+    for like, keys in keys_of.items():
         if keys[0].removesuffix(".weight") in frozen:
             continue  # read below
         first = None
