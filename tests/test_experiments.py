@@ -10,7 +10,7 @@ from experiments import __main__ as command
 from experiments import dpo_noise, dpo_optimum, lab
 from nanoalign import world
 from nanoalign.losses import dpo_loss
-from nanoalign.run import session
+from nanoalign.run import report
 
 pytest.importorskip("matplotlib")
 
@@ -22,7 +22,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "EACH", 16)
         patch.setattr(world, "HELD_OUT", 4)
-        patch.setattr(session, "draw", lambda *_: False)
+        patch.setattr(report, "draw", lambda *_: False)
         yield tmp_path_factory.mktemp("experiments")
 
 
