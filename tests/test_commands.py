@@ -84,7 +84,7 @@ def parsed(method, *flags):
 
 def test_a_loss_whose_number_is_no_flag(monkeypatch):
     monkeypatch.setitem(DPOConfig.losses, "own", lambda policy, reference, beta, price: ...)
-    with pytest.raises(InputError, match="^--loss_type own: its number price is no flag yet$"):
+    with pytest.raises(InputError, match="^--loss_type own: its parameter price has no flag yet$"):
         parsed("dpo", "--loss_type", "own")
     parsed("dpo", "--loss_type", "sigmoid")
 
@@ -194,7 +194,7 @@ def test_what_is_needed():
             parse(SFTConfig, words, {})
     with pytest.raises(InputError, match="--model_name_or_path: give the model to train"):
         parse(SFTConfig, NEEDED[2:], {})
-    with pytest.raises(InputError, match="--output_dir: say where"):
+    with pytest.raises(InputError, match="--output_dir: give a directory"):
         check_output_dir(parse(SFTConfig, NEEDED[:4], {}), False)
 
 
@@ -348,7 +348,7 @@ def test_output_dir(script, tmp_path):
         ("file/deep/er", "file is a file"),
         ("link", "not saved: File exists"),
         ("x" * 300, "File name too long"),
-        ("", "--output_dir: say where"),
+        ("", "--output_dir: give a directory"),
     ):
         refused(script, "sft", output_dir=place, expected=[words])
     code, _, errors = script("sft", "--overwrite_output_dir")
@@ -420,7 +420,7 @@ def test_to_resume_is_no_leave_to_overwrite(script):
     assert script("sft", save_steps=1)[0] == script("sft", output_dir="first", save_steps=1)[0] == 0
     (script.folder / "taken").mkdir()
     (script.folder / "taken" / "thesis.txt").write_text("years of work")
-    other, words = "--resume_from_checkpoint=first/checkpoint-1", ["not the run to go on with"]
+    other, words = "--resume_from_checkpoint=first/checkpoint-1", ["not the run to resume"]
     refused(script, "sft", other, expected=words)
     refused(script, "sft", "--resume_from_checkpoint", output_dir="taken", expected=words)
     code, said, _ = script("sft", other, "--overwrite_output_dir", logging_steps=2, save_steps=5)
@@ -590,7 +590,7 @@ def test_out_of_memory(error, model_dir, data, tmp_path):
     for names, flags in less.items() if "MPS" in error else [*less.items()][:1]:
         more = flags | {"overwrite_output_dir": "true"}
         code, said, errors = command(folder, str(script), *argv(given | more))
-        line = f"out of memory; less is needed with {names}; checkpoints stand"
+        line = f"out of memory; try {names}; checkpoints are kept"
         assert (code, errors) == (2, f"train_long.py: error: {line}\n")
         assert "saved in checkpoint-2; --resume_from_checkpoint goes on there" in said
         assert (folder / "out" / "checkpoint-2" / "state.json").exists()

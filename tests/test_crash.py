@@ -799,7 +799,7 @@ def room():
     ],
 )
 def test_a_full_disk(size, step, more, words, flags, whole, tmp_path, room, monkeypatch, capsys):
-    """One clear error; older checkpoints stand; with room again the run goes on."""
+    """One clear error; older checkpoints are kept; with room again the run goes on."""
     directory = tmp_path / "run"
     given = flags("sft", directory, save_steps=2, **more)
     with monkeypatch.context() as patch:
@@ -807,7 +807,7 @@ def test_a_full_disk(size, step, more, words, flags, whole, tmp_path, room, monk
         with pytest.raises(InputError, match=words) as error:
             call("sft", given)
     room(resource.RLIM_INFINITY)
-    assert ("older checkpoints stand" in str(error.value)) == ("metrics" not in words)
+    assert ("older checkpoints are kept" in str(error.value)) == ("metrics" not in words)
     assert "\n" not in str(error.value)
     last = (step - 1) // 2 * 2
     if "its weights are in" in words:  # tokenizers, or the state, failed when they were whole
@@ -895,7 +895,7 @@ def test_what_can_not_be_saved_is_known_before_step_1(full, flags, tmp_path, mon
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", broken)
     monkeypatch.setattr(nanoalign.train, "optimizer_step", None)
-    words = ": what is to be saved there can't be: 'dict' object has no attribute 'replace'$"
+    words = ": the result can't be saved there: 'dict' object has no attribute 'replace'$"
     for name in ("new", "run"):
         given = flags("sft", tmp_path / name, overwrite_output_dir="true", **full)
         with pytest.raises(InputError, match=name + words):
@@ -942,7 +942,7 @@ def test_a_last_save_that_fails_leaves_the_weights(
         with pytest.raises(RuntimeError if what == "fault" else InputError) as error:
             call("sft", given)
     said = capsys.readouterr().out if what == "fault" else str(error.value)
-    place = Path(re.search("its weights are in (.*?); older checkpoints stand", said)[1])
+    place = Path(re.search("its weights are in (.*?); older checkpoints are kept", said)[1])
     assert place.parent == (tmp_path / "run" if what == "tokenizer" else spare)
     expected = whole("sft", **full)
     assert tensors(place) == expected[1] and not (tmp_path / "run" / "run.json").exists()

@@ -23,7 +23,7 @@ def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iter
     rate = f"--learning_rate {cfg.learning_rate:g}"
     yield from advice_on_prompts(full, cfg.max_length)
     if cut > 0.2 * len(examples):
-        yield f"--max_length {cfg.max_length} cuts {cut} completions short; a longer one fits them"
+        yield f"--max_length {cfg.max_length} cuts {cut} completions short; a higher one fits them"
     if not cfg.use_peft and cfg.learning_rate > 1e-4:
         yield f"{rate} is high for training all weights; try 1e-5"
     attention = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
@@ -32,7 +32,11 @@ def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iter
         yield f"--lora_target_modules {targets}: most weights are in the MLPs: try all-linear"
     compared = isinstance(cfg, ReferenceConfig) and compares(cfg.loss)
     if compared and not 0.01 <= cfg.beta <= 1:
-        why = "it can hardly move" if cfg.beta > 1 else "little holds the policy to the reference"
+        why = (
+            "the policy can hardly move"
+            if cfg.beta > 1
+            else "little holds the policy to the reference"
+        )
         yield f"--beta {cfg.beta:g}: {why}; 0.1 is usual, 0.01 to 0.5 common"
     if not isinstance(cfg, KTOConfig):
         return
@@ -51,7 +55,7 @@ def advice(cfg: Config, examples: Examples, cut: int = 0, full: int = 0) -> Iter
 def advice_on_prompts(full: int, max_length: int) -> Iterator[str]:
     """A line about `full` rows of the data whose prompt leaves no room for a completion."""
     if full:
-        fits = "a longer one fits them, or --max_prompt_length cuts them"
+        fits = "a higher one fits them, or --max_prompt_length cuts them"
         yield f"prompts fill --max_length {max_length} in {full} rows, which are skipped; {fits}"
 
 
@@ -73,7 +77,7 @@ def length_advice(cfg: Config, name: str) -> Iterator[str]:
     if cfg.max_length > limit and not rope:
         raise InputError(f"{asked} has {limit} learned positions; give as many at most")
     if cfg.max_length > limit:
-        yield f"{asked} was made for {limit} positions; longer examples may do it harm"
+        yield f"{asked} was made for {limit} positions; longer examples may not work well"
 
 
 def suggested_weights(up: int, down: int, w_up: float = 1.0, w_down: float = 1.0) -> str | None:

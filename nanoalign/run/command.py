@@ -43,7 +43,7 @@ def need_less(cfg: Config, checkpointing: bool | None) -> str:
     less.append("a lower --max_row_tokens" if cfg.max_row_tokens else "--max_row_tokens")
     if cfg.use_peft and not cfg.load_in_4bit:
         less.append("--load_in_4bit")
-    return f"out of memory; less is needed with {' or '.join(less)}; checkpoints stand"
+    return f"out of memory; try {' or '.join(less)}; checkpoints are kept"
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def use_threads(cfg: Config) -> str:
         number = min(ranks.gather(number))
     torch.set_num_threads(number)
     if before not in (None, number):
-        why += f"; before it was {before}, so sums round otherwise"
+        why += f"; before it was {before}, so sums round differently"
     return f"computes on the CPU with {number} thread{'s' * (number > 1)} ({why})"
 
 

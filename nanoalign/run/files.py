@@ -101,7 +101,7 @@ def rehearse(directory: Path, write: Write) -> None:
         raise
     except Exception as error:  # a tokenizer, config or template is at fault
         why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{directory}: what is to be saved there can't be: {why[:300]}") from error
+        raise InputError(f"{directory}: the result can't be saved there: {why[:300]}") from error
     finally:
         shutil.rmtree(rehearsal, ignore_errors=True)
 
@@ -133,9 +133,9 @@ def rescued(tmp: Path, write: Write) -> str:
             with suppress(Exception):
                 write(kept)
     if has_weights(kept):
-        return f"; its weights are in {kept}; older checkpoints stand"
+        return f"; its weights are in {kept}; older checkpoints are kept"
     shutil.rmtree(kept, ignore_errors=True)
-    return "; older checkpoints stand"
+    return "; older checkpoints are kept"
 
 
 def is_free(directory: Path) -> bool:

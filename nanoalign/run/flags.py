@@ -567,7 +567,7 @@ def check(cfg: Config, given: set[str]) -> None:
         idle |= set().union(*map(needs, cfg.losses.values())) - needs(cfg.loss) - {"beta"}
         if unknown := needs(cfg.loss) - INPUTS - vars(cfg).keys():
             name = min(unknown)
-            raise InputError(f"--loss_type {cfg.loss_type}: its number {name} is no flag yet")
+            raise InputError(f"--loss_type {cfg.loss_type}: its parameter {name} has no flag yet")
     for name in sorted(given & idle):
         print(f"--{name} has nothing to do in this run")
     if cfg.sharded and not ranks.CAN_SHARD:

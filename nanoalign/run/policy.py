@@ -109,7 +109,7 @@ def load_tokenizer(
         saved.setdefault(DATE, str(date.today()))
     template, added = open_template(tokenizer, TEMPLATES[kind])
     if isinstance(template, NativeTemplate) and template.opening.strip():
-        print(f"the template itself begins a reply with {template.opening!r}, which trains too")
+        print(f"the template itself begins a reply with {template.opening!r}; this trains too")
     return Reader(tokenizer, template, added)
 
 
@@ -238,11 +238,11 @@ def check_rows(lora: LoRAConfig, rows: dict[str, list[int]], adapter: str) -> No
 def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int) -> None:
     """Print what of a model with an adapter trains. `layers`: how many layers have LoRA."""
     if adapter := cfg.adapter_name_or_path:
-        print(f"goes on from the adapter {adapter}")
+        print(f"training continues the adapter {adapter}")
         if weights.read_note(adapter) and not weights.frozen_layers(model):
             print("it was trained on a 4-bit base; --load_in_4bit would give it the same one")
     if lora.tables:
-        print("the adapter has a whole embedding or head, which takes the place of the base's")
+        print("the adapter has its own embedding or head, which replaces the base model's")
     total = weights.all_weights(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
@@ -256,8 +256,8 @@ def say_what_trains(model: nn.Module, cfg: Config, lora: LoRAConfig, layers: int
     passed_over = [m for m in experts if not any(p.requires_grad for p in m.parameters())]
     if share := sum(map(weights.all_weights, passed_over)) / total:
         print(
-            f"LoRA passes over its experts, {share:.0%} of all weights, and over its routers: "
-            "in transformers they are no linear layers"
+            f"LoRA passes over the experts, {share:.0%} of all weights, and the routers: "
+            "in transformers these are not linear layers"
         )
 
 

@@ -75,7 +75,7 @@ def job() -> Iterator[None]:
             if store.add("failed ranks", 1) > 1:
                 raise Stopped(2 if isinstance(error, InputError) else 1) from None
         if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
-            why = "another process of the job has died; checkpoints stand"
+            why = "another process of the job has died; checkpoints are kept"
             raise InputError(f"rank {rank}: {why}") from None
         raise
 
@@ -86,7 +86,7 @@ def check_device(name: str) -> None:
         raise InputError(f"--device {name}: torchrun's processes take cuda, one GPU each, or cpu")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if WORLD > 1 and name != "cpu" and 0 < gpus < here:
-        raise InputError(f"--nproc_per_node {here}: more processes than GPUs, of which {gpus} are")
+        raise InputError(f"--nproc_per_node {here}: more processes than GPUs ({gpus})")
 
 
 def gather(thing) -> list:

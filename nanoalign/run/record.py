@@ -243,8 +243,8 @@ class Record:
         elif step.sums is None:
             where = [example.where for example in step.examples]
             more = [f"and {len(where) - 8} more"] if len(where) > 8 else []
-            rows = ", ".join(where[:8] + more)
-            what = f"step {step.number}: loss or gradient is not finite; its rows: {rows}"
+            lines = ", ".join(where[:8] + more)
+            what = f"step {step.number}: loss or gradient is not finite; its rows: {lines}"
             if state["skipped"] >= cfg.skip_nonfinite:
                 self.save_steps_done()
                 raise InputError(what)

@@ -66,7 +66,7 @@ def start(cfg: Config, layouts: Layouts) -> Run:
 def check_output_dir(cfg: Config, base: Base) -> None:
     """InputError if the run can't write to its directory, or would destroy what is there."""
     if not cfg.output_dir:
-        raise InputError("--output_dir: say where everything is to go")
+        raise InputError("--output_dir: give a directory for what the run writes")
     directory, resumed, wrong = Path(cfg.output_dir), cfg.resume_from_checkpoint, None
     try:
         real = Path(os.path.realpath(directory))  # without links and ".."
@@ -84,7 +84,7 @@ def check_output_dir(cfg: Config, base: Base) -> None:
             if lost:
                 wrong = f"would overwrite what training starts from: {lost[0]}"
             elif resumed and not (permitted or checkpoint.continues(resumed, real)):
-                wrong = "not empty, and not the run to go on with; --overwrite_output_dir uses it"
+                wrong = "not empty, and not the run to resume; --overwrite_output_dir uses it"
             elif not (permitted or resumed):
                 wrong = "not empty; --overwrite_output_dir or --resume_from_checkpoint uses it"
         os.fspath(real).encode()
@@ -133,13 +133,13 @@ def read(
 
 
 def hold_out(cfg: Config, examples: Examples) -> tuple[Examples, Examples]:
-    """Split by rows of the data -> examples to train on, examples to evaluate on. All examples of a
-    row go to the same side. KTO makes two of a pair, which have one prompt."""
-    rows = list(dict.fromkeys(e.where for e in examples))
-    size = max(1, round(len(rows) * cfg.eval_fraction))
-    if size >= len(rows):
+    """-> examples to train on, examples to evaluate on. All examples of a line of data go to the
+    same side: KTO makes two of a pair, which have one prompt."""
+    lines = list(dict.fromkeys(e.where for e in examples))
+    size = max(1, round(len(lines) * cfg.eval_fraction))
+    if size >= len(lines):
         raise InputError(f"--eval_fraction {cfg.eval_fraction}: leaves nothing to train on")
-    chosen = set(random.Random(cfg.seed).sample(rows, size))
+    chosen = set(random.Random(cfg.seed).sample(lines, size))
     held_out = [e for e in examples if e.where in chosen]
     print(f"{len(held_out)} examples held out for evaluation")
     return [e for e in examples if e.where not in chosen], held_out
