@@ -502,6 +502,23 @@ def test_pairs_of_ranked_replies_by_hand():
     assert count["replies with no trained token left"] == 1 and count["pairs tied or equal"] == 2
 
 
+def test_a_reply_that_does_not_fit_leaves_no_pair():
+    texts, count = [([1, 2], [False, True]), ([1, 3, 4], [False, False, True])], Counter()
+    assert make_example(Case([], [[], []]), [[text] for text in texts], Limits(2), count) is None
+    assert count == {"no trained token left": 1}
+
+
+@pytest.mark.parametrize("mode, start", [("keep_start", [1]), ("keep_end", [4])])
+def test_a_prompt_is_cut_before_what_trains_in_each_text(mode, start):
+    """Four tokens before the first reply trains, two before the second, and one is to stay."""
+    texts = ([1, 2, 3, 4, 9], [False] * 4 + [True]), ([1, 2, 8, 9], [False] * 2 + [True] * 2)
+    limits = Limits(None, 1, mode)
+    found = make_example(Case([], [[], []]), [[text] for text in texts], limits, Counter())
+    whole = [found.prompt + ids for ids, _ in found.texts]
+    assert whole == [[*start, 9], [1, 8, 9] if mode == "keep_start" else [8, 9]]
+    assert [mask.count(True) for _, mask in found.texts] == [1, 2]
+
+
 def test_a_prompt_ends_where_the_texts_part():
     """Before what trains, where thoughts do not: 3 and 4 are in the texts and not in the prompt."""
     texts = ([1, 2, 3, 9, 10], [False] * 3 + [True] * 2), ([1, 2, 4, 11], [False] * 3 + [True])
