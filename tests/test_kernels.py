@@ -15,6 +15,7 @@ import interpreter
 import pytest
 import torch
 from test_gpu import error, examples, policy_of
+from torch._inductor.utils import run_and_get_code
 
 from nanoalign import nf4
 from nanoalign.fast import attention as fast
@@ -53,7 +54,18 @@ def assert_exact(got, expected, plain):
         assert error(got[name], expected[name]) < bound, name
 
 
+def kernels_of(function, *given) -> int:
+    """How many kernels the emitted code of a call has."""
+    _, code = run_and_get_code(function, *given)
+    return sum(text.count("@triton.jit") for text in code)
+
+
 # ------------------------------------------------------------------------------------- the head
+
+
+def test_what_lies_between_the_head_s_products_is_one_kernel():
+    z, target = torch.randn(5, 1003, dtype=torch.bfloat16), torch.arange(5)[:, None]
+    assert kernels_of(fast_head.one_kernel(), z, target, 0.5, 2.0, 1.0) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -107,6 +119,12 @@ def test_nf4_bit_for_bit(dtype, size, double):
         absmax = nf4.double_dequantize(absmax, layer.absmax2, layer.offset)
     expected = nf4.dequantize(layer.packed, absmax, size[::-1], dtype)
     assert torch.equal(layer.dequantize(), expected)
+
+
+def test_decoding_is_one_kernel():
+    """It reads 4 bits a weight and writes 16, and nothing in between goes to memory."""
+    layer = nf4.NF4Linear.from_linear(torch.nn.Linear(64, 100), double_quant=True)
+    assert kernels_of(layer.dequantize) == 1
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "doubled"])
