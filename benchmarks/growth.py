@@ -136,19 +136,21 @@ def data_memory(rows: int, longest: int, model: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew here
         before = resident("VmRSS")
         examples, _ = read_examples([file.name], KTO, tokenizer, ChatML(tokenizer))
+    start = time.process_time()
     order = with_mismatches(epoch_order(examples, 0, 0), 1024)
+    seconds = time.process_time() - start
     peak = resident("VmHWM") - before
-    print(len(order), sum(map(len, examples)) * 4 / 2**20, peak)
+    print(len(order), sum(map(len, examples)) * 4 / 2**20, peak, seconds)
 
 
 def many_rows(rows: int, model: str) -> None:
     print(f"\nmemory of {rows:,} rows, read, encoded and in an order of KTO with its mismatches")
     for longest in (15, 150):
         command = [sys.executable, __file__, "--data", str(rows), str(longest), model]
-        _, ids, peak = subprocess.check_output(command, cwd=ROOT, text=True).split()
-        ids, peak = float(ids), float(peak)
+        _, *found = subprocess.check_output(command, cwd=ROOT, text=True).split()
+        ids, peak, seconds = map(float, found)
         print(f"  of {ids * 2**18 / rows:.0f} tokens: ids {ids:,.0f} MB, peak {peak:,.0f} MB, "
-              f"{peak / ids:.2f} times as much")  # fmt: skip
+              f"{peak / ids:.2f} times as much; the order takes {seconds:.1f} s")  # fmt: skip
 
 
 def head_memory(vocabulary: int, plain: bool) -> None:
