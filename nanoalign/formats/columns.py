@@ -187,7 +187,7 @@ def _message(message, where: str, mask=None) -> Message:
 
 
 def _trains(flags: dict, role: str, where: str) -> bool:
-    """Do a message's flags, {name: 0 or 1}, let it train? Other turns than replies never do."""
+    """False for a reply whose flags, {name: 0 or 1}, are 0. In other turns they must be 0."""
     for key, flag in flags.items():
         if flag not in (0, 1) or flag and role != "assistant":
             expected = "0 or 1" if role == "assistant" else f"0 or none in the {role}'s turn"
@@ -250,14 +250,14 @@ def _calls(value, where: str) -> list[dict]:
 
 
 def _json(value, where: str):
-    """Lists and objects, checked: the value of a string of JSON, or else `value` without the keys
-    that are null."""
+    """The value of a string of JSON; any other value without the keys that are null. InputError for
+    what JSON can't hold."""
     is_text = isinstance(value, str)
     return _data(parsed(value, where) if is_text else value, where, keep_null=is_text)
 
 
 def _data(value, where: str, keep_null: bool, levels: int = 100):
-    """A copy of what JSON can hold."""
+    """A checked copy of a value, down to 100 levels."""
     if isinstance(value, dict | list) and not levels:
         raise InputError(f"{where}: nested too deep; expected at most 100 levels")
     if isinstance(value, dict):

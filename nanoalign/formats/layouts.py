@@ -60,8 +60,8 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
 
 
 def every_reply(row: dict, column: str) -> Case:
-    """A conversation in which every reply trains, unless it is marked. The prompt ends before the
-    first reply that trains."""
+    """A conversation in which every reply trains but those with "train": False. The prompt ends
+    before the first reply that trains."""
     messages = turns_of(row, column)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     trained = [i for i in replies if "train" not in messages[i]]
@@ -111,8 +111,8 @@ def arena(row: dict, a: str, b: str, winner: str) -> Case:
 
 
 def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
-    """A list of replies, the best first; or with a column of scores, in which a higher one (`sign`
-    1) or a lower one (-1) is better. Replies with equal scores are tied."""
+    """A list of replies, the best first; or with a column of scores: the highest is the best, with
+    `sign` -1 the lowest. Replies with equal scores are tied."""
     texts = row[replies]
     if not isinstance(texts, list) or len(texts) < 2:
         found = f"a list of {len(texts)}" if isinstance(texts, list) else kind_of(texts)
@@ -176,7 +176,7 @@ DPO = {
     ("type", "data", "meta"): feedback.open_webui,
 }
 KTO = {
-    ("prompt", "completion", "label"): answered,  # its reader gets all of them but `label`
+    ("prompt", "completion", "label"): answered,  # the reader gets these without `label`
     ("instruction", "output", "label"): answered,
     ("messages", "label"): last_reply,
     ("conversations", "label"): last_reply,

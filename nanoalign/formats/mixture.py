@@ -174,20 +174,13 @@ def linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} of transformers' modules that hold all experts of a layer."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if dict(module.named_parameters(recurse=False)).keys() == {"gate_up_proj", "down_proj"}
-        and vars(module).get("is_transposed") is False
-    }
-
-
 def unstack(model: nn.Module) -> None:
     """Turn a model's experts into linear layers, in place."""
-    for name, module in stacks(model).items():
-        model.set_submodule(name, Experts(module))
+    for name, module in list(model.named_modules()):
+        parameters = dict(module.named_parameters(recurse=False))
+        stacked = parameters.keys() == {"gate_up_proj", "down_proj"}  # all experts of a layer
+        if stacked and vars(module).get("is_transposed") is False:
+            model.set_submodule(name, Experts(module))
 
 
 def in_model(stored: dict[str, Stored], model_type: str) -> dict[str, Stored]:

@@ -50,7 +50,7 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.05
     target_modules: list[str] | str = "all-linear"  # names, a regex, or all-linear
-    exclude_modules: list[str] | str = field(default_factory=list)  # names or a regex: not these
+    exclude_modules: list[str] | str = field(default_factory=list)  # names or a regex: no LoRA
     layers_to_transform: list[int] | int = field(default_factory=list)  # numbers; none: all
     layers_pattern: list[str] | str = field(default_factory=list)  # names before the numbers
     rank_pattern: dict[str, int] = field(default_factory=dict)  # {name or regex: its r}
@@ -80,8 +80,8 @@ print(json.dumps([[path for path in paths if re.fullmatch(p, path)] for p in pat
 def matches(patterns: list[str], paths: list[str], name: str) -> list[list[str]]:
     """The paths that each regex matches; `name` is that of the setting, for errors.
 
-    A regex can search for hours, Python can't stop it, and a file of somebody else's may hold such
-    a one. So another process does the search.
+    A regex can search for hours, and Python can't stop it. An adapter from elsewhere may hold such
+    a regex, so another process does the search.
     """
     command, asked = [sys.executable, "-I", "-c", MATCH], json.dumps([patterns, paths])
     try:
@@ -268,7 +268,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def is_layer(module: nn.Module) -> bool:
     """Is a module a decoder layer of transformers?"""
-    # late: it imports torch's compiler, two seconds that --help can do without
+    # late: this import loads torch's compiler, and --help would take two seconds more
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(module, GradientCheckpointingLayer)
@@ -409,7 +409,7 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 
 def other_tables(model: nn.Module) -> dict[str, nn.Parameter | None]:
     """What PEFT may save of embedding and head beside the trained tensors: {its name: the frozen
-    parameter}, or None for a copy of which nothing is needed."""
+    parameter}, or None if the tensor is not needed."""
     found = {}
     for path, table in table_paths(model).items():
         for name, parameter in table.named_parameters():
