@@ -159,7 +159,7 @@ class Config:
     """What the three scripts share."""
 
     # model
-    model_name_or_path: str | None = flag(None, "directory, hub id or .gguf; none: built-in")
+    model_name_or_path: str | None = flag(None, "directory, hub id or .gguf; none: the built-in")
     adapter_name_or_path: str | None = flag(None, "adapter to continue; it is the reference too")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "of the frozen weights and of what is computed; auto: as in the checkpoint",
@@ -171,11 +171,11 @@ class Config:
         True, "on CUDA, float32 products use 10 bits of a factor: much faster",
         idle=lambda c: c.device in ("cpu", "mps"), free=True)
     threads: int | None = flag(
-        None, "of a CPU; none: OMP_NUM_THREADS, or else one a core or just one, by a short test",
+        None, "of a CPU; none: OMP_NUM_THREADS, else one a core or a single one, by a short test",
         POSITIVE, free=True)
     chat_template: str | None = flag(
-        None, "native: the tokenizer's own template; none: strings as they are; not given: what it "
-        "was trained with, else native, or chatml where the tokenizer has none", choices=TEMPLATES)
+        None, "native: the tokenizer's own; none: texts stay as they are; default: the one that "
+        "training saved, else the tokenizer's own, else chatml", choices=TEMPLATES)
     chat_template_kwargs: dict = flag(
         {}, "JSON for the native template: '{\"enable_thinking\": false}'", read=json_object)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
@@ -185,7 +185,7 @@ class Config:
         False, "quantize the scales too: 4.13 bits a weight, not 4.50",
         idle=lambda c: not c.load_in_4bit)
     bnb_4bit_quant_type: str = flag(
-        "nf4", "the frozen format", choices=FORMATS, idle=lambda c: not c.load_in_4bit)
+        "nf4", "the 4-bit format", choices=FORMATS, idle=lambda c: not c.load_in_4bit)
     # LoRA
     use_peft: bool = flag(True, "LoRA; false trains all weights")
     lora_r: int = flag(16, "rank of LoRA", POSITIVE, idle=has_adapter)
@@ -193,10 +193,11 @@ class Config:
     lora_dropout: float = flag(
         0.05, "dropout before LoRA's A", SHARE,
         idle=lambda c: has_adapter(c) or (c.disable_dropout and c.lora_dropout > 0))
-    lora_target_modules: list[str] = flag(["all-linear"], "names or a regex", idle=has_adapter)
+    lora_target_modules: list[str] = flag(
+        ["all-linear"], "layers that get LoRA: names or a regex", idle=has_adapter)
     lora_modules_to_save: list[str] = flag([], "modules whose weights all train", idle=has_adapter)
     lora_bias: Literal["none", "lora_only", "all"] = flag(
-        "none", "biases that train", idle=has_adapter)
+        "none", "which biases train", idle=has_adapter)
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", idle=has_adapter)
     # data
     dataset_name: list[str] = flag([], "files (JSON, JSONL, CSV, Parquet) or a data set of the hub")
@@ -220,7 +221,7 @@ class Config:
     truncation_mode: Literal["keep_end", "keep_start"] = flag(
         "keep_end", "what stays of a longer prompt", idle=lambda c: c.max_prompt_length is None)
     # training
-    output_dir: str | None = flag(None, "where everything goes", free=True)
+    output_dir: str | None = flag(None, "where the run writes everything", free=True)
     resume_from_checkpoint: str | None = flag(
         None, "continue from the newest checkpoint in output_dir, or from this one",
         nargs="?", const="last", free=True)
@@ -233,7 +234,7 @@ class Config:
     gradient_accumulation_steps: int = flag(
         1, "micro-batches in an optimizer step, on each device", POSITIVE, free=True)
     max_row_tokens: int | None = flag(
-        None, "split micro-batches with more tokens; none: by a GPU's free memory", POSITIVE,
+        None, "split micro-batches with more tokens; none: what fits in a GPU's memory", POSITIVE,
         free=True)
     num_train_epochs: float = flag(
         3.0, "passes over the data", POSITIVE, idle=lambda c: c.max_steps > 0)
@@ -261,7 +262,7 @@ class Config:
         NOT_NEGATIVE)
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0: don't", NOT_NEGATIVE)
     gradient_checkpointing: bool | None = flag(
-        None, "less memory, slower: activations are recomputed; none: by a GPU's free memory",
+        None, "less memory, slower: activations are recomputed; none: if a GPU needs it",
         nargs="?", const=True, free=True)
     fsdp: bool = flag(
         False, "cut the model between torchrun's processes",
@@ -290,7 +291,7 @@ class Config:
     metric_for_best_model: str | None = flag(
         None, "the metric that decides which is the best; none: loss", idle=no_choice, free=True)
     greater_is_better: bool | None = flag(
-        None, "none: if the metric's name does not end in loss", nargs="?", const=True,
+        None, "is a greater one better? none: unless it ends in loss", nargs="?", const=True,
         idle=no_choice, free=True)
     early_stopping_patience: int | None = flag(
         None, "end the run after so many evaluations without a new best", POSITIVE, free=True)
