@@ -546,6 +546,7 @@ def check(cfg: Config, given: set[str]) -> None:
         wrong += [("use_peft false", name) for name in sorted(needs_lora)]
     for first, second in wrong:
         raise InputError(f"--{first} and --{second} contradict each other; give one of them")
+
     if cfg.plain and not cfg.disable_dropout:
         raise InputError("--plain: needs --disable_dropout true; the definitions have no dropout")
     if not cfg.model_name_or_path and not cfg.adapter_name_or_path:
@@ -557,6 +558,7 @@ def check(cfg: Config, given: set[str]) -> None:
         wish = wish or name * bool(getattr(cfg, name))
     if wish and no_evaluation(cfg):
         raise InputError(f"--{wish}: needs --eval_dataset or --eval_fraction")
+
     options = SCHEDULES[cfg.lr_scheduler_type]
     if wrong := [name for name in cfg.lr_scheduler_kwargs if name not in options]:
         takes = f"{cfg.lr_scheduler_type} takes {', '.join(options) or 'no numbers'}"

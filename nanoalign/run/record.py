@@ -57,8 +57,8 @@ def fit(cfg: Config, run: Run, method: Method, order=epoch_order) -> None:
     with stop_signals() as signals, lock, begun(cfg, run, signals) as record:
         record.check_metric(method)
         record.evaluate(method)  # a signal may have interrupted the evaluation of this step
-        start = record.optimizer, record.step, order, record.machine
-        steps = train(cfg, run.policy, run.examples, method, *start)
+        more = {"first": record.step, "order": order, "machine": record.machine}
+        steps = train(cfg, run.policy, run.examples, method, record.optimizer, **more)
         while not record.ended:
             record.advance(next(steps))
             if record.ended:
@@ -134,6 +134,7 @@ class Record:
         self.eval_every = self.per_epoch if cfg.eval_strategy == "epoch" else evals
         saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
         self.save_every = saves[cfg.save_strategy]
+
         ranks.reshard(lm)
         self.optimizer = make_optimizer(cfg, lm)
         self.trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -152,6 +153,7 @@ class Record:
             "run_id": "",  # of Weights & Biases
             "fingerprint": this_run,
         }
+
         ranks.once(partial(clean_up, self.directory))
         found, self.finished = None, is_finished(cfg, self.state)  # finished: its end is saved
         if self.finished:
@@ -179,6 +181,7 @@ class Record:
         if self.finished:
             left = "its evaluation is left" if self.must_evaluate else "nothing to do"
             print(f"{self.directory}, step {self.step}: this run is finished; {left}")
+
         self.machine = Machine(ranks.rows, ranks.total, self.state["scale"])
         self.log = Log(cfg, self.total, self.step, self.state["run_id"])
         self.state["threads"] = torch.get_num_threads()  # a resumed run takes as many
