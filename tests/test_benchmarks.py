@@ -165,8 +165,8 @@ def test_packing_of_trees(monkeypatch, capsys):
 def test_many_rows(model, capsys):
     """The ids are counted; how much more memory there is, beside a tokenizer, is not asked here."""
     growth.data_memory(20, 15, model)
-    rows, ids, peak = map(float, capsys.readouterr().out.split())
-    assert rows == 20 and 20 * 20 < ids * 2**18 < 20 * 400 and peak >= 0
+    rows, ids, peak, seconds = map(float, capsys.readouterr().out.split())
+    assert rows == 20 and 20 * 20 < ids * 2**18 < 20 * 400 and peak >= 0 and seconds >= 0
 
 
 def test_pipeline(model, tmp_path, capsys):
