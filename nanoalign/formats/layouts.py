@@ -231,16 +231,9 @@ def describe(count: Counter) -> str:
 
 
 def read_cases(
-    sources: list[str],
-    layouts: Layouts,
-    count: Counter,
-    notes: list[str],
-    split="train",
-    input_as_system=False,
-    train_on="every_reply",
-    skip_bad_rows=0,
-    template=None,
-) -> Iterator[Case]:
+    sources: list[str], layouts: Layouts, count: Counter, notes: list[str], split="train",
+    input_as_system=False, train_on="every_reply", skip_bad_rows=0, template=None,
+) -> Iterator[Case]:  # fmt: skip
     """The rows of all sources as cases, one by one. `count` counts rows, and rows that are skipped;
     `notes` gets a line on what is left out of a file.
 

@@ -36,16 +36,10 @@ Freeze = Callable[[nn.Linear, str], FrozenLinear]  # the string names it in erro
 
 
 def load_lm(
-    name: str,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    train_all: bool = False,
-    trust_remote_code: bool = False,
-    load_in_4bit: bool = False,
-    quant_type: str = "nf4",
+    name: str, *, dtype: str = "auto", device: str = "auto", train_all: bool = False,
+    trust_remote_code: bool = False, load_in_4bit: bool = False, quant_type: str = "nf4",
     double_quant: bool = False,
-) -> PackedLM:
+) -> PackedLM:  # fmt: skip
     """A model of transformers on its device, after the probe (model.py).
 
     With `train_all` the weights are fp32, and products are computed in `dtype` (autocast). With
