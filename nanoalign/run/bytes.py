@@ -182,16 +182,10 @@ def kept_in_a_layer(s: Sizes, row: Row) -> dict[str, float]:
     }
     if row.train_all and not row.compiled:
         kept["what norms multiply with their weights"] = s.norms * row.stream
-    if not row.cuda:
-        kept["attention's weights"] = s.heads * keys_met(row.example) * size
+    if not row.cuda and row.example <= SHORT:  # fast/attention.py keeps none of longer examples
+        keys = (row.example + min(row.example, BLOCK)) / 2  # that a query meets, on average
+        kept["attention's weights"] = s.heads * keys * size
     return kept
-
-
-def keys_met(example: int) -> float:
-    """For how many keys a query's attention weights are kept, on average, without CUDA.
-    fast/attention.py multiplies a query with the keys before it and in its block. In an example of
-    more than SHORT tokens it keeps no weights."""
-    return 0 if example > SHORT else (example + min(example, BLOCK)) / 2
 
 
 def in_the_mlp(s: Sizes, row: Row) -> int:

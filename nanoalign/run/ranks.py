@@ -228,13 +228,6 @@ def _drop_filler(lm: PackedLM, args: tuple, scores: Scores) -> Scores:
     return scores.take([]) if args[0] is FILLER else scores
 
 
-def reshard(lm: PackedLM) -> None:
-    """Make `lm.parameters()` this rank's parts again. A forward pass without gradient leaves whole
-    weights there."""
-    if lm in SHARDED:
-        lm.reshard()
-
-
 def to_rank_0(tensor: Tensor) -> Tensor | None:
     """Gather a tensor from all ranks' parts, on the CPU of rank 0. All ranks must call it together.
     The others get None: a copy for each would fill the memory."""

@@ -135,7 +135,8 @@ class Record:
         saves = {"no": 0, "steps": cfg.save_steps, "epoch": self.per_epoch}
         self.save_every = saves[cfg.save_strategy]
 
-        ranks.reshard(lm)
+        if lm in ranks.SHARDED:  # a pass without gradient leaves whole weights in lm.parameters()
+            lm.reshard()
         self.optimizer = make_optimizer(cfg, lm)
         self.trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
         self.float16 = computes_in(lm) == torch.float16
