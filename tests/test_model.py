@@ -162,7 +162,7 @@ def test_a_notebook_trains_what_the_command_line_trains(tmp_path):
     there is no reference in them."""
     save_model(tmp_path, tiny(LlamaConfig), make_tokenizer(["<|endoftext|>"]))
     for r, flags in ((4, ["--lora_r=4"]), (None, ["--use_peft=false"])):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
         ours = make_policy(model, make_tokenizer(["<|endoftext|>"]), r)
         theirs = load_policy(config(tmp_path, *flags))
         mine, other = (
