@@ -430,11 +430,13 @@ def test_sampling_follows_the_seed_and_training_goes_on_after_it(policy):
         torch.manual_seed(seed)
         return generate(policy, TALK, max_new_tokens=12, temperature=1.0)
 
+    expected = policy.lm.eval()(SEQUENCES).logps
     policy.lm.train()
     assert replies(0) == replies(0) != replies(1)
     assert policy.model.training
-    policy.lm(SEQUENCES).logps.sum().backward()  # packed attention again
+    policy.lm(SEQUENCES).logps.sum().backward()
     policy.lm.zero_grad()
+    assert torch.equal(policy.lm.eval()(SEQUENCES).logps, expected)  # packed attention again
 
 
 def test_generation_has_no_dropout(tmp_path):
@@ -587,14 +589,13 @@ def test_transformers_own_generate_stops_where_a_reply_ends(how, end, tmp_path):
 
 def test_new_markers_start_as_the_mean_of_the_old_rows(tmp_path):
     save_model(tmp_path, tiny(LlamaConfig, vocab_size=300), make_tokenizer(["<|endoftext|>"]))
-    mean = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].mean(0)
-    policy = load_policy(config(tmp_path))
+    old, policy = load_file(tmp_path / "model.safetensors"), load_policy(config(tmp_path))
     new = policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert new == [300, 301] and policy.model.config.vocab_size == 302
-    for table in (policy.model.get_input_embeddings(), policy.model.get_output_embeddings()):
+    embedding, head = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+    for table, name in ((embedding, "model.embed_tokens.weight"), (head, "lm_head.weight")):
         assert table.weight.shape == (302, 32)
-    rows = policy.model.get_input_embeddings().weight[new]
-    assert torch.allclose(rows, mean.expand(2, -1), atol=1e-6)
+        assert torch.allclose(table.weight[new], old[name].mean(0).expand(2, -1), atol=1e-6)
 
 
 # --------------------------------------------------------------------------------- the reference
