@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanoalign import InputError
-from nanoalign.formats.rows import read_rows as rows_one_by_one
+from nanoalign.formats.rows import read_records as rows_one_by_one
 
 OK = b'{"prompt": "p", "completion": "c"}\n'
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"

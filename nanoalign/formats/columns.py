@@ -1,4 +1,4 @@
-"""One column of a row -> the label, text, tools or messages in it, checked.
+"""One column of a record -> the label, text, tools or messages in it, checked.
 
 Files spell messages in many ways; here they have one form, chatml.Message. The tables below list
 the keys and roles that are read. A key that is null or empty counts as missing, because the
@@ -54,17 +54,17 @@ def label_of(value, csv: bool) -> bool:
     return bool(label)
 
 
-def text_of(row: dict, column: str) -> str:
+def text_of(record: dict, column: str) -> str:
     """A column's text; "" if the column is missing or null."""
-    value = row.get(column)
+    value = record.get(column)
     if not isinstance(value, str | None):
         raise InputError(f"{column}: {kind_of(value)}; expected a string")
     return value or ""
 
 
-def list_of(row: dict, column: str, what: str) -> list:
+def list_of(record: dict, column: str, what: str) -> list:
     """A column's list, or a list in a string of JSON; [] if the column is missing or empty."""
-    value = row.get(column) and _json(row[column], column)
+    value = record.get(column) and _json(record[column], column)
     if not value:
         return []
     if not isinstance(value, list):
@@ -72,22 +72,23 @@ def list_of(row: dict, column: str, what: str) -> list:
     return value
 
 
-def tools_of(row: dict) -> list[dict]:
+def tools_of(record: dict) -> list[dict]:
     """The column `tools`, or OpenAI's older `functions`."""
-    column = "tools" if row.get("tools") else "functions"
-    tools = list_of(row, column, "objects")
+    column = "tools" if record.get("tools") else "functions"
+    tools = list_of(record, column, "objects")
     tools = [_json(tool, column) if isinstance(tool, str) else tool for tool in tools]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
         raise InputError(f"{column}: {kind_of(wrong[0])} among them; expected objects")
     return tools
 
 
-def beside(row: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
-    """(system, tools, history): what a row says beside the columns of its layout. `history` holds
-    alpaca's earlier turns, [[question, answer], ...]."""
-    if list_of(row, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
+def beside(record: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
+    """(system, tools, history): what stands beside the columns of a layout. `history` holds alpaca's
+    earlier turns, [[question, answer], ...]."""
+    if list_of(record, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
         raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
-    system, tools, pairs = text_of(row, "system"), tools_of(row), list_of(row, "history", "pairs")
+    system, tools = text_of(record, "system"), tools_of(record)
+    pairs = list_of(record, "history", "pairs")
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise InputError("history: expected a list of pairs, [[question, answer], ...]")
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
@@ -95,9 +96,9 @@ def beside(row: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
     return system, tools, history
 
 
-def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
+def turns_of(record: dict, column: str, role: str | None = None) -> list[Message]:
     """A column's messages. With `role` the column may also hold the text of one turn."""
-    value = row[column]
+    value = record[column]
     if isinstance(value, str) and role:
         return [_message({"role": role, "content": value}, column)]
     if isinstance(value, dict) and role == "assistant":  # ShareGPT's reply is one message, no list
@@ -108,8 +109,8 @@ def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
     if not value:
         raise InputError(f"{column}: an empty list; expected at least one message")
     mask = []
-    if column in ("messages", "conversations") and "loss_mask" in row:
-        mask = list_of(row, "loss_mask", "0 and 1")
+    if column in ("messages", "conversations") and "loss_mask" in record:
+        mask = list_of(record, "loss_mask", "0 and 1")
     if mask and len(mask) != len(value):
         raise InputError(f"loss_mask: {len(mask)} entries; expected {len(value)}, one a message")
     turns = []
@@ -126,10 +127,10 @@ def turns_of(row: dict, column: str, role: str | None = None) -> list[Message]:
     return turns
 
 
-def unread(row: dict, columns: set[str]) -> Iterator[str]:
-    """What is lost of a row if only these columns are read, "column x" or "key x" of a message; and
-    "role x as y" where a role is read as another one."""
-    for column, value in row.items():
+def unread(record: dict, columns: set[str]) -> Iterator[str]:
+    """What is lost if only these columns are read, "column x" or "key x" of a message; and "role x
+    as y" where a role is read as another one."""
+    for column, value in record.items():
         if column not in columns:
             yield from (f"column {name}" for name in filled({column: value}))
             continue

@@ -37,15 +37,15 @@ def siblings(judged: list[Judged]) -> Case:
     return Case(judged[0].prompt, replies, where=judged[0].where, ranks=ranks)
 
 
-def open_webui(row: dict, *columns: str) -> Judged:
+def open_webui(record: dict, *columns: str) -> Judged:
     """Open WebUI's feedback: a rating, and a copy of the chat as a tree of messages."""
-    if not row.get("snapshot"):
+    if not record.get("snapshot"):
         expected = "Admin Panel, Evaluations, Feedbacks, Export has it"
         raise InputError(f"snapshot: none; expected Open WebUI's copy of the chat ({expected})")
-    rating, at = str(inside(row, "data", "rating")), str(inside(row, "meta", "message_id"))
+    rating, at = str(inside(record, "data", "rating")), str(inside(record, "meta", "message_id"))
     if rating not in ("1", "-1"):
         raise InputError(f"data.rating is {rating[:40]}; expected 1 or -1")
-    messages = inside(row, "snapshot", "chat", "chat", "history", "messages")
+    messages = inside(record, "snapshot", "chat", "chat", "history", "messages")
     parent, path = inside(messages, at, "parentId"), {}  # id -> message, from the reply to the root
     while at not in path:
         up = inside(messages, at, "parentId")
@@ -59,19 +59,19 @@ def open_webui(row: dict, *columns: str) -> Judged:
     if up is not None:
         raise InputError(f"snapshot: message {at[:40]} follows itself; expected a first one")
     *prompt, reply = turns_of({"the chat": [*path.values()][::-1]}, "the chat")
-    answers = repr((inside(row, "meta").get("chat_id"), parent))
+    answers = repr((inside(record, "meta").get("chat_id"), parent))
     return Judged(prompt, [[reply]], rating == "1", answers=answers)
 
 
-def gradio(row: dict, conversation: str, index: str, flag: str) -> Iterator[Judged]:
+def gradio(record: dict, conversation: str, index: str, flag: str) -> Iterator[Judged]:
     """A record of the log of Gradio's ChatInterface; other flags than these two are passed over."""
-    if row[flag] in ("Like", "Dislike"):
-        turns, number = list_of(row, conversation, "messages"), str(row[index])
+    if record[flag] in ("Like", "Dislike"):
+        turns, number = list_of(record, conversation, "messages"), str(record[index])
         at = parsed(number, index)
         if not isinstance(at, int) or not 0 < at < len(turns):
             raise InputError(f"{index} is {number[:40]}; expected the place of a reply")
         *prompt, reply = turns_of({conversation: turns[: at + 1]}, conversation)
-        yield Judged(prompt, [[reply]], row[flag] == "Like")
+        yield Judged(prompt, [[reply]], record[flag] == "Like")
 
 
 def inside(value, *path: str):

@@ -1,13 +1,13 @@
-"""Layouts: rows of files -> cases, which are checked messages; and cases -> examples.
+"""Layouts: records of files -> cases, which are checked messages; and cases -> examples.
 
 A layout is one way to store conversations: the names of its columns, and a function that makes a
-Case, or several, of a row. To add a layout, add an entry to SFT, DPO or KTO below. A column of
+Case, or several, of a record. To add a layout, add an entry to SFT, DPO or KTO below. A column of
 messages may hold {"role": ..., "content": ...} or ShareGPT's {"from": ..., "value": ...}; a column
-of one turn may hold a string. In every layout a row may also have the columns `system` (the first
+of one turn may hold a string. In every layout there may also be the columns `system` (the first
 turn), `history` (alpaca's earlier turns) and `tools`, and next to a conversation `loss_mask`.
 
-In a case roles are known, turns are in order and contents are text. What is wrong with a row raises
-an InputError that names file and line. What is left out of a file is told in one note.
+In a case roles are known, turns are in order and contents are text. What is wrong with a record
+raises an InputError that names file and line. What is left out of a file is told in one note.
 """
 
 import gc
@@ -34,7 +34,7 @@ from nanoalign.formats.columns import (
     turns_of,
     unread,
 )
-from nanoalign.formats.rows import files_of, rows_of
+from nanoalign.formats.rows import files_of, records_of
 from nanoalign.formats.templates import NoTemplate
 
 Layouts = dict[tuple[str, ...], Callable[..., Case | Iterable[Case]]]  # columns -> reader
@@ -42,16 +42,16 @@ TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what most special tokens look 
 BESIDE = {"system", "history", "tools", "functions", "loss_mask"}  # read in every layout
 
 
-def answered(row: dict, asked: str, *replies: str) -> Case:
+def answered(record: dict, asked: str, *replies: str) -> Case:
     """A column with the prompt, then a column for each reply. Replies may repeat the prompt, with
     or without a system turn before it. Alpaca's instruction goes on in `input`, after a newline."""
-    prompt = turns_of(row, asked, "user")
-    if asked == "instruction" and (extra := text_of(row, "input")):
+    prompt = turns_of(record, asked, "user")
+    if asked == "instruction" and (extra := text_of(record, "input")):
         if (last := prompt.pop())["role"] != "user":
             raise InputError(f"input: follows no user turn; expected one as the end of {asked}")
         content = f"{last['content']}\n{extra}" if last["content"] else extra
         prompt.append({"role": "user", "content": content})
-    completions = [turns_of(row, reply, "assistant") for reply in replies]
+    completions = [turns_of(record, reply, "assistant") for reply in replies]
     longer = completions[0][:1] + prompt
     if longer[0]["role"] == "system" and all(c[: len(longer)] == longer for c in completions):
         prompt = longer
@@ -59,19 +59,19 @@ def answered(row: dict, asked: str, *replies: str) -> Case:
     return Case(prompt, [c[n:] if c[:n] == prompt else c for c in completions])
 
 
-def every_reply(row: dict, column: str) -> Case:
+def every_reply(record: dict, column: str) -> Case:
     """A conversation in which every reply trains but those with "train": False. The prompt ends
     before the first reply that trains."""
-    messages = turns_of(row, column)
+    messages = turns_of(record, column)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     trained = [i for i in replies if "train" not in messages[i]]
     first = min(trained or replies, default=len(messages))
     return Case(messages[:first], [messages[first:]])
 
 
-def last_reply(row: dict, *columns: str) -> Case:
+def last_reply(record: dict, *columns: str) -> Case:
     """Conversations whose last replies are judged."""
-    return forked([turns_of(row, column) for column in columns])
+    return forked([turns_of(record, column) for column in columns])
 
 
 def forked(conversations: list[list[Message]]) -> Case:
@@ -82,70 +82,70 @@ def forked(conversations: list[list[Message]]) -> Case:
     return Case(first[:n], [conversation[n:] for conversation in conversations])
 
 
-def rejected_reply(row: dict, column: str, rejected: str) -> Case:
+def rejected_reply(record: dict, column: str, rejected: str) -> Case:
     """ms-swift's: a conversation and, as `rejected`, another one or only its end."""
-    chosen, other = turns_of(row, column), turns_of(row, rejected, "assistant")
+    chosen, other = turns_of(record, column), turns_of(record, rejected, "assistant")
     if other[0]["role"] == "assistant":  # a string replaces the last message, a list the last round
         users = [i for i, m in enumerate(chosen) if m["role"] == "user"]
-        n = len(chosen) - 1 if isinstance(row[rejected], str) else max(users, default=-1) + 1
+        n = len(chosen) - 1 if isinstance(record[rejected], str) else max(users, default=-1) + 1
         other = chosen[:n] + other
     return forked([chosen, other])
 
 
-def openai_pair(row: dict, asked: str, *replies: str) -> Case:
+def openai_pair(record: dict, asked: str, *replies: str) -> Case:
     """OpenAI's: the column `asked` holds the conversation so far and its tools."""
-    prompt = row[asked] if isinstance(row[asked], dict) else {}
-    case = answered({**row, asked: prompt.get("messages")}, asked, *replies)
+    prompt = record[asked] if isinstance(record[asked], dict) else {}
+    case = answered({**record, asked: prompt.get("messages")}, asked, *replies)
     case.tools = tools_of(prompt)
     return case
 
 
-def arena(row: dict, a: str, b: str, winner: str) -> Case:
+def arena(record: dict, a: str, b: str, winner: str) -> Case:
     """LM Arena's: two conversations, and which of them won."""
-    won = row[winner]
+    won = record[winner]
     if won not in ("model_a", "model_b", "tie", "both_bad", "tie (bothbad)"):
         raise InputError(f"{winner}: {str(won)[:40]!r}; expected model_a, model_b, tie or both_bad")
-    case = last_reply(row, *((b, a) if won == "model_b" else (a, b)))
+    case = last_reply(record, *((b, a) if won == "model_b" else (a, b)))
     case.ranks = [0.0, float(won.startswith("model"))]
     return case
 
 
-def ranked(row: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
+def ranked(record: dict, asked: str, replies: str, scores: str = "", sign: int = 1) -> Case:
     """A list of replies, the best first; or with a column of scores: the highest is the best, with
     `sign` -1 the lowest. Replies with equal scores are tied."""
-    texts = row[replies]
+    texts = record[replies]
     if not isinstance(texts, list) or len(texts) < 2:
         found = f"a list of {len(texts)}" if isinstance(texts, list) else kind_of(texts)
         raise InputError(f"{replies}: {found}; expected a list of two replies or more, best first")
-    points = list_of(row, scores, "numbers") if scores else [-i for i in range(len(texts))]
+    points = list_of(record, scores, "numbers") if scores else [-i for i in range(len(texts))]
     numbers = [point for point in points if type(point) in (int, float) and abs(point) < 1e300]
     if len(points) != len(texts) or len(numbers) != len(texts):
         raise InputError(f"{scores}: expected {len(texts)} numbers, one a reply")
     columns = {f"{replies}, reply {i}": reply for i, reply in enumerate(texts, 1)}
-    case = answered({**row, **columns}, asked, *columns)
+    case = answered({**record, **columns}, asked, *columns)
     best = sorted(range(len(texts)), key=lambda i: -sign * points[i])
     ranks = [float(-sign * points[i]) for i in best]
     return Case(case.prompt, [case.completions[i] for i in best], ranks=ranks)
 
 
-def scored(row: dict, asked: str, replies: str) -> Case:
+def scored(record: dict, asked: str, replies: str) -> Case:
     """Each reply is an object with its score (UltraFeedback) or its rank (Nectar)."""
     sign, *keys = 1, "response", "overall_score"
     if replies == "answers":
         sign, *keys = -1, "answer", "rank"
-    objects = list_of(row, replies, "objects")
+    objects = list_of(record, replies, "objects")
     if not all(isinstance(reply, dict) and {*keys} <= reply.keys() for reply in objects):
         raise InputError(f"{replies}: expected objects with {' and '.join(keys)}")
     texts, points = ([reply[key] for reply in objects] for key in keys)
-    return ranked({**row, replies: texts, keys[1]: points}, asked, replies, keys[1], sign)
+    return ranked({**record, replies: texts, keys[1]: points}, asked, replies, keys[1], sign)
 
 
-def strings(row: dict, *columns: str) -> Case:
+def strings(record: dict, *columns: str) -> Case:
     """For --chat_template none: a prompt and replies to it, or the one column `text`. They hold a
     template already, and are taken as they are."""
     asked = columns[: len(columns) > 1]
-    prompt = [{"role": "user", "content": text_of(row, column)} for column in asked]
-    replies = [text_of(row, column) for column in columns[len(asked) :]]
+    prompt = [{"role": "user", "content": text_of(record, column)} for column in asked]
+    replies = [text_of(record, column) for column in columns[len(asked) :]]
     return Case(prompt, [[{"role": "assistant", "content": reply}] for reply in replies])
 
 
@@ -192,7 +192,7 @@ def read_examples(
     """Files (or data sets of the hub) -> examples, and a count of what was cut or skipped.
 
     `layouts` is SFT, DPO or KTO; `options` are read_cases'. InputError, with file and line, for a
-    row that is refused; and if nothing is left to train on.
+    record that is refused; and if nothing is left to train on.
     """
     count, notes = Counter(), [] if notes is None else notes
     as_strings = isinstance(template, NoTemplate)
@@ -234,20 +234,20 @@ def read_cases(
     sources: list[str], layouts: Layouts, count: Counter, notes: list[str], split="train",
     input_as_system=False, train_on="every_reply", skip_bad_rows=0, template=None,
 ) -> Iterator[Case]:  # fmt: skip
-    """The rows of all sources as cases, one by one. `count` counts rows, and rows that are skipped;
-    `notes` gets a line on what is left out of a file.
+    """The records of all sources as cases, one by one. `count` counts records, and those that are
+    skipped; `notes` gets a line on what is left out of a file.
 
-    Up to `skip_bad_rows` refused rows are skipped, with a note; `template` may refuse some, too.
+    Up to `skip_bad_rows` refused records are skipped, with a note; `template` may refuse some, too.
     """
     labelled = any("label" in columns for columns in layouts)
     for source in files_of(sources):
         csv = source.lower().endswith((".csv", ".csv.gz"))
         columns, left, judged = (), Counter(), defaultdict(list)
-        for where, row in rows_of(source, split):
+        for where, record in records_of(source, split):
             count["rows"] += 1
             try:
-                columns = layout_of(row, layouts, columns)
-                cases = read_row(row, columns, layouts, input_as_system, csv)
+                columns = layout_of(record, layouts, columns)
+                cases = read_record(record, columns, layouts, input_as_system, csv)
                 for case in cases:
                     if labelled and (n := len(case.completions)) > 2:
                         raise InputError(f"{n} replies; expected two, a thumb up and a thumb down")
@@ -262,7 +262,7 @@ def read_cases(
             count["no reply is judged"] += not cases
             known = {*columns, *BESIDE, *["input"] * (input_as_system or "instruction" in columns)}
             known |= {"label"} if any(case.label is not None for case in cases) else set()
-            left.update(unread(row, known))
+            left.update(unread(record, known))
             for case in cases:
                 case.where = where
                 if train_on == "last_reply":
@@ -292,47 +292,47 @@ def only_last(completion: list[Message]) -> list[Message]:
     return [m if m["role"] != "assistant" else {**m, "train": False} for m in before] + [last]
 
 
-def layout_of(row: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
-    """The columns of the first layout that has all its columns in the row; or the `known` ones of
-    the file's first row, which must be there. A column kto_tag is renamed to label."""
-    if isinstance(row, InputError):
-        raise row
-    if "kto_tag" in row and "label" not in row:
-        row["label"] = row.pop("kto_tag")
+def layout_of(record: dict | InputError, layouts: Layouts, known: tuple = ()) -> tuple[str, ...]:
+    """The columns of the first layout that has all its columns in the record; or the `known` ones
+    of the file's first record, which must be there. A column kto_tag is renamed to label."""
+    if isinstance(record, InputError):
+        raise record
+    if "kto_tag" in record and "label" not in record:
+        record["label"] = record.pop("kto_tag")
     for column in known:
-        if column not in row:
+        if column not in record:
             raise InputError(f"no column {column}; expected one, as in the file's first row")
     if known:
         return known
     for columns in layouts:
-        if set(columns) <= row.keys():
+        if set(columns) <= record.keys():
             return columns
     expected = "; ".join(", ".join(columns) for columns in layouts)
-    if "text" in row and ("text",) not in layouts:
+    if "text" in record and ("text",) not in layouts:
         expected += "; or text, with --chat_template none"
-    raise InputError(f"columns {listed(row)} make no known layout; expected one of: {expected}")
+    raise InputError(f"columns {listed(record)} make no known layout; expected one of: {expected}")
 
 
-def read_row(
-    row: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False, csv: bool = False
+def read_record(
+    record: dict, columns: tuple, layouts: Layouts, input_as_system: bool = False, csv: bool = False
 ) -> list[Case]:
-    """A row -> checked cases, each completion of which begins with a reply."""
-    refuse_unsupported(row)
+    """A record -> checked cases, each completion of which begins with a reply."""
+    refuse_unsupported(record)
     system, tools, history = "", [], []
-    if not BESIDE.isdisjoint(row):
-        system, tools, history = beside(row, columns)
-    if input_as_system and (extra := text_of(row, "input")):
+    if not BESIDE.isdisjoint(record):
+        system, tools, history = beside(record, columns)
+    if input_as_system and (extra := text_of(record, "input")):
         if system:
             raise InputError("system and input are both there; expected one (--input_as_system)")
-        system, row = extra, {**row, "input": ""}
-    found = layouts[columns](row, *(c for c in columns if c != "label"))
+        system, record = extra, {**record, "input": ""}
+    found = layouts[columns](record, *(c for c in columns if c != "label"))
     cases = [found] if isinstance(found, Case) else list(found)
     for case in cases:
         if "label" in columns:
-            case.label = label_of(row["label"], csv)
-        elif "label" in row and len(case.completions) == 1:  # for SFT, which skips a thumb down
+            case.label = label_of(record["label"], csv)
+        elif "label" in record and len(case.completions) == 1:  # for SFT, which skips a thumb down
             with suppress(InputError):
-                case.label = label_of(row["label"], csv)
+                case.label = label_of(record["label"], csv)
         case.tools = case.tools or tools
         first = [m for m in case.prompt[:1] if m["role"] == "system"]
         case.prompt[: len(first)] = [*first, *history]

@@ -1,14 +1,16 @@
-"""Files, folders and data sets of the hub -> rows: one dict for each record.
+"""Files, folders and data sets of the hub -> records, one dict each.
 
-Each row comes with a text that says where it stands, "data.jsonl, line 17", for messages about it.
-Lines and rows count from 1. A line ends at "\\n" only: str.splitlines would also cut at a U+2028
+Each record comes with a text that says where it is, "data.jsonl, line 17", for messages about it.
+Lines and records count from 1. A line ends at "\\n" only: str.splitlines would also cut at a U+2028
 or U+0085 inside a text.
 
-A file is read as it is, or refused with an InputError of one line. If one row is refused and the
-file can be read further, the InputError is yielded in place of the row, so that the caller may skip
+A file is read as it is, or refused with an InputError of one line. If one record is refused and
+the file can be read further, the InputError is yielded in its place, so that the caller may skip
 it. A broken file raises the InputError. The usual loaders guess instead: Python's json keeps the
 last of two equal keys and accepts NaN; a data frame reads the word "null" as a missing value and
-fills up rows that are too short.
+fills up records that are too short.
+
+To users a record is a row, and so messages call it. In code a row is the packed row.
 """
 
 import csv
@@ -34,7 +36,7 @@ MAGIC = {
     b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or xlsx)",
     b"\x80": "binary, perhaps a pickle",
 }  # fmt: skip
-Rows = Iterator[tuple[str, dict | InputError]]  # (where, row)
+Records = Iterator[tuple[str, dict | InputError]]  # (where, record)
 SUFFIXES = ".json", ".jsonl", ".csv", ".gz", ".parquet"
 GRADIO = ["conversation", "index", "value", "flag", "timestamp"]  # its records have no `value`
 
@@ -48,12 +50,12 @@ def files_of(sources: list[str]) -> list[str]:
     return [file for source in sources for file in found[source]]
 
 
-def rows_of(source: str, split: str) -> Rows:
-    """(where, row) for each row of a source. In place of a refused row there is the InputError."""
+def records_of(source: str, split: str) -> Records:
+    """(where, record) for each of a source. In place of a refused one there is the InputError."""
     kind = storage(source)
     if kind == "file" and not source.lower().endswith(".parquet"):
-        return read_rows(source, yield_errors=True)
-    return table_rows(source, split, hub=kind == "hub")
+        return read_records(source, yield_errors=True)
+    return table_records(source, split, hub=kind == "hub")
 
 
 def storage(source: str) -> str:
@@ -66,8 +68,8 @@ def storage(source: str) -> str:
     return "hub" if named and not here and not source.lower().endswith(SUFFIXES) else "file"
 
 
-def table_rows(source: str, split: str, hub: bool) -> Rows:
-    """The rows of Parquet files and of all that the datasets library reads."""
+def table_records(source: str, split: str, hub: bool) -> Records:
+    """The records of Parquet files and of all that the datasets library reads."""
     try:
         import datasets
         from pyarrow.parquet import ParquetFile  # datasets would copy the file first
@@ -81,9 +83,9 @@ def table_rows(source: str, split: str, hub: bool) -> Rows:
             table = table[split] if isinstance(table, dict) else table
         else:
             batches = ParquetFile(source).iter_batches(1000)
-            table = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(table, 1):
-            yield f"{source}{f'[{split}]' * hub}, row {number}", row
+            table = (record for batch in batches for record in batch.to_pylist())
+        for number, record in enumerate(table, 1):
+            yield f"{source}{f'[{split}]' * hub}, row {number}", record
     except Exception as error:  # no network, no such name, no such split ...
         why = "no such file, and the hub says" if hub else "it can't be read"
         why += ": " + " ".join(str(error).split())[:200]
@@ -92,13 +94,13 @@ def table_rows(source: str, split: str, hub: bool) -> Rows:
         raise InputError(f"{source}: {why}") from None
 
 
-def read_rows(path: str | Path, yield_errors: bool = False) -> Rows:
-    """(where, row) for each row of a .json, .jsonl or .csv file, or of such a file in gzip (.gz).
+def read_records(path: str | Path, yield_errors: bool = False) -> Records:
+    """(where, record) for each record of a .json, .jsonl or .csv file, or of one in gzip (.gz).
 
-    A row that is refused raises an InputError, or with `yield_errors` is yielded as one. A file
-    without rows raises one. A JSONL file is read twice, first as bytes, and never held whole.
+    A record that is refused raises an InputError, or with `yield_errors` is yielded as one. A file
+    without records raises one. A JSONL file is read twice, first as bytes, and never held whole.
     """
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    readers = {".json": json_records, ".jsonl": jsonl_records, ".csv": csv_records}
     name, where = str(path), None
     packed = name.lower().endswith(".gz")
     suffix = Path(name[:-3] if packed else name).suffix.lower()
@@ -109,10 +111,10 @@ def read_rows(path: str | Path, yield_errors: bool = False) -> Rows:
             check_text(file, name)
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
-            for where, row in readers[suffix](text, name):
-                if isinstance(row, InputError) and not yield_errors:
-                    raise InputError(f"{where}: {row}")
-                yield where, row
+            for where, record in readers[suffix](text, name):
+                if isinstance(record, InputError) and not yield_errors:
+                    raise InputError(f"{where}: {record}")
+                yield where, record
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise InputError(f"{name}: {e}; expected a whole gzip file") from None
     except OSError as e:
@@ -151,11 +153,11 @@ def shown(text: str, start: int = 0) -> str:
 
 
 def unique_keys(pairs: list) -> dict:
-    row = dict(pairs)
-    if len(row) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise InputError(f"the key {shown(key)} stands twice in one object; expected once")
-    return row
+    return record
 
 
 def finite(literal: str) -> float:
@@ -210,19 +212,19 @@ def parsed(text: str, where: str):
     return value
 
 
-def jsonl_rows(file: TextIO, name: str) -> Rows:
+def jsonl_records(file: TextIO, name: str) -> Records:
     """One JSON object per line. Blank lines are skipped."""
     for i, line in enumerate(file, start=1):
         line = line.removesuffix("\n")
         if line.strip(" \t\r"):
-            row, end = decode(line, 0)
+            record, end = decode(line, 0)
             if end not in (None, len(line)):
-                row = InputError(f"expected one object per line, then {shown(line, end)}")
-            yield f"{name}, line {i}", row
+                record = InputError(f"expected one object per line, then {shown(line, end)}")
+            yield f"{name}, line {i}", record
 
 
-def json_rows(file: TextIO, name: str) -> Rows:
-    """One list of objects. Each is parsed by itself, so that an error can name its row."""
+def json_records(file: TextIO, name: str) -> Records:
+    """One list of objects. Each is parsed by itself, so that an error can name it."""
     text = file.read()
     at = SPACE.match(text).end()
     if text[at] != "[":
@@ -234,19 +236,19 @@ def json_rows(file: TextIO, name: str) -> Rows:
     while text[at] != "]":  # at the bracket that opens the list, then at each comma
         number += 1
         where = f"{name}, row {number}"
-        row, at = decode(text, at + 1)
+        record, at = decode(text, at + 1)
         if at is None:
-            raise InputError(f"{where}: {row}")
+            raise InputError(f"{where}: {record}")
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: expected a comma or ] after it, found {shown(text, at)}")
-        yield where, row
+        yield where, record
     end = SPACE.match(text, at + 1).end()
     if end < len(text):
         line = text.count("\n", 0, end) + 1
         raise InputError(f"{name}, line {line}: expected nothing after ], found {shown(text, end)}")
 
 
-def csv_rows(file: TextIO, name: str) -> Rows:
+def csv_records(file: TextIO, name: str) -> Records:
     """A header, then records. Each value is text as it stands, "null", "NA" and "" too.
 
     A record may span lines, inside quotes; `where` is its first line. Blank lines are skipped.

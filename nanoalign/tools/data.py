@@ -18,8 +18,8 @@ from itertools import accumulate, groupby, islice, pairwise
 from textwrap import indent
 
 from nanoalign import InputError
-from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_row
-from nanoalign.formats.rows import files_of, rows_of
+from nanoalign.formats.layouts import DPO, KTO, SFT, layout_of, read_record
+from nanoalign.formats.rows import files_of, records_of
 from nanoalign.packing import Example, Ids
 from nanoalign.run.advice import ONE_LABEL, advice_on_prompts, suggested_weights
 from nanoalign.run.command import command
@@ -81,7 +81,7 @@ def histogram(lengths: list[int]) -> str:
 def method_of(source: str) -> str:
     """The method for which the first line is meant: its layout reads the most columns. If two read
     as many, it is the one that can read the line, and KTO if the line has a thumb."""
-    rows = [row for _, row in islice(rows_of(files_of([source])[0], "train"), 100)]
+    rows = [row for _, row in islice(records_of(files_of([source])[0], "train"), 100)]
     row = next((row for row in rows if isinstance(row, dict)), rows[0])
     if isinstance(row, InputError):
         raise row
@@ -90,7 +90,7 @@ def method_of(source: str) -> str:
         columns = cases = ()
         with suppress(InputError):
             columns = layout_of(row, METHODS[method])
-            cases = read_row(row, columns, METHODS[method])
+            cases = read_record(row, columns, METHODS[method])
         thumbs = method == "kto" and any(case.label is not None for case in cases)
         return len(columns), bool(cases), thumbs
 
