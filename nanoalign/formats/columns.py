@@ -83,7 +83,7 @@ def tools_of(record: dict) -> list[dict]:
 
 
 def beside(record: dict, columns: tuple) -> tuple[str, list[dict], list[Message]]:
-    """(system, tools, history): what stands beside the columns of a layout. `history` holds alpaca's
+    """(system, tools, history): what stands beside the columns of a layout. `history` is alpaca's
     earlier turns, [[question, answer], ...]."""
     if list_of(record, "loss_mask", "0 and 1") and not {"messages", "conversations"} & {*columns}:
         raise InputError(f"loss_mask: beside {', '.join(columns)}; expected messages there")
