@@ -16,6 +16,7 @@ import torch
 from scripts import METHODS, call, metrics, write_data
 
 import nanoalign.train
+from nanoalign import world
 from nanoalign.chatml import ChatML
 from nanoalign.formats.layouts import DPO, KTO, SFT, read_examples
 from nanoalign.nf4 import NF4Linear
@@ -32,6 +33,7 @@ import growth
 import ideas
 import load_4bit
 import ranks as two_ranks
+import speedrun
 import threads
 
 ALL = pytest.mark.parametrize("method", METHODS)
@@ -397,3 +399,26 @@ def test_two_ranks(tmp_path, model, capsys, monkeypatch):
     two_ranks.main(["--model", "M", "--data", "D"])
     assert "| LoRA | 100 tok/s | 150 tok/s | 25.0% | 12.5% |" in capsys.readouterr().out
     assert [case[1] for case in asked] == [1, 2, 1, 2]
+
+
+# ------------------------------------------------------------------------------------- speedrun.py
+
+
+def test_a_speedrun_takes_flags_and_another_shape(tmp_path, monkeypatch, capsys):
+    """Each kind of the held-out questions has its share, and the clock counted the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(world, "EACH", 8)
+    monkeypatch.setattr(world, "HELD_OUT", 2)
+    monkeypatch.setattr(speedrun, "SEEDS", (1, 2))
+    trained = []
+    counted = lambda *given: trained.append(given) or nanoalign.train.train(*given)  # noqa: E731
+    monkeypatch.setattr(speedrun, "train", counted)
+    speedrun.main(["max_steps=2", "hidden_size=64", "model_type=qwen3", "initializer_range=0.02"])
+    for cfg, policy, examples, _ in trained:
+        config = policy.model.config
+        assert (cfg.max_steps, config.hidden_size, config.model_type) == (2, 64, "qwen3")
+        assert len(examples) == 2 * 5 * 8 and config.initializer_range == 0.02
+    head, *rows, mean = capsys.readouterr().out.splitlines()[-4:]
+    assert head.startswith("seed") and mean.startswith("mean")
+    assert [row.split()[0] for row in rows] == ["1", "2"] == [str(c.seed) for c, *_ in trained]
+    assert all(float(row.split()[1]) > 0 and row.count(",") == 4 for row in rows)
