@@ -292,9 +292,10 @@ def test_what_a_tokenizer_puts_before_every_text_is_in_no_piece():
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", usual.eos_token_id)]
     )
     assert begins("a")["input_ids"] == [usual.eos_token_id, *usual("a")["input_ids"]]
-    pieces = list(ChatML(usual).pieces(talk("Why is the sky blue?", "Light.")))
-    expected = definition(usual, pieces)
-    assert definition(begins, pieces) == encode(begins, [pieces])[0] == expected
+    whole = list(ChatML(usual).pieces(talk("Why is the sky blue?", "Light.")))
+    for pieces in (whole, [("Why?", False), *whole]):
+        expected = definition(usual, pieces)
+        assert definition(begins, pieces) == encode(begins, [pieces])[0] == expected
 
 
 def test_unknown_characters_are_no_special_tokens():
