@@ -174,8 +174,8 @@ class Config:
         None, "of a CPU; none: OMP_NUM_THREADS, else one a core or a single one, by a short test",
         POSITIVE, free=True)
     chat_template: str | None = flag(
-        None, "native: the tokenizer's own; none: texts stay as they are; default: the one that "
-        "training saved, else the tokenizer's own, else chatml", choices=TEMPLATES)
+        None, "native: the tokenizer's own template; none: texts as they are; default: the one "
+        "that training saved, else the tokenizer's own, else chatml", choices=TEMPLATES)
     chat_template_kwargs: dict = flag(
         {}, "JSON for the native template: '{\"enable_thinking\": false}'", read=json_object)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
