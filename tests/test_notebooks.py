@@ -1,11 +1,14 @@
 """The notebooks run from top to bottom, and are committed as a reader should find them."""
 
+import importlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+
+from nanoalign.run.report import read_run
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -16,8 +19,8 @@ def outputs(notebook: dict) -> list[dict]:
     return [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
 
 
-def test_there_are_eight():
-    assert [path.stem[0] for path in NOTEBOOKS] == list("12345678")
+def test_there_are_nine():
+    assert [path.stem[0] for path in NOTEBOOKS] == list("123456789")
 
 
 def test_they_begin_alike():
@@ -46,6 +49,22 @@ def test_runs(path, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "home").iterdir()] == [path.name]  # writes nothing here
 
 
+def test_the_clinic_has_its_files():
+    """Of each patient and each healthy run what a stranger would send, small, and no answer."""
+    ward = importlib.import_module("notebooks.clinic.ward")
+    names = [f"healthy-{task}" for task in ward.TASKS] + [str(n) for n in ward.PATIENTS]
+    folders = [path for path in ward.HERE.iterdir() if path.name[0] not in "_." and path.is_dir()]
+    assert sorted(names) == sorted(path.name for path in folders)
+    for path in folders:
+        assert {file.name for file in path.iterdir()} == {"metrics.jsonl", "replies.txt"}
+        assert all(file.stat().st_size < 4096 for file in path.iterdir())
+        assert [line["step"] for line in read_run(path)][-1] in (16, 75)
+        assert len((path / "replies.txt").read_text(encoding="utf-8").splitlines()) == 6
+    for patient in ward.PATIENTS.values():  # an ill run is a healthy one but for something
+        done = {**patient.get("flags", {}), **patient.get("chat", {})} or patient["merged_into"]
+        assert done and patient["task"] in ward.TASKS
+
+
 @each
 def test_as_committed(path):
     text = path.read_text(encoding="utf-8")
@@ -63,5 +82,5 @@ def test_as_committed(path):
     assert len(text) < 400_000
     said = json.dumps([o for o in outputs(notebook) if "image/png" not in o.get("data", {})])
     assert not re.search(r"/(home|root|tmp|Users|work)/", said)
-    assert prose.count("<details>") == prose.count("</details>") == 1
+    assert prose.count("<details>") == prose.count("</details>") == 1 + 8 * (path.stem[0] == "9")
     assert "## A question" in prose and "## Change this line" in prose
