@@ -12,6 +12,11 @@ exact; the other B - 1 are normal numbers from -m to m:
 
     error^2 = (B - 1) / B * E_m[ E[(x - m level(x / m))^2 given |x| < m] ]
 
+Two formats of GPUs have FP4 E2M1's levels and scales of 8 bits: MXFP4 a power of two for 32 weights
+(4.25 bits a weight), NVFP4 an E4M3 float for 16 (4.5 bits). There absmax is not exact and may be
+clipped, which the integral then has too. Expected (arXiv 2509.23202, 2603.08713): MXFP4's scale
+costs it over a tenth, and NVFP4's next to nothing.
+
 With --model_name_or_path, the perplexity of a real model in each format is measured, on the
 documentation of Python's own modules. A perplexity is noisy. So an order is expected of the error,
 and of the perplexity only that NF4 is no worse than any other in blocks of 64.
@@ -21,6 +26,7 @@ import importlib
 import inspect
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,6 +38,7 @@ from nanoalign import nf4
 from nanoalign.formats.weights import linears
 
 ERROR = 0.01  # measured error against the integral, as a share
+SCALE = 0.1, 0.02  # MXFP4's scale costs more, NVFP4's less, as a share of the error
 DOUBLED = 0.005  # a perplexity with rounded scales against one with exact ones, as a share
 MODULES = (  # with a page of prose each, which changes more seldom than ours
     "argparse cmd copy csv doctest heapq inspect json random re socketserver statistics timeit uuid"
@@ -53,28 +60,53 @@ LEVELS = {
 }
 
 
-def rounded(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
-    """Each weight as the nearest level times the largest magnitude of its block."""
+def exact(absmax: Tensor) -> Tensor:
+    """Scales: what the largest level of a block stands for, from the block's largest magnitude."""
+    return absmax
+
+
+def power_of_two(absmax: Tensor) -> Tensor:
+    """MXFP4's (OCP MX, version 1.0): 6 times the power of two that has absmax at 4 to 8."""
+    return 6 * 2.0 ** (absmax.log2().floor() - 2)
+
+
+def e4m3(absmax: Tensor) -> Tensor:
+    """NVFP4's: a float of 8 bits, in a unit in which a tensor's largest one is 448."""
+    unit = absmax.max() / 448
+    return (absmax / unit).to(torch.float8_e4m3fn).to(absmax.dtype) * unit
+
+
+OF_GPUS = {  # name -> levels, block, scale
+    "MXFP4": (LEVELS["FP4 E2M1"], 32, power_of_two),
+    "NVFP4": (LEVELS["FP4 E2M1"], 16, e4m3),
+}
+
+
+def rounded(weight: Tensor, levels: Tensor, blocksize: int, scale: Callable = exact) -> Tensor:
+    """Each weight as the nearest level times the scale of its block."""
     blocks = weight.float().reshape(-1, blocksize)
-    absmax = blocks.abs().amax(1, keepdim=True).clamp(min=nf4.TINY)
-    codes = torch.bucketize(blocks / absmax, (levels[1:] + levels[:-1]) / 2)
-    return (levels[codes] * absmax).view_as(weight)
+    scales = scale(blocks.abs().amax(1, keepdim=True).clamp(min=nf4.TINY))
+    codes = torch.bucketize(blocks / scales, (levels[1:] + levels[:-1]) / 2)
+    return (levels[codes] * scales).view_as(weight)
 
 
-def error(weights: list[Tensor], levels: Tensor, blocksize: int) -> float:
-    lost = sum((w.float() - rounded(w, levels, blocksize)).square().sum() for w in weights)
+def error(weights: list[Tensor], *how) -> float:
+    """`how` is rounded's."""
+    lost = sum((w.float() - rounded(w, *how)).square().sum() for w in weights)
     return (lost / sum(w.float().square().sum() for w in weights)).sqrt().item()
 
 
-def expected_error(levels: Tensor, blocksize: int) -> float:
-    """The integral above, as sums over 1,000 values of m and 2,000 of u = x / m."""
+def expected_error(levels: Tensor, blocksize: int, scale: Callable = exact) -> float:
+    """The integral above, as sums over 1,000 values of m and 2,000 of x from -m to m."""
     m, u = torch.linspace(0.005, 7, 1000).double(), torch.linspace(-1, 1, 2001).double()
-    step = u - levels.double()[torch.bucketize(u.float(), (levels[1:] + levels[:-1]) / 2)]
+    x, scales = m[:, None] * u, scale(m)[:, None]  # (1000, 2001), (1000, 1)
+    codes = torch.bucketize((x / scales).float(), (levels[1:] + levels[:-1]) / 2)
+    step = x - levels.double()[codes] * scales
     inside = torch.special.erf(m / math.sqrt(2))  # P(|x| < m)
     largest = torch.exp(-m * m / 2) * inside ** (blocksize - 1)  # its density, but for a constant
-    density = torch.exp(-((m[:, None] * u) ** 2) / 2)  # of x = m u, but for a constant
-    lost = m**2 * (density * step**2).sum(1) / density.sum(1)
-    return ((blocksize - 1) / blocksize * (largest * lost).sum() / largest.sum()).sqrt().item()
+    density = torch.exp(-(x**2) / 2)  # of the others, but for a constant
+    lost = (blocksize - 1) * (density * step**2).sum(1) / density.sum(1) + step[:, -1] ** 2
+    return ((largest * lost).sum() / largest.sum() / blocksize).sqrt().item()
 
 
 def prose(tokenizer, windows: int) -> Tensor:
@@ -109,6 +141,8 @@ def perplexities(directory: str) -> dict[str, float]:
     for size in (64, 256):
         for name, levels in LEVELS.items():
             formats[f"{name}, {size}"] = partial(rounded, levels=levels, blocksize=size)
+    for name, (levels, size, scale) in OF_GPUS.items():
+        formats[f"{name}, {size}"] = partial(rounded, levels=levels, blocksize=size, scale=scale)
     found = {}
     for name, change in formats.items():
         for layer, weight in zip(layers, exact):
@@ -132,6 +166,11 @@ def run(small: bool) -> Report:
             weights = error(trained, levels, size)
             ppl = found.get(f"{name}, {size}", "")
             rows.append([name, size, measured, integral, weights, ppl])
+    cost = {}  # of a scale, as a share of the error
+    for name, how in OF_GPUS.items():
+        integral, ppl = expected_error(*how), found.get(f"{name}, {how[1]}", "")
+        rows.append([name, how[1], error(normal, *how), integral, error(trained, *how), ppl])
+        cost[name] = integral / expected_error(*how[:2]) - 1
     for name in ("NF4, doubled, 64", "int8", "as it is"):
         if name in found:
             rows.append([name, "", "", "", "", found[name]])
@@ -144,6 +183,10 @@ def run(small: bool) -> Report:
         (
             "in blocks of 64 NF4 errs least, on normal numbers and on trained weights",
             all(min(at_64, key=lambda row: row[i])[0] == "NF4" for i in (2, 4)),
+        ),
+        (
+            f"MXFP4's scale adds over {SCALE[0]:.0%} to the error, NVFP4's under {SCALE[1]:.0%}",
+            cost["MXFP4"] > SCALE[0] and cost["NVFP4"] < SCALE[1],
         ),
     ]
     notes = [

@@ -58,10 +58,35 @@ def test_the_integral_of_two_levels():
     assert nf4_error.expected_error(levels, 2) == pytest.approx(simulated, rel=0.005)
 
 
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_the_scales_of_gpus_fit_in_eight_bits(name):
+    """MXFP4's are powers of two; NVFP4's, in the tensor's unit, are floats of four digits; and
+    absmax is at 4 to 8, or at 6, of the levels' own units."""
+    _, _, scale = nf4_error.OF_GPUS[name]
+    absmax = torch.linspace(0.01, 5, 1000).double()
+    units = scale(absmax) / 6
+    if name == "MXFP4":
+        assert (units.log2() % 1 == 0).all() and (
+            (4 <= absmax / units) & (absmax / units < 8)
+        ).all()
+    else:
+        mantissa, _ = torch.frexp(scale(absmax) / absmax.max() * 448)
+        assert ((mantissa * 16).round() - mantissa * 16).abs().max() < 1e-9  # four binary digits
+        assert (absmax / units / 6 - 1).abs().max() < 1 / 15
+    assert len(units.unique()) <= 256
+
+
+def test_the_integral_has_what_a_scale_clips():
+    normal = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    for how in nf4_error.OF_GPUS.values():
+        simulated = nf4_error.error([normal], *how)
+        assert nf4_error.expected_error(*how) == pytest.approx(simulated, rel=0.005)
+
+
 def test_perplexities_are_of_the_model_itself(model_dir):
-    """In all thirteen formats; and the first is that of another way to compute it."""
+    """In all fifteen formats; and the first is that of another way to compute it."""
     found = nf4_error.perplexities(model_dir)
-    assert len(found) == 13 and found["NF4, 64"] != found["NF4, 256"] != found["as it is"]
+    assert len(found) == 15 and found["NF4, 64"] != found["NF4, 256"] != found["as it is"]
     assert found["int8"] == pytest.approx(found["as it is"], rel=0.01)
     policy = load(model_dir)
     ids = nf4_error.prose(policy.tokenizer, windows=8).tolist()
