@@ -293,7 +293,7 @@ def test_what_a_tokenizer_puts_before_every_text_is_in_no_piece():
     )
     assert begins("a")["input_ids"] == [usual.eos_token_id, *usual("a")["input_ids"]]
     whole = list(ChatML(usual).pieces(talk("Why is the sky blue?", "Light.")))
-    for pieces in (whole, [("Why?", False), *whole]):
+    for pieces in (whole, [("Why?", False), *whole], [("?", True)]):
         expected = definition(usual, pieces)
         assert definition(begins, pieces) == encode(begins, [pieces])[0] == expected
 
