@@ -49,7 +49,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 def test_the_lesson_is_nine_files_of_bounded_length():
     files = {path.stem: path for path in (ROOT / "nanoalign").glob("*.py")}
     lines = sum(len(path.read_text().splitlines()) for n, path in files.items() if n in LESSON)
-    assert files.keys() == {*LESSON, "world", "__init__"} and lines <= 1700
+    assert files.keys() == {*LESSON, "world", "__init__"} and lines <= 1680
 
 
 def test_imports_go_one_way():
