@@ -145,8 +145,8 @@ def run(small: bool) -> Report:
         "imbalance, and with the weight it is that of 1:1 again.",
         "z0 makes no difference: a mismatched reply is one that the policy hardly ever gives, its "
         "log-ratio is mostly negative, and z0 is 0 but for noise. The KL that z0 stands for is "
-        "0.8 nats. But that z0 is 0 is not the reason: with the KL of 0.77 nats in its place, in every "
-        "step of a run with one seed, the four shares are those of 1:1, to 0.1 points.",
+        "0.8 nats. But that z0 is 0 is not the reason: with the KL of 0.77 nats in its place, in "
+        "every step of a run with one seed, the four shares are those of 1:1, to 0.1 points.",
         "Steps of 1 do no harm either, although their z0 is mostly noise. The four sizes do not "
         "compare in what they learned: with the square root for the rate, small steps go further.",
     ]
