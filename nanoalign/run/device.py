@@ -157,7 +157,7 @@ def row_of(cfg: Config, lm: PackedLM, tokens: int = 0) -> Row:
         tokens,
         size=computes_in(lm).itemsize,
         dropout=max((m.p for m in lm.modules() if isinstance(m, nn.Dropout)), default=0.0),
-        checkpointing=lm.model.is_gradient_checkpointing,
+        checkpointing=checkpointed(lm.model),
         compiled=compiles(cfg, lm.model, fuses_attention(lm)),
         train_all=not cfg.use_peft,
         chunk=chunk_rows(len(lm.model.get_output_embeddings().weight), lm.device),
@@ -188,6 +188,12 @@ def fastest_fit(
         if sum(row_bytes(sizes, row).values()) <= free:
             return tokens, recompute
     return choices[-1]
+
+
+def checkpointed(model: nn.Module) -> bool:
+    """Do its layers compute twice? transformers gave the property another name."""
+    new = "is_activation_checkpointing"
+    return getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing")
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -228,6 +234,6 @@ def effective_settings(cfg: Config, lm: PackedLM) -> dict:
         "device": str(lm.device),
         "dtype": str(computes_in(lm)).removeprefix("torch."),
         "max_row_tokens": cfg.max_row_tokens or lm.row_tokens,
-        "gradient_checkpointing": lm.model.is_gradient_checkpointing,
+        "gradient_checkpointing": checkpointed(lm.model),
         "threads": torch.get_num_threads(),
     }

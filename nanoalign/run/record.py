@@ -34,7 +34,7 @@ from nanoalign.run.checkpoint import (
     take_over,
 )
 from nanoalign.run.command import need_less, out_of_memory
-from nanoalign.run.device import advice_on_threads, computes_in
+from nanoalign.run.device import advice_on_threads, checkpointed, computes_in
 from nanoalign.run.files import locked, rehearse, replace, write_whole
 from nanoalign.run.flags import Config, no_choice
 from nanoalign.run.log import Log, best_of, keep_lines, metric_of, replies
@@ -93,7 +93,7 @@ def begun(cfg: Config, run: Run, signals: list[int]) -> Iterator["Record"]:
                 with contextlib.suppress(Exception):
                     record.save_steps_done()
             if out_of_memory(error):
-                checkpointing = run.policy.model.is_gradient_checkpointing
+                checkpointing = checkpointed(run.policy.model)
                 raise InputError(need_less(cfg, checkpointing)) from None
             raise
 

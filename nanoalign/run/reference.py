@@ -26,6 +26,7 @@ from nanoalign.model import Policy, vocabulary
 from nanoalign.packing import Example, in_rows, packed
 from nanoalign.run import ranks
 from nanoalign.run.advice import length_advice
+from nanoalign.run.device import checkpointed
 from nanoalign.run.flags import ReferenceConfig
 from nanoalign.run.policy import Reader, base_of, load_base, load_policy, shard_or_compile
 from nanoalign.train import Batches
@@ -78,7 +79,7 @@ def long_rows(examples: list[Example], cfg: ReferenceConfig, lm: PackedLM) -> Ba
 @contextmanager
 def without_gradient(lm: PackedLM) -> Iterator[None]:
     """Passes of the same weights, one after the other: in 4 bits they are decoded once."""
-    with torch.no_grad(), decoding_once(not lm.model.is_gradient_checkpointing):
+    with torch.no_grad(), decoding_once(not checkpointed(lm.model)):
         yield
 
 
