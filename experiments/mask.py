@@ -124,9 +124,9 @@ def run(small: bool) -> Report:
 
     columns = ["data", "trained on", "nats a reply's token", "sd", "right, greedy", "sd "]
     notes = [
-        f"With {FEW} examples the prompts are no help here either. They are letters drawn by "
+        f"With {FEW} examples the prompts are no help by themselves. They are letters drawn by "
         "chance: to predict them takes a share of every step and teaches nothing that a reply "
-        "needs. In the paper's data they are language, as the replies are. That this is the "
-        "reason was not tried."
+        "needs. Where each prompt also holds a solved question, they do help, as in the paper, "
+        "whose prompts are language as its replies are."
     ]
     return Report(columns, table, held, draw, notes)
