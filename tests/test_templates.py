@@ -610,6 +610,15 @@ def test_words_in_a_template_are_not_a_contents_to_say():
     assert decoded(tokenizer, ids).startswith("brief")
 
 
+def replies_train(tokenizer, template, messages, end):
+    """The ids are those that the tokenizer renders, and each reply trains with its end marker."""
+    for text in texts(messages):
+        ids, mask = ids_and_mask(tokenizer, template, text)
+        assert ids == rendered(tokenizer, messages)[: len(ids)]
+        reply = text[-1]["content"] + end
+        assert [decoded(tokenizer, run) for run in spans(ids, mask)] == [reply]
+
+
 def test_a_marker_that_takes_the_space_behind_it():
     """Phi-3's <|assistant|> swallows the newline after it; the ids are the tokenizer's."""
     names = ["<|user|>", "<|assistant|>", "<|end|>"]
@@ -620,11 +629,7 @@ def test_a_marker_that_takes_the_space_behind_it():
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     template, messages = NativeTemplate(tokenizer), talk("Hello!", "Bye.", "Why?", "Fine.")
-    for text in texts(messages):
-        ids, mask = ids_and_mask(tokenizer, template, text)
-        assert ids == rendered(tokenizer, messages)[: len(ids)]
-        reply = text[-1]["content"] + "<|end|>"
-        assert [decoded(tokenizer, run) for run in spans(ids, mask)] == [reply]
+    replies_train(tokenizer, template, messages, "<|end|>")
 
 
 def test_a_marker_that_takes_the_space_before_it():
@@ -636,12 +641,7 @@ def test_a_marker_that_takes_the_space_before_it():
         "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant:  ' }}{% endif %}"
     )
     template, messages = NativeTemplate(tokenizer), talk("Hello!", "Bye  bye.", "Why?", "Fine.")
-    for text in texts(messages):
-        ids, mask = ids_and_mask(tokenizer, template, text)
-        assert ids == rendered(tokenizer, messages)[: len(ids)]
-        assert [decoded(tokenizer, run) for run in spans(ids, mask)] == [
-            f"{text[-1]['content']}</s>"
-        ]
+    replies_train(tokenizer, template, messages, "</s>")
 
 
 def test_the_default_system_turn_is_the_templates_own():
