@@ -56,16 +56,16 @@ def way_for(weights: int, device: torch.device):
     return fused_decode() if weights >= CHUNK else decode  # small weights gain nothing by it
 
 
-kept = None  # layer -> its weight, where passes decode once
+kept = None  # layer -> its decoded weight, inside decoding_once
 
 
 @contextmanager
 def decoding_once(on: bool):
-    """In here, passes without gradient that follow each other: each weight is decoded by the first.
+    """In here the first pass without gradient decodes a weight, and the next ones use it again.
 
-    Memory's peak stays where it is, at the end of a forward pass with gradient. So a weight is kept
-    only on a CPU and while it is smaller than the x and y that this pass keeps of its layer, with
-    rows half as long. With gradient checkpointing it keeps neither, and `on` must be False.
+    The peak of memory must not rise. It is reached in the pass with gradient, which keeps x and y
+    of each layer, in rows half as long. So a weight is kept only on a CPU, and only if it is
+    smaller than these. With gradient checkpointing nothing of a layer is kept: `on` must be False.
     """
     global kept
     before = kept
@@ -77,7 +77,7 @@ def decoding_once(on: bool):
 
 
 def decoded(layer, x):
-    """layer.dequantize() for a product with x, or what a pass before this one has kept of it."""
+    """layer.dequantize() for a product with x, or the weight that an earlier pass has kept."""
     if kept is None or not x.is_cpu:
         return layer.dequantize()
     weight = kept[layer] if layer in kept else layer.dequantize()
