@@ -154,12 +154,14 @@ def build(seed: int = 0) -> None:
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        "llama",
+        "qwen3",  # it normalizes queries and keys: here it learns twice as fast as a Llama
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=192,
+        intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.06,  # the biggest lever: transformers' 0.02 learns far more slowly here
