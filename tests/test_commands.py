@@ -201,7 +201,7 @@ def test_what_is_needed():
 def test_dashes_and_the_built_in_settings():
     cfg = parse(SFTConfig, ["--max-steps", "7", "--learning_rate=3"], train_sft.BUILT_IN)
     assert (cfg.max_steps, cfg.learning_rate) == (7, 3)
-    assert cfg.per_device_train_batch_size == 64
+    assert cfg.per_device_train_batch_size == 16
 
 
 A = "--adapter_name_or_path a"

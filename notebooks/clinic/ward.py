@@ -59,7 +59,7 @@ TASKS = {  # the flags of a healthy run
     # answer "Where is it?"
     "sft": COMMON | dict(
         model_name_or_path=BASE, dataset_name="sft.jsonl", per_device_train_batch_size=16,
-        max_steps=75, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
+        max_steps=150, learning_rate=4e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
         weight_decay=0.05, adam_beta2=0.95, use_peft=False, disable_dropout=True, logging_steps=5,
     ),
     # then prefer the sentence
