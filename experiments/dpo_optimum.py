@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train_dpo
 from experiments.lab import Report, flip, load, log_odds, pairs, sft_model, train
 from nanoalign.model import Policy
 
@@ -31,14 +32,14 @@ KL_WITHIN = 0.04  # nats
 BELOW_WITHIN = 0.03  # share of sentences below the frontier's, at the policy's own KL
 STEPS, BATCH = 120, 32
 
-LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-3}  # DPO's and KTO's
+LORA = {name: train_dpo.BUILT_IN[name] for name in ("learning_rate", "lora_alpha")}
 RUNS = [  # method, R, seed of the labels, steps, flags
     *[("DPO", 2.0, 0, STEPS, {"beta": beta}) for beta in (0.25, 0.5, 1.0, 2.0, 4.0)],
     *[("DPO", reward, 0, STEPS, {"beta": 0.5}) for reward in (1.0, 3.0)],
     *[("DPO", 2.0, seed, STEPS, {"beta": 1.0}) for seed in (1, 2)],
     *[("IPO", 2.0, 0, STEPS, {"beta": beta, "loss_type": "ipo"}) for beta in (2.0, 0.5, 0.2)],
     *[("KTO", 2.0, 0, steps, {"beta": 0.5}) for steps in (5, 10, 40)],
-    ("SFT", 2.0, 0, STEPS, LORA),
+    ("SFT", 2.0, 0, STEPS, LORA | {"use_peft": True}),
 ]
 
 

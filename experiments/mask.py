@@ -22,17 +22,16 @@ import random
 from dataclasses import replace
 from statistics import mean, stdev
 
+import train_sft
 from experiments.lab import Report, examples_of, load, pairs, sft_method, token_loss
 from nanoalign import world
 from nanoalign.model import Policy
 from nanoalign.packing import Example
-from nanoalign.run.flags import SFTConfig
+from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.train import train
 
 STYLES = "terse", "sentence"
 FEW = 500  # examples of the part, out of 30,000
-LEARN = dict(learning_rate=2e-3, lr_scheduler_type="cosine", warmup_ratio=0.05, weight_decay=0.05)
-LEARN |= dict(adam_beta2=0.95, per_device_train_batch_size=32, disable_dropout=True)
 
 
 def on_prompts_too(example: Example) -> Example:
@@ -68,7 +67,7 @@ def with_shown(rows: list[dict], shown: list[dict], seed: int) -> list[dict]:
 def run(small: bool) -> Report:
     rows = pairs("sft", small)
     found = {}  # (data, mask) -> of each seed: loss of a test reply's token, right answers
-    steps = 2 if small else 250
+    steps = 2 if small else 500
     part, shown = f"{FEW} examples", f"{FEW}, and one shown"
     kinds = {
         "all": (rows, test_rows(small)),
@@ -81,7 +80,8 @@ def run(small: bool) -> Report:
                 policy = load(str(world.BASE))
                 data = trained_on(policy, taught)
                 data = [on_prompts_too(example) for example in data] if prompts else data
-                cfg = SFTConfig(max_steps=steps, seed=seed, **LEARN)
+                flags = [f"--max_steps={steps}", f"--seed={seed}"]
+                cfg = parse(SFTConfig, flags, train_sft.BUILT_IN)
                 for _ in train(cfg, policy, data, sft_method(policy)):
                     pass
                 loss = token_loss(policy, trained_on(policy, test))
