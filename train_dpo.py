@@ -57,7 +57,7 @@ def run_dpo(cfg: DPOConfig) -> Run:
 BUILT_IN = dict(  # the settings where no model is given: the built-in world (world.py)
     model_name_or_path="runs/sft", dataset_name=[str(world.HOME / "dpo.jsonl")],
     output_dir="runs/dpo", beta=0.5, learning_rate=1e-3, lora_alpha=32,
-    per_device_train_batch_size=32, max_steps=60, logging_steps=5, device="cpu",
+    per_device_train_batch_size=32, max_steps=40, logging_steps=5, device="cpu",
 )  # fmt: skip
 
 if __name__ == "__main__":
