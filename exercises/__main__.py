@@ -67,7 +67,7 @@ def run(methods: list[str], directory: Path, flags: list[str]) -> None:
     if missing := EXERCISES.keys() - answers.keys():
         print(f"the lesson's own stay for {', '.join(sorted(missing))}")
     if not any("model_name_or_path" in flag for flag in flags) and not Path("runs/sft").exists():
-        print("first the SFT model that both go on from, once, by the lesson: a minute or two")
+        print("first the SFT model that both go on from, once, by the lesson: about a minute")
         train_sft.run_sft(parse(SFTConfig, [], train_sft.BUILT_IN))
     take_places(answers)
     for method in methods:

@@ -99,7 +99,7 @@ def sft_model(small: bool) -> str:
         if small:
             world.build()
         else:
-            print("first the world's SFT model, once: a minute or two")
+            print("first the world's SFT model, once: about a minute")
             with quietly():
                 train_sft.run_sft(parse(SFTConfig, [], train_sft.BUILT_IN))
     return directory

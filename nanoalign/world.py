@@ -1,6 +1,6 @@
 """The built-in world: a model, data and a measurement that need no download.
 
-A tiny Llama (1.7 M weights) learns to answer five kinds of questions. Each answer is terse or a
+A tiny Qwen3 (0.7 M weights) learns to answer five kinds of questions. Each answer is terse or a
 full sentence, at random:
 
     Put p, c and k in order.                           c k p  |  In order they are c k p.
@@ -14,9 +14,10 @@ before.
 `build` writes an ordinary model directory and ordinary data files. The scripts train this model
 like any other, with the settings in their BUILT_IN. The learning rates were chosen with
 validation.jsonl (`measure(policy, "validation")`), and the scripts report test.jsonl. With half,
-once and twice the rate SFT (mean of three seeds) had 98.5, 98.9 and 98.1 % right answers, and of
-sampled replies 89, 95 and 94 %. In DPO and KTO more than a tenth of the sampled replies stayed
-terse with half the rate, and twice the rate was not clearly better.
+once and twice the rate SFT (mean of three seeds) had 99.0, 99.1 and 98.5 % right answers, and of
+sampled replies 86, 92 and 91 %. In DPO and KTO about a tenth of the sampled replies stayed terse
+with half the rate. Twice the rate cost DPO 6 % of the right answers, and KTO 1 %.
+benchmarks/speedrun.py measures how long SFT takes, and its README has what lost.
 
 The pairs always prefer the sentence. So DPO has no optimum here: its loss falls as long as you
 train.
@@ -154,7 +155,7 @@ def build(seed: int = 0) -> None:
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        "qwen3",  # it normalizes queries and keys: here it learns twice as fast as a Llama
+        "qwen3",  # its norms of queries and keys: without them it learns half as fast
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=256,

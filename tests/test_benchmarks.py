@@ -413,10 +413,11 @@ def test_a_speedrun_takes_flags_and_another_shape(tmp_path, monkeypatch, capsys)
     trained = []
     counted = lambda *given: trained.append(given) or nanoalign.train.train(*given)  # noqa: E731
     monkeypatch.setattr(speedrun, "train", counted)
-    speedrun.main(["max_steps=2", "hidden_size=64", "model_type=qwen3", "initializer_range=0.02"])
+    more = "per_device_train_batch_size=64", "initializer_range=0.02"
+    speedrun.main(["max_steps=2", "hidden_size=96", "model_type=llama", *more])
     for cfg, policy, examples, _ in trained:
         config = policy.model.config
-        assert (cfg.max_steps, config.hidden_size, config.model_type) == (2, 64, "qwen3")
+        assert (cfg.max_steps, config.hidden_size, config.model_type) == (2, 96, "llama")
         assert len(examples) == 2 * 5 * 8 and config.initializer_range == 0.02
     head, *rows, mean = capsys.readouterr().out.splitlines()[-4:]
     assert head.startswith("seed") and mean.startswith("mean")
