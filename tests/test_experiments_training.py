@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from experiments import chosen_falls, kto_imbalance, lab, length_bias, lora_rate
+from experiments import chosen_falls, forgetting, kto_imbalance, lab, length_bias, lora_rate
 from nanoalign import world
 
 
@@ -71,3 +71,16 @@ def test_the_right_reply_always_wins_and_length_mostly():
         assert pair["chosen"] in right and pair["rejected"] not in right
         longer += len(pair["chosen"]) > len(pair["rejected"])
     assert longer == 0.8 * len(rows)
+
+
+def test_forgetting_ranks_and_right_answers(tiny_world):
+    """Spearman's correlation by hand, 1 - 6 * 2 / (4 * 15), whatever the distances are. A right
+    answer in either style has the sum of their probabilities."""
+    assert forgetting.spearman([1, 2, 3, 4], [0.1, 0.5, 0.3, 99]) == pytest.approx(0.8)
+    policy = lab.load(lab.sft_model(small=True))
+    asked = lab.pairs("test")[:3]
+    prompts = [row["question"] for row in asked]
+    terse, long = (lab.logps(policy, prompts, [r[k] for r in asked]) for k in ("terse", "sentence"))
+    assert forgetting.log_right(policy, asked).exp().tolist() == pytest.approx(
+        (terse.exp() + long.exp()).tolist()
+    )

@@ -1,0 +1,188 @@
+"""What a new task costs the old ones: is it the KL on the new task, whatever the method?
+
+"RL's Razor" (arXiv 2509.04259) finds that after fine-tuning the old tasks have suffered by how far
+the policy has moved on the new task's prompts, KL(pi_ref || pi), and not by the method, nor by how
+far the weights have moved; and that on-policy learning moves least for the same success.
+
+Here the world's SFT model knows five kinds of questions. The new task is to answer one of them,
+"Where is it?", in a full sentence; the model does so half of the time already. Five ways, each with
+LoRA, 40 steps, and four learning rates: SFT on the model's own kind of sentence; SFT on a sentence
+that it has never said, "You can find it in the attic."; DPO and KTO on its sentence against its
+terse reply; GRPO (examples/train_grpo.py), which rewards its sentence. Measured on the new task:
+right sentences among sampled replies, and the KL both ways, from the reference's and from the
+policy's replies; the norm of the change of all weights; and on the four old kinds by how many nats
+the log-probability of a right answer in either style has fallen, and the share of right answers.
+
+Expected: over all runs the nats are in the order of KL(pi_ref || pi), with a rank correlation
+(Spearman's) above 0.8, and less in that of the weights' norm. At each rate SFT on a stranger's
+sentence moves further and forgets more than on the model's own. Among the runs with 90 % right
+sentences GRPO has the smallest KL, in the mean over its rates.
+
+In a first run the other KL was measured. It can't be the cause: it ends at ln 2, when all replies
+are sentences, while the rate goes on to decide what is forgotten.
+"""
+
+from statistics import mean
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from examples import train_grpo
+from experiments.lab import METHODS, Report, load, logps, pairs, sft_model, train
+from nanoalign.lora import LoRALinear
+from nanoalign.model import Policy, generate
+from nanoalign.packing import Example
+
+METHODS["grpo"] = train_grpo.GRPOConfig, train_grpo.run_grpo, train_grpo.BUILT_IN
+STEPS, BATCH = 40, 32
+RATES = 3e-4, 1e-3, 2e-3, 4e-3
+ORDERED = 0.8  # of Spearman's correlation
+SOLVED = 0.9
+STRANGE, OWN = "SFT, a stranger's words", "SFT, its own words"
+
+
+class Result(NamedTuple):
+    solved: float  # share of right sentences on the new task
+    forward: float  # KL(pi_ref || pi) there, nats
+    backward: float  # KL(pi || pi_ref)
+    norm: float  # of the change of all weights
+    lost: float  # nats of a right answer to the old kinds
+    right: float  # share of right answers to them
+
+
+def is_new(row: dict) -> bool:
+    return "Where is it?" in (row.get("prompt") or row["question"])
+
+
+def strange(row: dict) -> str:
+    """A right sentence that the model has never said."""
+    return f"You can find it in the {row['rejected']}."
+
+
+def likes_sentences(example: Example, reply: list[int]) -> float:
+    """GRPO's reward: 1 for the pair's chosen reply, the right sentence."""
+    return float(reply == list(example.texts[0][0]))
+
+
+def ranks(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """The correlation of the ranks of two lists of n different values."""
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def log_right(policy: Policy, asked: list[dict]) -> Tensor:
+    """log of the probability of a right answer, terse or a sentence, to each question. (n,)"""
+    prompts = [row["question"] for row in asked]
+    both = [logps(policy, prompts, [row[kind] for row in asked]) for kind in ("terse", "sentence")]
+    return torch.logaddexp(*both)
+
+
+def replies_of(policy: Policy, asked: list[dict], temperature: float) -> list[str]:
+    torch.manual_seed(0)
+    prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
+    return generate(policy, prompts, max_new_tokens=24, temperature=temperature)
+
+
+def run(small: bool) -> Report:
+    data = [row for row in pairs("dpo") if is_new(row)][: STEPS * BATCH]
+    thumbs = [
+        dict(prompt=row["prompt"], completion=row[kind], label=kind == "chosen")
+        for row in data
+        for kind in ("chosen", "rejected")
+    ]
+    own = [dict(prompt=row["prompt"], completion=row["chosen"]) for row in data]
+    foreign = [dict(prompt=row["prompt"], completion=strange(row)) for row in data]
+    ways = {
+        OWN: ("sft", own, {}),
+        STRANGE: ("sft", foreign, {}),
+        "DPO": ("dpo", data, {"beta": 0.5}),
+        "KTO": ("kto", thumbs, {"beta": 0.5, "per_device_train_batch_size": 2 * BATCH}),
+        "GRPO": ("grpo", data, {"per_device_train_batch_size": 16}),
+    }
+    test = pairs("test")
+    new, old = ([row for row in test if is_new(row) is side] for side in (True, False))
+    if small:
+        new, old = new[:4], old[:4]
+    reference = load(sft_model(small))
+    before = log_right(reference, old)
+    asked, usual = [row["question"] for row in new], replies_of(reference, new, 1.0)
+
+    rows, found = [], {}
+    for way, (method, taught, flags) in ways.items():
+        for rate in RATES[: 1 if small else None]:
+            how = dict(use_peft=True, lora_r=16, lora_alpha=32, learning_rate=rate)
+            how |= dict(max_steps=STEPS, per_device_train_batch_size=BATCH) | flags
+            with patch.object(train_grpo, "reward", likes_sentences):
+                policy, _ = train(method, taught, small, model_name_or_path=sft_model(small), **how)
+            said = replies_of(policy, new, 1.0)
+            forward = (logps(reference, asked, usual) - logps(policy, asked, usual)).mean().item()
+            backward = (logps(policy, asked, said) - logps(reference, asked, said)).mean().item()
+            layers = [m for m in policy.lm.modules() if isinstance(m, LoRALinear)]
+            norm = sum(layer.delta().square().sum() for layer in layers).sqrt().item()
+            solved = mean(
+                reply in (row["sentence"], strange({"rejected": row["terse"]}))
+                for reply, row in zip(said, new)
+            )
+            lost = (before - log_right(policy, old)).mean().item()
+            greedy = replies_of(policy, old, 0.0)
+            right = mean(
+                reply in (row["terse"], row["sentence"]) for reply, row in zip(greedy, old)
+            )
+            found[way, rate] = Result(solved, forward, backward, norm, lost, right)
+            rows.append([way, rate, *found[way, rate]])
+
+    def draw(figure):
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axis, i, name in ((left, 1, "KL(pi_ref || pi) on the new task, nats"),
+                              (right, 3, "norm of the change")):  # fmt: skip
+            for way in ways:
+                at = [result for (name_, _), result in found.items() if name_ == way]
+                axis.plot([r[i] for r in at], [r.lost for r in at], "o", label=way)
+            axis.set(xlabel=name)
+            axis.set_yscale("symlog", linthresh=0.01)
+        left.set(ylabel="forgotten of the old kinds, nats", xscale="log")
+        left.legend(fontsize=8)
+
+    def order(i):
+        return spearman([result[i] for result in found.values()], lost_of_all)
+
+    lost_of_all = [result.lost for result in found.values()]
+    rates = sorted({rate for _, rate in found})
+    further = all(
+        getattr(found[STRANGE, rate], name) > getattr(found[OWN, rate], name)
+        for rate in rates
+        for name in ("forward", "lost")
+    )
+    solved = {
+        way: [r.forward for (name, _), r in found.items() if name == way and r.solved >= SOLVED]
+        for way in ways
+    }
+    moved = {way: mean(kls) for way, kls in solved.items() if kls}
+    held = [
+        (f"forgotten is in the order of the KL ({order(1):.2f})", order(1) > ORDERED),
+        (f"and less in that of the weights' norm ({order(3):.2f})", order(3) < order(1)),
+        ("a stranger's words: further away and more forgotten, at each rate", further),
+        (f"of the ways to {SOLVED:.0%} right sentences GRPO has the smallest KL",
+         bool(moved) and min(moved, key=moved.get) == "GRPO"),
+    ]  # fmt: skip
+    notes = ["mean KL of the runs that solved it: "
+             + "; ".join(f"{way} {kl:.2f} ({len(solved[way])} of {len(rates)})"
+                         for way, kl in moved.items()),
+             "The weights' norm orders the runs better than the KL here. All runs train the same "
+             "layers with one optimizer and as many steps; the paper's runs differ in more than "
+             "that.",
+             "A stranger's words do not move the policy further by this KL: it counts what the "
+             "reference would say, and its sentence fades in the one run as its terse reply does "
+             "in the other. By the other KL, which counts what is new, they are 9 to 230 times as "
+             "far away, and what is forgotten is not.",
+             "GRPO's KL is not the smallest, since those that solve the task at the lowest rates "
+             "alone have a small mean. At the two higher rates, where all forget, it forgets least "
+             "of all ways."]  # fmt: skip
+    columns = ["way", "rate", "right sentences", "KL(ref, pi)", "KL(pi, ref)", "norm"]
+    columns += ["forgotten, nats", "old, right"]
+    return Report(columns, rows, held, draw, notes)
