@@ -26,11 +26,11 @@ import train_dpo
 from experiments.lab import Report, flip, load, log_odds, pairs, sft_model, train
 from nanoalign.model import Policy
 
-H_WITHIN = 0.1  # of R / beta: 120 steps see 3,840 labels, which leaves 3 % of chance in h
+H_WITHIN = 0.1  # of R / beta: 240 steps see 7,680 labels, which leaves 2 % of chance in h
 SHARE_WITHIN = 0.03
 KL_WITHIN = 0.04  # nats
 BELOW_WITHIN = 0.03  # share of sentences below the frontier's, at the policy's own KL
-STEPS, BATCH = 120, 32
+STEPS, BATCH = 240, 32
 
 LORA = {name: train_dpo.BUILT_IN[name] for name in ("learning_rate", "lora_alpha")}
 RUNS = [  # method, R, seed of the labels, steps, flags

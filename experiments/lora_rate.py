@@ -29,8 +29,8 @@ from nanoalign.run.flags import SFTConfig
 from nanoalign.train import make_optimizer, train
 from nanoalign.world import LETTERS
 
-RATES = 3e-5, 1e-4, 3e-4, 1e-3, 3e-3
-TASK, MEMORY = 40, 120  # steps
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2
+TASK, MEMORY = 40, 240  # steps
 QUESTIONS = 512  # for memory
 RANKS = 1, 256  # under both scales
 ALIKE = 0.2  # two losses are alike that differ by less than this share of the smaller
@@ -82,11 +82,11 @@ def run(small: bool) -> Report:
     valleys = list(found)
     for r in RANKS:
         for name, alpha in (("alpha 8 / r", 8), ("alpha 8 / sqrt(r)", 8 * r**0.5)):
-            found[f"{name}, r {r}"] = losses(task, held_out, TASK, [3e-4], rank=r, alpha=alpha)
+            found[f"{name}, r {r}"] = losses(task, held_out, TASK, [1e-3], rank=r, alpha=alpha)
     for rank in (1, 64):
-        found[f"80 steps: r {rank}"] = losses(task, held_out, 2 * TASK, [1e-3], rank=rank)
-    for name, rates, rank in (("all weights", (3e-4, 1e-3), None), ("r 64", (1e-3, 3e-3), 64),
-                              ("r 1", (1e-3, 3e-3), 1)):  # fmt: skip
+        found[f"80 steps: r {rank}"] = losses(task, held_out, 2 * TASK, [3e-3], rank=rank)
+    for name, rates, rank in (("all weights", (1e-3, 3e-3), None), ("r 64", (3e-3, 1e-2), 64),
+                              ("r 1", (3e-3, 1e-2), 1)):  # fmt: skip
         found[f"memory: {name}"] = losses(noise, noise, MEMORY, rates, rank=rank)
 
     def draw(figure):
