@@ -14,10 +14,10 @@ before.
 `build` writes an ordinary model directory and ordinary data files. The scripts train this model
 like any other, with the settings in their BUILT_IN. The learning rates were chosen with
 validation.jsonl (`measure(policy, "validation")`), and the scripts report test.jsonl. With half,
-once and twice the rate SFT (mean of three seeds) had 99.0, 99.1 and 98.5 % right answers, and of
-sampled replies 86, 92 and 91 %. In DPO and KTO about a tenth of the sampled replies stayed terse
-with half the rate. Twice the rate cost DPO 6 % of the right answers, and KTO 1 %.
-benchmarks/speedrun.py measures how long SFT takes, and its README has what lost.
+once and twice the rate SFT (mean of three orders of the data) had 99.0, 99.1 and 98.5 % right
+answers, and 86, 92 and 91 % of its sampled replies were right. In DPO and KTO about a tenth of the
+sampled replies stayed terse with half the rate. Twice the rate cost DPO 6 % of the right answers,
+and KTO 1 %. benchmarks/README.md has the settings that were slower or worse.
 
 The pairs always prefer the sentence. So DPO has no optimum here: its loss falls as long as you
 train.
