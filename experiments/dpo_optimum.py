@@ -107,8 +107,9 @@ def run(small: bool) -> Report:
     notes = [
         f"before, the two right replies had {mass:.3f} of the mass; h, share and KL are of the "
         "policy between these two alone",
-        f"the other losses are at most {others:.3f} below the frontier: with two replies to choose "
-        "from there is hardly any other way to spend KL than on the better one, so this frontier "
-        "says how far a loss goes and not, as the paper's does, which one spends KL best",
+        f"the other losses are at most {others:.3f} below the frontier, furthest where h differs "
+        "most between the questions. With two replies to choose from there is no other way to "
+        "waste KL, so this frontier says how far a loss goes and not, as the paper's does, which "
+        "one spends KL best",
     ]
     return Report(columns, rows, held, draw, notes)

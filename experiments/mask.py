@@ -119,7 +119,8 @@ def run(small: bool) -> Report:
         axis = figure.subplots()
         for i, key in enumerate(found):
             axis.plot([i] * len(found[key]), [value for value, _ in found[key]], "o", alpha=0.7)
-        axis.set_xticks(range(len(found)), ["\n".join(key) for key in found])
+        labels = ["\n".join(key).replace(", and", ",\nand") for key in found]
+        axis.set_xticks(range(len(found)), labels)
         axis.set(ylabel="nats a token of the test replies, each seed")
 
     columns = ["data", "trained on", "nats a reply's token", "sd", "right, greedy", "sd "]
