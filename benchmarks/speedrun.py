@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import train_sft
 from experiments import lab
 from nanoalign import world
-from nanoalign.model import generate, make_policy
+from nanoalign.model import make_policy
 from nanoalign.run.flags import SFTConfig, parse
 from nanoalign.train import train
 
@@ -45,8 +45,7 @@ def attempt(flags: dict[str, str], shape: dict[str, str], seed: int) -> tuple[fl
         pass
     seconds = time.process_time() - start
 
-    questions = [[{"role": "user", "content": row["question"]}] for row in asked]
-    replies = generate(policy, questions, max_new_tokens=24)
+    replies = lab.replies_of(policy, asked, temperature=0.0)
     right = [reply in (row["terse"], row["sentence"]) for reply, row in zip(replies, asked)]
     kinds = range(0, len(right), world.HELD_OUT)
     return seconds, [sum(right[i : i + world.HELD_OUT]) / world.HELD_OUT for i in kinds]

@@ -1,27 +1,29 @@
 """What a new task costs the old ones: is it the KL on the new task, whatever the method?
 
-"RL's Razor" (arXiv 2509.04259) finds that after fine-tuning the old tasks have suffered by how far
-the policy has moved on the new task's prompts, KL(pi_ref || pi), and not by the method, nor by how
-far the weights have moved; and that on-policy learning moves least for the same success.
+"RL's Razor" (arXiv 2509.04259) measures what fine-tuning on a new task costs the old ones. It finds
+that KL(pi_ref || pi) on the new task's prompts tells how much is forgotten, whatever the method,
+and that the norm of the weights' change does not tell. On-policy learning has the smallest KL for
+the same success.
 
 Here the world's SFT model knows five kinds of questions. The new task is to answer one of them,
-"Where is it?", in a full sentence; the model does so half of the time already. Five ways, each with
-LoRA, 40 steps, one schedule, and four learning rates: SFT on the model's own kind of sentence; SFT
-on a sentence that it has never said, "You can find it in the attic."; DPO and KTO on its sentence
-against its terse reply; GRPO (examples/train_grpo.py), which rewards its sentence. Measured on the
-new task: right sentences among sampled replies, and the KL both ways, from the reference's and from
-the policy's replies; the norm of the change of all weights; and on the four old kinds by how many
-nats the log-probability of a right answer in either style has fallen, and the share of right
-answers.
+"Where is it?", in a full sentence. The model does so half of the time already. There are five ways,
+each with LoRA, 40 steps, one schedule and four learning rates: SFT on the model's own kind of
+sentence; SFT on a sentence that it has never said, "You can find it in the attic."; DPO and KTO on
+its sentence against its terse reply; GRPO (examples/train_grpo.py), which rewards its sentence.
+
+Measured on the new task: the share of right sentences among sampled replies, and the KL both ways,
+each from the replies of its first policy. Measured on the four old kinds: how many nats the log-
+probability of a right answer, in either style, has fallen, and the share of right answers. The norm
+is that of the change of all weights.
 
 Expected: over all runs the nats are in the order of KL(pi_ref || pi), with a rank correlation
-(Spearman's) above 0.8, and less in that of the weights' norm. At each rate SFT on a stranger's
-sentence moves further and forgets more than on the model's own. At each rate at which GRPO gives
-90 % right sentences it has the smallest KL of all ways that do, and forgets least.
+(Spearman's) above 0.8. The norm's correlation is lower. At each rate SFT on a stranger's sentence
+moves further and forgets more than on the model's own. At each rate at which GRPO gives 90 % right
+sentences, it has the smallest KL of all ways that do, and forgets least.
 
-A first run measured the other KL alone. That can't be the cause, where the model's own sentence is
-learned: it ends at ln 2, when all replies are sentences, while the rate goes on to decide what is
-forgotten. A second run gave each method its script's schedule, and compared means over the rates.
+A first run measured KL(pi || pi_ref) alone. Where the model's own sentence is learned it ends at ln
+2, when all replies are sentences, and what is forgotten still depends on the rate. So it can't be
+the cause. A second run gave each method its script's schedule, and compared means over the rates.
 Then a way that solves the task at the lowest rates alone seems to move least.
 """
 
@@ -33,9 +35,9 @@ import torch
 from torch import Tensor
 
 from examples import train_grpo
-from experiments.lab import METHODS, Report, load, logps, pairs, sft_model, train
+from experiments.lab import METHODS, Report, load, logps, pairs, replies_of, sft_model, train
 from nanoalign.lora import LoRALinear
-from nanoalign.model import Policy, generate
+from nanoalign.model import Policy
 from nanoalign.packing import Example
 
 METHODS["grpo"] = train_grpo.GRPOConfig, train_grpo.run_grpo, train_grpo.BUILT_IN
@@ -63,9 +65,9 @@ def is_new(row: dict) -> bool:
     return "Where is it?" in (row.get("prompt") or row["question"])
 
 
-def strange(row: dict) -> str:
+def strange(place: str) -> str:
     """A right sentence that the model has never said."""
-    return f"You can find it in the {row['rejected']}."
+    return f"You can find it in the {place}."
 
 
 def likes_sentences(example: Example, reply: list[int]) -> float:
@@ -89,12 +91,6 @@ def log_right(policy: Policy, asked: list[dict]) -> Tensor:
     return torch.logaddexp(*both)
 
 
-def replies_of(policy: Policy, asked: list[dict], temperature: float) -> list[str]:
-    torch.manual_seed(0)
-    prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
-    return generate(policy, prompts, max_new_tokens=24, temperature=temperature)
-
-
 def run(small: bool) -> Report:
     data = [row for row in pairs("dpo") if is_new(row)][: STEPS * BATCH]
     thumbs = [
@@ -103,7 +99,7 @@ def run(small: bool) -> Report:
         for kind in ("chosen", "rejected")
     ]
     own = [dict(prompt=row["prompt"], completion=row["chosen"]) for row in data]
-    foreign = [dict(prompt=row["prompt"], completion=strange(row)) for row in data]
+    foreign = [dict(prompt=row["prompt"], completion=strange(row["rejected"])) for row in data]
     ways = {
         OWN: ("sft", own, {}),
         STRANGE: ("sft", foreign, {}),
@@ -118,6 +114,7 @@ def run(small: bool) -> Report:
     reference = load(sft_model(small))
     before = log_right(reference, old)
     asked, usual = [row["question"] for row in new], replies_of(reference, new, 1.0)
+    start = logps(reference, asked, usual)
 
     rows, found = [], {}
     for way, (method, taught, flags) in ways.items():
@@ -126,13 +123,12 @@ def run(small: bool) -> Report:
             with patch.object(train_grpo, "reward", likes_sentences):
                 policy, _ = train(method, taught, small, model_name_or_path=sft_model(small), **how)
             said = replies_of(policy, new, 1.0)
-            forward = (logps(reference, asked, usual) - logps(policy, asked, usual)).mean().item()
+            forward = (start - logps(policy, asked, usual)).mean().item()
             backward = (logps(policy, asked, said) - logps(reference, asked, said)).mean().item()
             layers = [m for m in policy.lm.modules() if isinstance(m, LoRALinear)]
             norm = sum(layer.delta().square().sum() for layer in layers).sqrt().item()
             solved = mean(
-                reply in (row["sentence"], strange({"rejected": row["terse"]}))
-                for reply, row in zip(said, new)
+                reply in (row["sentence"], strange(row["terse"])) for reply, row in zip(said, new)
             )
             lost = (before - log_right(policy, old)).mean().item()
             greedy = replies_of(policy, old, 0.0)
@@ -144,20 +140,19 @@ def run(small: bool) -> Report:
 
     def draw(figure):
         left, right = figure.subplots(1, 2, sharey=True)
-        for axis, i, name in ((left, 1, "KL(pi_ref || pi) on the new task, nats"),
-                              (right, 3, "norm of the change")):  # fmt: skip
+        for axis, column, label in ((left, "forward", "KL(pi_ref || pi) on the new task, nats"),
+                                    (right, "norm", "norm of the change")):  # fmt: skip
             for way in ways:
-                at = [result for (name_, _), result in found.items() if name_ == way]
-                axis.plot([r[i] for r in at], [r.lost for r in at], "o", label=way)
-            axis.set(xlabel=name)
+                at = [result for (name, _), result in found.items() if name == way]
+                axis.plot([getattr(r, column) for r in at], [r.lost for r in at], "o", label=way)
+            axis.set(xlabel=label)
             axis.set_yscale("symlog", linthresh=0.01)
         left.set(ylabel="forgotten of the old kinds, nats", xscale="log")
         left.legend(fontsize=8)
 
-    def order(i):
-        return spearman([result[i] for result in found.values()], lost_of_all)
-
-    lost_of_all = [result.lost for result in found.values()]
+    forgotten = [result.lost for result in found.values()]
+    by_kl = spearman([result.forward for result in found.values()], forgotten)
+    by_norm = spearman([result.norm for result in found.values()], forgotten)
     rates = sorted({rate for _, rate in found})
     further = all(
         getattr(found[STRANGE, rate], name) > getattr(found[OWN, rate], name)
@@ -172,8 +167,8 @@ def run(small: bool) -> Report:
                 nearest = min(solved, key=lambda way: getattr(solved[way], name))
                 least.append(nearest == "GRPO")
     held = [
-        (f"forgotten is in the order of the KL ({order(1):.2f})", order(1) > ORDERED),
-        (f"and less in that of the weights' norm ({order(3):.2f})", order(3) < order(1)),
+        (f"forgotten is in the order of the KL ({by_kl:.2f})", by_kl > ORDERED),
+        (f"and less in that of the weights' norm ({by_norm:.2f})", by_norm < by_kl),
         ("a stranger's words: further away and more forgotten, at each rate", further),
         (f"with {SOLVED:.0%} right sentences GRPO moves least and forgets least, at each rate",
          bool(least) and all(least)),

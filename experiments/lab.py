@@ -27,7 +27,7 @@ import train_sft
 from nanoalign import world
 from nanoalign.data import Case, make_examples
 from nanoalign.losses import sft_loss
-from nanoalign.model import Policy
+from nanoalign.model import Policy, generate
 from nanoalign.packing import Example
 from nanoalign.run.flags import Config, DPOConfig, KTOConfig, SFTConfig, parse
 from nanoalign.run.policy import load_policy
@@ -136,6 +136,13 @@ def log_odds(policy: Policy, small: bool = False) -> tuple[Tensor, float]:
     sentence = logps(policy, prompts, [row["sentence"] for row in asked])
     terse = logps(policy, prompts, [row["terse"] for row in asked])
     return sentence - terse, (sentence.exp() + terse.exp()).mean().item()
+
+
+def replies_of(policy: Policy, asked: list[dict], temperature: float) -> list[str]:
+    """A reply to each of the world's test or validation questions. 0: the likeliest tokens."""
+    torch.manual_seed(0)
+    prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
+    return generate(policy, prompts, max_new_tokens=24, temperature=temperature)
 
 
 @torch.no_grad()

@@ -17,10 +17,9 @@ say it is new. There the fewest rows should do as well as one epoch, to 2 %, or 
 
 from statistics import mean
 
-from experiments.forgetting import is_new, replies_of, strange
-from experiments.lab import Report, pairs, sft_model, token_loss, train
+from experiments.forgetting import is_new, strange
+from experiments.lab import Report, pairs, replies_of, sft_model, token_loss, train
 from experiments.mask import trained_on
-from nanoalign import world
 
 SEEDS = 1, 2
 BATCH = 16
@@ -31,29 +30,27 @@ SAME = 0.02  # shares that differ by less are the same
 
 
 def run(small: bool) -> Report:
-    start = sft_model(small)  # this makes the world, too, if it is not there
+    learned = {"model_name_or_path": sft_model(small)}
     new = [row for row in pairs("dpo") if is_new(row)]
-    taught = {
-        SCRATCH: pairs("sft"),
-        FORM: [dict(prompt=row["prompt"], completion=strange(row)) for row in new],
-    }
+    form = [dict(prompt=row["prompt"], completion=strange(row["rejected"])) for row in new]
     asked = pairs("test")
-    told = [row | {"told": strange({"rejected": row["terse"]})} for row in asked if is_new(row)]
-    tests = {SCRATCH: (asked, ("terse", "sentence")), FORM: (told, ("told",))}
-    first = {SCRATCH: {"model_name_or_path": str(world.BASE)}, FORM: {"model_name_or_path": start}}
+    told = [row | {"told": strange(row["terse"])} for row in asked if is_new(row)]
+    tasks = {  # where it starts, what is taught, the test, and the test's columns of right answers
+        SCRATCH: ({}, pairs("sft"), asked, ("terse", "sentence")),
+        FORM: (learned, form, told, ("told",)),
+    }
 
     table, found = [], {}  # (what, rows) -> right answers of each seed
-    for what, numbers in ROWS.items():
-        test, kinds = tests[what]
+    for what, (start, taught, test, kinds) in tasks.items():
         test = test[: 4 if small else None]
         held_out = [
             dict(prompt=row["question"], completion=row[kind]) for row in test for kind in kinds
         ]
-        for n in numbers:
-            rows, losses = taught[what][:n], []
+        for n in ROWS[what]:
+            rows, losses = taught[:n], []
             for seed in SEEDS[: 1 if small else None]:
                 how = dict(seed=seed, max_steps=STEPS[what], per_device_train_batch_size=BATCH)
-                policy, _ = train("sft", rows, small, **how, **first[what])
+                policy, _ = train("sft", rows, small, **how, **start)
                 replies = replies_of(policy, test, 0.0)
                 right = [reply in [row[k] for k in kinds] for reply, row in zip(replies, test)]
                 found.setdefault((what, n), []).append(mean(right))
